@@ -1,0 +1,70 @@
+# make demo   prune the shipped ViT on the shipped images; writes demo/
+# make test   everything: export in sync, notebooks, solutions, pytest
+# make lab    the course in JupyterLab
+#
+# All of them run in $(VENV), which is made once, and again when settings.ini or setup.py change.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+RUN     = $(VENV)/.installed-run
+DEV     = $(VENV)/.installed-dev
+
+.PHONY: help demo test test-sync test-notebooks test-suite lab install install-dev notebooks export results clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+demo: $(RUN)
+	$(BIN)/vitprune demo --out demo
+
+test: test-sync test-notebooks test-suite
+	@echo "make test: all parts passed"
+
+test-sync: $(DEV)
+	$(BIN)/python -m pytest -q tests/test_sync.py
+
+test-notebooks: $(DEV)
+	$(BIN)/python tests/notebooks.py
+
+test-suite: $(DEV)
+	$(BIN)/python -m pytest -q --durations=10 tests
+
+lab: $(DEV)
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+install: $(RUN)
+install-dev: $(DEV)
+
+# Run every notebook from top to bottom, keep its outputs, drop its execution counts.
+notebooks: $(DEV)
+	$(BIN)/python tests/notebooks.py --keep
+
+export: $(DEV)
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+# Measure again what the README shows: demo.csv, the picture and the blocks between the markers.
+results: $(DEV)
+	$(BIN)/vitprune demo --out demo
+	$(BIN)/python tests/readme.py --measured demo
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache _proc _docs
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install python3.11, or say make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Making $(VENV) with $(PYTHON); the first install fetches PyTorch (several GB on Linux) and takes minutes."
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): settings.ini setup.py | $(BIN)/python
+	$(PIP) install -e .
+	@touch $@
+
+$(DEV): settings.ini setup.py | $(BIN)/python
+	$(PIP) install -e '.[dev]'
+	@touch $@ $(RUN)

@@ -1,0 +1,92 @@
+"""Notebooks and package say the same, and the notebooks are clean."""
+import json, re, shutil, subprocess, sys
+
+import nbformat, pytest
+from conftest import BIN, ROOT, clean_env
+
+sys.path.insert(0, str(ROOT/'tests'))
+from notebooks import notebooks
+
+NOTEBOOKS = notebooks()
+SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
+IDS = [str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS]
+MACHINE_PATH = re.compile(r'(?<![\w.:/~$])/(?:home|root|Users|work|tmp|var|private|mnt|content)/[\w.]')
+
+
+def export(repo):
+    "What `make export` does."
+    for command in ('nbdev_clean', 'nbdev_export'):
+        subprocess.run([BIN/command], cwd=repo, env=clean_env(), check=True, capture_output=True, text=True)
+
+
+def differences(repo, copy):
+    "What a fresh clean + export of `repo`, done in `copy`, would change: a list of sentences."
+    for name in SETUP: shutil.copy(repo/name, copy)
+    shutil.copytree(repo/'nbs', copy/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    export(copy)
+    old, new = ({p.relative_to(root).as_posix(): p.read_bytes() for d in ('nbs', 'vitprune_nb') for p in (root/d).rglob('*')
+                 if p.is_file() and '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts} for root in (repo, copy))
+    found = [f'{p}: nothing exports it; delete it' for p in sorted(old.keys() - new.keys())]
+    found += [f'{p}: missing; run `make export`' for p in sorted(new.keys() - old.keys())]
+    return found + [f'{p}: out of date; run `make export`' for p in sorted(old.keys() & new.keys()) if old[p] != new[p]]
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    assert differences(ROOT, tmp_path) == []
+
+
+@pytest.mark.parametrize('spoil, expected', [
+    (lambda repo: (repo/'vitprune_nb/core.py').open('a').write('\nx = 1\n'), 'vitprune_nb/core.py: out of date'),
+    (lambda repo: (repo/'vitprune_nb/stray.py').write_text('x = 1\n'), 'vitprune_nb/stray.py: nothing exports it'),
+    (lambda repo: (repo/'vitprune_nb/data.py').unlink(), 'vitprune_nb/data.py: missing'),
+    (lambda repo: recount(repo/'nbs/00_core.ipynb'), 'nbs/00_core.ipynb: out of date'),
+])
+def test_the_check_can_fail(tmp_path, spoil, expected):
+    repo, copy = tmp_path/'repo', tmp_path/'copy'
+    repo.mkdir(), copy.mkdir()
+    for name in SETUP: shutil.copy(ROOT/name, repo)
+    for name in ('nbs', 'vitprune_nb'): (repo/name).mkdir()
+    for name in ('00_core', '01_data'): shutil.copy(ROOT/f'nbs/{name}.ipynb', repo/'nbs')
+    export(repo)
+    spoil(repo)
+    found = differences(repo, copy)
+    assert len(found) == 1 and found[0].startswith(expected)
+
+
+def recount(path):
+    "Give a notebook's first code cell an execution count, as a plain save in Jupyter does."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    next(c for c in nb['cells'] if c['cell_type'] == 'code')['execution_count'] = 7
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def test_there_are_notebooks():
+    assert 'index.ipynb' in IDS and '00_core.ipynb' in IDS and any(i.startswith('solutions/') for i in IDS)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=IDS)
+def test_notebook_is_valid_and_clean(path):
+    text = path.read_text(encoding='utf-8')
+    nb = nbformat.reads(text, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(nb)
+    assert 'widgets' not in nb.metadata, 'widget state: clear it in JupyterLab before saving'
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    assert [c.id for c in code if c.execution_count is not None] == []
+    assert [c.id for c in code for o in c.outputs if o.output_type == 'error'] == []
+    assert [c.id for c in code for o in c.outputs if 'application/vnd.jupyter.widget-view+json' in o.get('data', {})] == []
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=IDS)
+def test_notebook_names_no_path_of_a_machine(path):
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        shown = [o.get('text', '') or o.get('data', {}).get('text/plain', '') for o in cell.get('outputs', [])]
+        for text in (cell.source, *shown):
+            assert not MACHINE_PATH.search(text), f'cell {cell.id}: {MACHINE_PATH.search(text).group()}…'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=IDS)
+def test_notebook_links_lead_somewhere(path):
+    nb = nbformat.read(path, as_version=4)
+    links = re.findall(r'\]\(([^)#\s]+\.ipynb)(?:#[^)]*)?\)', '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown'))
+    assert [l for l in links if '://' not in l and not (path.parent/l).is_file()] == []
