@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #5e30294c
+# %% ../nbs/00_core.ipynb #1c5670c9
 class VitpruneError(ValueError):
     "Bad input, said in one sentence: the argument, what was given, what is allowed, what to do next."
 
@@ -24,7 +24,7 @@ def refuse(argument:str, # Name of the argument as the caller knows it
            todo:str='',  # What to do next
            ):
     "Raise a `VitpruneError` that names the argument, what was given, what is allowed and what to do next."
-    shown = given if isinstance(given, str) else repr(given)
+    shown = str(given) if isinstance(given, (str, os.PathLike)) else repr(given)
     raise VitpruneError(f"{argument}: got {shown}; allowed: {allowed}." + (f" {todo}" if todo else ""))
 
 # %% ../nbs/00_core.ipynb #7fab3066

@@ -82,7 +82,7 @@ class ImageSet(torch.utils.data.Dataset):
         digest = hashlib.sha256(self.digest.encode() + idx.tobytes()).hexdigest()
         return self.but(images=images, targets=self.targets[idx], digest=digest)
 
-# %% ../nbs/01_data.ipynb #1cd929cc
+# %% ../nbs/01_data.ipynb #a4766470
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 def write_sheets(ds:ImageSet,  # 32×32 images in memory
@@ -99,6 +99,7 @@ def write_sheets(ds:ImageSet,  # 32×32 images in memory
         out[f'{ds.split}/{cls}.png'] = sha256(path)
     return out
 
+# %% ../nbs/01_data.ipynb #df891b03
 def embedded(split:str='test', # 'train' (5,000 images) or 'test' (2,000)
              transform=None,   # From a PIL image to whatever the model takes
              )->ImageSet:
@@ -116,9 +117,23 @@ def embedded(split:str='test', # 'train' (5,000 images) or 'test' (2,000)
     digest = hashlib.sha256(''.join(manifest[f'{split}/{c}.png'] for c in CIFAR10).encode()).hexdigest()
     return ImageSet(np.concatenate(images), targets, CIFAR10, 'embedded', split, digest, transform)
 
-# %% ../nbs/01_data.ipynb #a8bccb86
+# %% ../nbs/01_data.ipynb #1985cbde
 EXTENSIONS = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm'}
 
+def _readable(path):
+    try:
+        with Image.open(path) as im: im.load()
+        return True
+    except (OSError, SyntaxError, ValueError): return False
+
+def _folder_files(base):
+    "The classes below a split's folder and its (path, class index) pairs, in a fixed order."
+    classes = sorted(d.name for d in base.iterdir() if d.is_dir())
+    files = [(p, k) for k, c in enumerate(classes) for p in sorted((base/c).rglob('*')) if p.suffix.lower() in EXTENSIONS]
+    require(len(files) > 0, 'data', base, 'a folder with one folder of images per class', f'Endings that count: {", ".join(sorted(EXTENSIONS))}.')
+    return classes, files
+
+# %% ../nbs/01_data.ipynb #efa78d4e
 def folder_data(root,               # A folder with train/ and val/ or test/, each with one folder per class
                 split:str='test',   # 'train' or 'test' ('val' is tried first for 'test')
                 transform=None,     # From a PIL image to whatever the model takes
@@ -130,22 +145,14 @@ def folder_data(root,               # A folder with train/ and val/ or test/, ea
     names = ('train',) if split == 'train' else ('val', 'test')
     base = next((root/n for n in names if (root/n).is_dir()), None)
     if base is None: refuse('data', root, 'a folder that holds ' + ' or '.join(n + '/' for n in names) + ' with one folder per class')
-    classes = sorted(d.name for d in base.iterdir() if d.is_dir())
-    files = [(p, k) for k, c in enumerate(classes) for p in sorted((base/c).rglob('*')) if p.suffix.lower() in EXTENSIONS]
-    require(len(files) > 0, 'data', base, 'a folder with one folder of images per class', f'Endings that count: {", ".join(sorted(EXTENSIONS))}.')
+    classes, files = _folder_files(base)
     if skip_damaged:
-        good = [f for f in files if _readable(f[0])]
-        if len(good) < len(files): print(f'{base}: left out {len(files) - len(good)} damaged file(s): {[str(p.relative_to(base)) for p, k in files if (p, k) not in set(good)][:5]}')
-        files = good
+        bad = [p for p, _ in files if not _readable(p)]
+        if bad: print(f'{base}: left out {len(bad)} damaged file(s): {[str(p.relative_to(base)) for p in bad[:5]]}')
+        files = [f for f in files if f[0] not in set(bad)]
     h = hashlib.sha256()
     for p, k in files: h.update(f'{p.relative_to(base)}\0{p.stat().st_size}\0'.encode())
     return ImageSet([p for p, _ in files], [k for _, k in files], classes, root.name, split, h.hexdigest(), transform)
-
-def _readable(path):
-    try:
-        with Image.open(path) as im: im.load()
-        return True
-    except (OSError, SyntaxError, ValueError): return False
 
 # %% ../nbs/01_data.ipynb #5cedab11
 def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
@@ -165,7 +172,7 @@ def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
                f"Fetch it from {cls.url} elsewhere, unpack it there, or point --data to an ImageFolder tree. ({type(e).__name__})")
     return ImageSet(ds.data, ds.targets, ds.classes, name, split, hashlib.sha256(ds.data.tobytes()).hexdigest(), transform)
 
-# %% ../nbs/01_data.ipynb #183cbd7b
+# %% ../nbs/01_data.ipynb #8d9611e3
 def class_subset(ds:ImageSet,     # Any image set
                  classes:int|list,# How many classes to draw, or their names
                  seed:int=0,      # Decides which ones are drawn
@@ -182,6 +189,7 @@ def class_subset(ds:ImageSet,     # Any image set
     out = ds.subset([i for i, t in enumerate(ds.targets) if t in new])
     return out.but(targets=np.array([new[t] for t in out.targets]), classes=chosen, name=f'{ds.name}-{len(chosen)}')
 
+# %% ../nbs/01_data.ipynb #79d5be4a
 def calibration(ds:ImageSet, # Usually a training set
                 n:int,       # How many images
                 seed:int=0,  # Decides which ones
@@ -195,7 +203,7 @@ def calibration(ds:ImageSet, # Usually a training set
     for i in order: rank[i] = count[ds.targets[i]]; count[ds.targets[i]] += 1
     return ds.subset(sorted(order[np.argsort(rank[order], kind='stable')][:n]))
 
-# %% ../nbs/01_data.ipynb #807ab6a7
+# %% ../nbs/01_data.ipynb #9b9bd28f
 def data_config(model # A timm model, or anything with its `pretrained_cfg`
                 )->dict: # input_size, interpolation, mean, std, crop_pct
     "timm's data configuration, with the input size that the model really has."
@@ -212,6 +220,7 @@ def eval_transform(cfg:dict # From `data_config`
     import timm.data
     return timm.data.create_transform(**cfg, is_training=False)
 
+# %% ../nbs/01_data.ipynb #d83e383f
 def train_transform(cfg:dict,            # From `data_config`
                     augment:str='light', # 'none', 'light' (flip and shifted crop) or 'deit' (RandomResizedCrop, RandAugment, erasing)
                     ):                   # PIL image -> float tensor (3, H, W)
@@ -227,7 +236,7 @@ def train_transform(cfg:dict,            # From `data_config`
     return T.Compose([T.Resize((size, size), interpolation=mode), T.RandomCrop(size, padding=size//8),
                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg['mean'], cfg['std'])])
 
-# %% ../nbs/01_data.ipynb #2caa8645
+# %% ../nbs/01_data.ipynb #d3ae3f06
 def load_data(data:str|Path|None=None, # 'embedded', 'cifar10', 'cifar100' or a folder; default: VITPRUNE_DATA, else 'embedded'
               split:str='test',        # 'train' or 'test'
               transform=None,          # From a PIL image to whatever the model takes
@@ -237,12 +246,12 @@ def load_data(data:str|Path|None=None, # 'embedded', 'cifar10', 'cifar100' or a 
               )->ImageSet:
     "Images with labels from any of the four sources."
     require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
+    require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
     data = data or os.environ.get('VITPRUNE_DATA') or 'embedded'
     if data == 'embedded': ds = embedded(split)
     elif data in ('cifar10', 'cifar100'): ds = cifar(data, split)
     else: ds = folder_data(data, split, skip_damaged=skip_damaged)
     if limit is not None and limit < len(ds): ds = calibration(ds, limit, seed)
-    require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
     return ds.but(transform=transform)
 
 # %% ../nbs/01_data.ipynb #c32a6519
