@@ -1,0 +1,102 @@
+"""What README.md and nbs/index.ipynb show between markers, made from the notebooks and from data/results/demo.csv.
+
+python tests/readme.py                    fill in the blocks
+python tests/readme.py --measured demo    first take over results.csv and kept.png of a demo, and run the quickstart
+"""
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README, INDEX, ROWS, PICTURE = ROOT/'README.md', ROOT/'nbs'/'index.ipynb', ROOT/'data'/'results'/'demo.csv', ROOT/'nbs'/'images'/'kept.png'
+sys.path.insert(0, str(ROOT/'tests'))
+from notebooks import notebooks
+
+
+def read_cells(path):
+    "(kind, source) of each cell of a notebook."
+    return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+
+def lesson(path):
+    "What a lesson says about itself: title, summary, module, time and number of exercises."
+    cells = read_cells(path)
+    md = [s for kind, s in cells if kind == 'markdown']
+    text = '\n\n'.join(md)
+    find = lambda pattern, where: (re.search(pattern, where, re.M | re.S) or [None, ''])[1].strip()
+    exercises = text[text.find('\n## Exercises'):] if '\n## Exercises' in text else ''
+    return dict(name=path.stem, title=find(r'^# (.+?)$', md[0]), summary=find(r'^> (.+?)$', md[0]),
+                module=find(r'^#\| default_exp (\S+)', '\n'.join(s for kind, s in cells if kind == 'code')),
+                time=find(r'\*\*Time:\*\*\s*(.+?)\.(?:\s|$)', text), exercises=len(re.findall(r'^\d+\. ', exercises, re.M)),
+                solutions=(path.parent/'solutions'/path.name).is_file())
+
+
+def lessons():
+    "All lessons in reading order; the map itself and the solutions are none."
+    return [lesson(p) for p in notebooks() if p.parent.name == 'nbs' and p.stem != 'index']
+
+
+def lesson_table(nbs):
+    "The lessons as a Markdown table; `nbs` is the way from the page to the notebooks, 'nbs/' or ''."
+    rows = ['| lesson | what it is about | module | time | exercises |', '|---|---|---|---|---|']
+    for l in lessons():
+        worked = f' · [worked]({nbs}solutions/{l["name"]}.ipynb)' if l['solutions'] else ''
+        module = f'`{l["module"]}`' if l['module'] else ''
+        rows.append(f'| [{l["name"][:2]} {l["title"]}]({nbs}{l["name"]}.ipynb) | {l["summary"]} | {module} | {l["time"]} | {l["exercises"] or ""}{worked} |')
+    return '\n'.join(rows)
+
+
+def quickstart():
+    "The Python lines of the README."
+    return re.search(r'<!-- quickstart -->\s*```python\n(.*?)```', README.read_text(encoding='utf-8'), re.S)[1]
+
+
+def run_quickstart():
+    "What they print, each time measured again."
+    return subprocess.run([sys.executable, '-c', quickstart()], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def measured_blocks():
+    "The blocks that data/results/demo.csv decides."
+    from vitprune_nb.demo import result_table, summary, table_text
+    from vitprune_nb.results import read_rows
+    rows = read_rows(ROWS)
+    r = rows[0]
+    machine = (f'Measured on {r["device_name"]}, {r["threads"]} threads, {r["dtype"]}, batch {r["batch"]}, PyTorch {r["torch"]}, Python {r["python"]}, '
+               f'on {r["date"][:10]}; commit `{r["commit"]}`; {r["images"]:,} test images of the {r["data"]} set.')
+    return dict(demo=f'```text\n{table_text(rows)}\n\n{summary(rows)}\n```', results=result_table(rows), machine=machine)
+
+
+def blocks():
+    "All blocks of the README that can be made again without measuring anything."
+    return dict(measured_blocks(), lessons=lesson_table('nbs/'))
+
+
+def update_index():
+    "Fill the lesson table of the map; returns True when it changed."
+    nb = json.loads(INDEX.read_text(encoding='utf-8'))
+    old = json.dumps(nb)
+    for c in nb['cells']:
+        s = ''.join(c['source'])
+        if '<!-- lessons:start -->' in s:
+            start, end = s.index('<!-- lessons:start -->') + len('<!-- lessons:start -->'), s.index('<!-- lessons:end -->')
+            c['source'] = (s[:start] + '\n\n' + lesson_table('') + '\n\n' + s[end:]).splitlines(keepends=True)
+    if json.dumps(nb) == old: return False
+    INDEX.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    return True
+
+
+def main(args):
+    from vitprune_nb.results import update_block
+    changed = {}
+    if args[:1] == ['--measured']:
+        demo = Path(args[1])
+        for path in (ROWS, PICTURE): path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(demo/'results.csv', ROWS)
+        shutil.copyfile(demo/'kept.png', PICTURE)
+        changed['quickstart'] = update_block(README, 'quickstart-output', f'```text\n{run_quickstart()}\n```')
+    changed |= {name: update_block(README, name, text) for name, text in blocks().items()}
+    changed['map'] = update_index()
+    print('changed:', ', '.join(k for k, v in changed.items() if v) or 'nothing')
+
+
+if __name__ == '__main__': main(sys.argv[1:])
