@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'FATES', 'SCORERS', 'Step', 'Tokens', 'register_scorer', 'Scorer', 'NormScore', 'RandomScore',
-           'ClsAttention', 'Policy', 'parse_schedule', 'schedule_policy', 'project_qkv', 'heads', 'finish', 'attend',
-           'cls_attention_row', 'select', 'fuse_tokens', 'merge_tokens', 'Stream', 'attn_branch', 'mlp_branch',
-           'scores_of', 'run_mask', 'take', 'put', 'keep_index', 'run_gather', 'Packed', 'row_spans',
-           'packed_attention', 'run_packed', 'Trace', 'SlimViT', 'check_policy', 'np_close', 'recipe_of', 'save_slim',
-           'load_slim', 'GivenCounts', 'pyramid', 'bench_engine']
+           'ClsAttention', 'Policy', 'parse_schedule', 'schedule_policy', 'attend', 'select', 'fuse_tokens',
+           'merge_tokens', 'attn_branch', 'mlp_branch', 'Trace', 'SlimViT', 'check_policy', 'save_slim', 'load_slim',
+           'GivenCounts', 'pyramid', 'bench_engine']
 
 # %% ../nbs/05_engine.ipynb #00f205cc
 import dataclasses, json, math, os, shutil, tempfile
@@ -65,7 +63,7 @@ class Tokens:
     memory: dict               # lives for one forward pass; scorers may leave notes for later blocks
     cls_row: torch.Tensor|None = None # (B, H, n) attention of CLS, for scorers with `needs = 'cls_row'` at the middle
 
-# %% ../nbs/05_engine.ipynb #13f8ccd3
+# %% ../nbs/05_engine.ipynb #7186c384
 SCORERS = {}
 def register_scorer(name:str): # What a saved policy calls it
     "Class decorator: makes a scorer loadable by name. Its `config()` must rebuild it."
@@ -78,6 +76,7 @@ class Scorer(nn.Module):
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
     def macs(self, n:float, dim:int)->float: return 0. # cost of scoring n tokens of width dim
 
+# %% ../nbs/05_engine.ipynb #87e45b9b
 @register_scorer('norm')
 class NormScore(Scorer):
     "L2 norm of the token: the simplest score that looks at the image."
@@ -93,13 +92,34 @@ class RandomScore(Scorer):
     def config(self): return dict(seed=self.seed, size=self.size)
     def forward(self, t:Tokens): return self.table[t.pos.clamp_min(0) % self.size]
 
+# %% ../nbs/05_engine.ipynb #60583800
 @register_scorer('cls_attention')
 class ClsAttention(Scorer):
     "Attention that CLS pays to the token, mean over heads (EViT, Liang et al. 2022, section 3.2)."
     needs = 'cls_row'
     def forward(self, t:Tokens): return t.cls_row.float().mean(1)
 
-# %% ../nbs/05_engine.ipynb #eb65423a
+# %% ../nbs/05_engine.ipynb #21bde71e
+def _spent(s:Step, n:int, n_prefix:int):
+    "(Nq, Nkv, Nmlp) of a block that `n` tokens enter, and how many leave it."
+    k = min(n, n_prefix + s.patches)
+    after = k + (s.fate == 'fuse' and k < n)   # the fused token
+    inside = k if s.at == 'queries' or s.fate == 'idle' else after
+    return dict(before=(inside,)*3, queries=(k, n, k), middle=(n, n, inside))[s.at], n if s.fate == 'idle' else after
+
+# %% ../nbs/05_engine.ipynb #74a6bdea
+def _step_to_dict(s:Step)->dict:
+    d = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != 'score' and getattr(s, f.name) is not None}
+    return d if s.score is None else dict(d, score=dict(kind=s.score.kind, **s.score.config()))
+
+def _step_from_dict(d:dict)->Step:
+    d = dict(d); score = d.pop('score', None)
+    if score is None: return Step(**{**d, 'keep': tuple(d['keep'])})
+    score = dict(score); kind = score.pop('kind')
+    require(kind in SCORERS, 'score', kind, ', '.join(sorted(SCORERS)), 'Import the module of the method that defines it first.')
+    return Step(**d, score=SCORERS[kind](**score))
+
+# %% ../nbs/05_engine.ipynb #5e37b858
 class Policy:
     "Which block decides what; everything the engine needs to know about a method."
     def __init__(self, steps:dict=None, # {block index (0-based): Step}
@@ -133,32 +153,20 @@ class Policy:
             if s is None: out.append((n, n, n)); continue
             require(not s.ragged, 'policy', f'{self.name}, whose counts depend on the image', 'steps with keep or count',
                     'Measure them instead: SlimViT(model, policy, mode="packed").trace(images).')
-            k = min(n, n_prefix + s.patches)
-            after = k + (s.fate == 'fuse' and k < n)   # the fused token
-            inside = k if s.at == 'queries' or s.fate == 'idle' else after
-            out.append(dict(before=(inside,)*3, queries=(k, n, k), middle=(n, n, inside))[s.at])
-            n = n if s.fate == 'idle' else after
+            used, n = _spent(s, n, n_prefix)
+            out.append(used)
         return out
 
     def to_dict(self)->dict:
         "Plain values for JSON; scorers by their registered name."
-        def one(s):
-            d = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != 'score' and getattr(s, f.name) is not None}
-            return d if s.score is None else dict(d, score=dict(kind=s.score.kind, **s.score.config()))
-        return dict(name=self.name, steps={str(i): one(s) for i, s in self.steps.items()})
+        return dict(name=self.name, steps={str(i): _step_to_dict(s) for i, s in self.steps.items()})
 
     @classmethod
     def from_dict(cls, d:dict)->'Policy':
         "The inverse of `to_dict`."
-        def one(s):
-            s = dict(s); score = s.pop('score', None)
-            if score is None: return Step(**{**s, 'keep': tuple(s['keep'])})
-            score = dict(score); kind = score.pop('kind')
-            require(kind in SCORERS, 'score', kind, ', '.join(sorted(SCORERS)), 'Import the module of the method that defines it first.')
-            return Step(**s, score=SCORERS[kind](**score))
-        return cls({int(i): one(s) for i, s in d['steps'].items()}, d['name'])
+        return cls({int(i): _step_from_dict(s) for i, s in d['steps'].items()}, d['name'])
 
-# %% ../nbs/05_engine.ipynb #2c178eeb
+# %% ../nbs/05_engine.ipynb #6cef6bee
 def parse_schedule(value,        # 0.7 · [1, 1, .7, …] · {3: .7, 6: .5} (0-based block index) · a JSON file with one of these
                    n_blocks:int, # L
                    )->list:      # L keep rates in (0, 1]
@@ -179,6 +187,7 @@ def parse_schedule(value,        # 0.7 · [1, 1, .7, …] · {3: .7, 6: .5} (0-b
         require(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1, 'keep_rate', r, 'a number in (0, 1]', 'Use 1 to keep every patch.')
     return [float(r) for r in rates]
 
+# %% ../nbs/05_engine.ipynb #4cc535a2
 def schedule_policy(schedule,     # See `parse_schedule`
                     n_blocks:int, # L
                     n_patches:int,# Patch tokens of a dense block
@@ -193,24 +202,25 @@ def schedule_policy(schedule,     # See `parse_schedule`
         if fate != 'idle': now = min(now, k)
     return Policy(steps, name)
 
-# %% ../nbs/05_engine.ipynb #8e8a96ea
-def project_qkv(attn, xq, xkv):
+# %% ../nbs/05_engine.ipynb #57df2e2a
+def _project_qkv(attn, xq, xkv):
     "q (…, Nq, H·d) and k, v (…, Nkv, H·d) through timm's one qkv layer; one product when queries and keys are the same tokens."
     w, b, A = attn.qkv.weight, attn.qkv.bias, attn.num_heads*attn.head_dim
     if xq is xkv: return attn.qkv(xq).chunk(3, -1)
     q = F.linear(xq, w[:A], None if b is None else b[:A])
     return (q, *F.linear(xkv, w[A:], None if b is None else b[A:]).chunk(2, -1))
 
-def heads(attn, t):
+def _heads(attn, t):
     "(…, N, H·d) -> (…, H, N, d)"
     return t.unflatten(-1, (attn.num_heads, -1)).transpose(-2, -3)
 
-def finish(attn, out, xq):
+def _finish(attn, out, xq):
     "Output norm, gate, projection: what timm does after the heads are joined. out: (…, Nq, H·d)."
     out = getattr(attn, 'norm', nn.Identity())(out)
     if getattr(attn, 'gate', None) is not None: out = out*attn.gate(xq).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
+# %% ../nbs/05_engine.ipynb #42d4b8e6
 def attend(attn,            # timm's Attention
            xq,              # (B, Nq, D) normalised tokens that ask
            xkv,             # (B, Nkv, D) normalised tokens that answer
@@ -218,7 +228,7 @@ def attend(attn,            # timm's Attention
            key_weight=None, # (B, Nkv) in [0, 1]: multiplies exp(logit), as life regression's soft weights do
            ):               # (B, Nq, D)
     "Multi-head attention of `xq` over `xkv` with timm's weights."
-    q, k, v = (heads(attn, t) for t in project_qkv(attn, xq, xkv))
+    q, k, v = (_heads(attn, t) for t in _project_qkv(attn, xq, xkv))
     q, k = attn.q_norm(q), attn.k_norm(k)
     if key_weight is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale, dropout_p=attn.attn_drop.p if attn.training else 0.)
@@ -227,12 +237,13 @@ def attend(attn,            # timm's Attention
         if bias is not None: logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
         e = (logits - logits.amax(-1, keepdim=True)).exp()*key_weight[:, None, None]
         out = attn.attn_drop(e/e.sum(-1, keepdim=True)) @ v
-    return finish(attn, out.transpose(-2, -3).flatten(-2), xq)
+    return _finish(attn, out.transpose(-2, -3).flatten(-2), xq)
 
-def cls_attention_row(attn, xn):
+# %% ../nbs/05_engine.ipynb #bcaaa73e
+def _cls_attention_row(attn, xn):
     "(B, H, N): softmax row of token 0 alone, recomputed for N·D MACs so that fused attention can stay on."
-    q, k, _ = project_qkv(attn, xn, xn) if xn.shape[1] == 1 else project_qkv(attn, xn[:, :1], xn)
-    q, k = attn.q_norm(heads(attn, q)), attn.k_norm(heads(attn, k))
+    q, k, _ = _project_qkv(attn, xn, xn) if xn.shape[1] == 1 else _project_qkv(attn, xn[:, :1], xn)
+    q, k = attn.q_norm(_heads(attn, q)), attn.k_norm(_heads(attn, k))
     return (q @ k.transpose(-1, -2)*attn.scale).squeeze(-2)
 
 # %% ../nbs/05_engine.ipynb #5cc9e4b5
@@ -250,7 +261,7 @@ def select(step:Step, t:Tokens, scores=None)->torch.Tensor: # (B, n) bool: which
     else: keep = scores > step.threshold
     return (keep & present) | prefix
 
-# %% ../nbs/05_engine.ipynb #c7d476d8
+# %% ../nbs/05_engine.ipynb #18171213
 def fuse_tokens(x, drop, size, weight=None):
     "x (B, n, D), drop (B, n) bool, size (B, n) -> fused token (B, 1, D), its size (B, 1), whether anything was fused (B, 1)."
     w = drop*size if weight is None else drop*size*weight
@@ -258,6 +269,7 @@ def fuse_tokens(x, drop, size, weight=None):
     fused = (w[..., None]*x).sum(1, keepdim=True)/total.clamp_min(1e-12)[..., None]
     return fused.to(x.dtype), (drop*size).sum(1, keepdim=True), drop.any(1, keepdim=True)
 
+# %% ../nbs/05_engine.ipynb #130f19ed
 def merge_tokens(x, keep, drop, size, n_prefix):
     "Average each dropped token into its most similar kept patch token -> x, size. Without a kept patch, into the last prefix token."
     target = keep.clone(); target[:, :n_prefix] &= ~keep[:, n_prefix:].any(1, keepdim=True)
@@ -268,8 +280,8 @@ def merge_tokens(x, keep, drop, size, n_prefix):
     mass = torch.zeros_like(x).scatter_add(1, dst[..., None].expand_as(x), x*size[..., None].to(x.dtype))
     return torch.where(new_size[..., None] > 0, mass/new_size.clamp_min(1e-12)[..., None].to(x.dtype), x), new_size
 
-# %% ../nbs/05_engine.ipynb #1da5ceed
-class Stream:
+# %% ../nbs/05_engine.ipynb #397cfb64
+class _Stream:
     "The state between blocks: tokens, who is present, positions, sizes, frozen outputs."
     def __init__(self, x, n_prefix, sized):
         B, n, _ = x.shape
@@ -288,20 +300,24 @@ class Stream:
         values, where = self.frozen
         self.frozen = (values.index_put((b, self.pos[b, j]), self.x[b, j]), where.index_put((b, self.pos[b, j]), torch.ones_like(b, dtype=torch.bool)))
 
+# %% ../nbs/05_engine.ipynb #59ffaa56
 def attn_branch(block, x, xq=None, **kw):
     "Residual update of the attention sub-layer for the tokens `xq` (default: all of `x`, both before norm1)."
     xn = block.norm1(x)
     qn = xn if xq is None else xq(xn)
     return block.drop_path1(block.ls1(attend(block.attn, qn, xn, **kw)))
 
-def mlp_branch(block, x): return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+def mlp_branch(block, x):
+    "Residual update of the MLP sub-layer, (…, D) -> (…, D)."
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-def scores_of(step, s, i, block, training):
+# %% ../nbs/05_engine.ipynb #9e8ce59f
+def _scores_of(step, s, i, block, training):
     "Scores at a decision point, from the features there and, at the middle, from CLS attention."
     if step.score is None: return None
     row = None
     if getattr(step.score, 'needs', '') == 'cls_row':
-        logits = cls_attention_row(block.attn, block.norm1(s.memory['entered']))
+        logits = _cls_attention_row(block.attn, block.norm1(s.memory['entered']))
         if s.size is not None: logits = logits + s.size.log().clamp_min(-1e4)[:, None]
         if s.present is not None: logits = logits.masked_fill(~s.present[:, None], -math.inf)
         row = logits.softmax(-1)
@@ -311,7 +327,7 @@ def scores_of(step, s, i, block, training):
         require(not bad.any(), 'score', f'NaN from {type(step.score).__name__} in block index {i}', 'finite scores', 'Check the weights and the images for NaN.')
     return scores
 
-# %% ../nbs/05_engine.ipynb #ad5ee07f
+# %% ../nbs/05_engine.ipynb #8f3880ee
 def _mask_fate(s, step, keep, scores, n_tokens):
     "Let the tokens outside `keep` meet their fate without moving anything; returns `keep`, one longer after a fuse."
     present = torch.ones_like(keep) if s.present is None else s.present
@@ -326,6 +342,7 @@ def _mask_fate(s, step, keep, scores, n_tokens):
     s.present = keep
     return keep
 
+# %% ../nbs/05_engine.ipynb #1c7b4dd2
 def _key_bias(s, keys):
     "What the attention logits get: -inf for absent keys, log(size) for merged ones; (B, 1, 1, n) or None."
     if s.size is not None:
@@ -334,12 +351,13 @@ def _key_bias(s, keys):
         return bias[:, None, None].to(s.x.dtype)
     return None if keys is None else keys[:, None, None]
 
-def run_mask(s, i, block, step, n_tokens, trace, training):
+# %% ../nbs/05_engine.ipynb #c38bf45a
+def _run_mask(s, i, block, step, n_tokens, trace, training):
     "One block, dense: the oracle of the other two modes."
     everyone = lambda: torch.ones(s.x.shape[:2], dtype=torch.bool, device=s.x.device) if s.present is None else s.present
     keep, weight, scores = None, None, None
     if step is not None and step.at != 'middle':
-        scores = scores_of(step, s, i, block, training)
+        scores = _scores_of(step, s, i, block, training)
         keep = select(step, s.tokens(i), scores)
     if step is not None and step.at == 'before':
         keep = _mask_fate(s, step, keep, scores, n_tokens)
@@ -354,7 +372,7 @@ def run_mask(s, i, block, step, n_tokens, trace, training):
     if active is not None: x = torch.where(active[..., None], x, s.x)
     s.x = x
     if step is not None and step.at == 'middle':
-        scores = scores_of(step, s, i, block, training)
+        scores = _scores_of(step, s, i, block, training)
         keep = active = _mask_fate(s, step, select(step, s.tokens(i), scores), scores, n_tokens)
     x = s.x + mlp_branch(block, s.x)
     mlp = everyone() if active is None else active
@@ -362,21 +380,22 @@ def run_mask(s, i, block, step, n_tokens, trace, training):
     if step is not None and step.at == 'queries': _mask_fate(s, step, keep, scores, n_tokens)
     if trace is not None: trace.add(q.sum(1), kv.sum(1), mlp.sum(1), s.pos if mlp.shape[1] == s.pos.shape[1] else s.pos[:, :mlp.shape[1]], mlp)
 
-# %% ../nbs/05_engine.ipynb #b8d20401
-def take(x, idx):
+# %% ../nbs/05_engine.ipynb #b15510ca
+def _take(x, idx):
     "Tokens at idx: (k,) the same for all images, or (B, k) per image."
     if idx.dim() == 1: return x.index_select(1, idx)
     return x.gather(1, idx if x.dim() == 2 else idx[..., None].expand(-1, -1, x.shape[-1]))
 
-def put(x, idx, values):
+def _put(x, idx, values):
     "x with the tokens at idx replaced."
     if idx.dim() == 1: return x.index_copy(1, idx, values)
     return x.scatter(1, idx[..., None].expand_as(values), values)
 
-def keep_index(keep, k:int):
+def _keep_index(keep, k:int):
     "(B, n) bool with k True in every row -> (B, k) positions in ascending order."
     return keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
 
+# %% ../nbs/05_engine.ipynb #1b307f29
 def _gather_fate(s, step, idx, scores, n_tokens):
     "Shrink the stream to `idx`; the rest meets its fate. Returns nothing for idle."
     if step.fate == 'idle': return
@@ -386,45 +405,46 @@ def _gather_fate(s, step, idx, scores, n_tokens):
         if step.fate == 'halt': s.halt(~keep, n_tokens)
         if step.fate == 'merge': s.x, s.size = merge_tokens(s.x, keep, ~keep, s.size, s.n_prefix)
         if step.fate == 'fuse': extra = fuse_tokens(s.x, ~keep, s.size, None if scores is None else scores.clamp_min(1e-6))
-    s.x, s.pos = take(s.x, idx), take(s.pos, idx)
-    if s.size is not None: s.size = take(s.size, idx)
+    s.x, s.pos = _take(s.x, idx), _take(s.pos, idx)
+    if s.size is not None: s.size = _take(s.size, idx)
     if step.fate == 'fuse' and idx.shape[-1] < n:
         s.x, s.size = torch.cat([s.x, extra[0]], 1), torch.cat([s.size, extra[1]], 1)
         s.pos = torch.cat([s.pos, torch.full_like(s.pos[:, :1], -1)], 1)
 
-def run_gather(s, i, block, step, static, n_tokens, trace, training):
+# %% ../nbs/05_engine.ipynb #0fe1e26d
+def _run_gather(s, i, block, step, static, n_tokens, trace, training):
     "One block on the kept tokens only; `static` holds constant indices, or None."
     def choose():
-        scores = scores_of(step, s, i, block, training)
+        scores = _scores_of(step, s, i, block, training)
         if static is not None: return static, scores
-        return keep_index(select(step, s.tokens(i), scores), min(s.x.shape[1], s.n_prefix + step.count)), scores
+        return _keep_index(select(step, s.tokens(i), scores), min(s.x.shape[1], s.n_prefix + step.count)), scores
     at, idx, n = (step.at if step else None), None, s.x.shape[1]
     if at == 'before':
         idx, scores = choose()
         _gather_fate(s, step, idx, scores, n_tokens)
-        x = take(s.x, idx) if step.fate == 'idle' else s.x
-        x = block(x) if s.size is None else _sized_block(block, x, s.size if step.fate != 'idle' else take(s.size, idx))
-        nq = nkv = nmlp = x.shape[1]; who = take(s.pos, idx) if step.fate == 'idle' else s.pos
-        s.x = put(s.x, idx, x) if step.fate == 'idle' else x
+        x = _take(s.x, idx) if step.fate == 'idle' else s.x
+        x = block(x) if s.size is None else _sized_block(block, x, s.size if step.fate != 'idle' else _take(s.size, idx))
+        nq = nkv = nmlp = x.shape[1]; who = _take(s.pos, idx) if step.fate == 'idle' else s.pos
+        s.x = _put(s.x, idx, x) if step.fate == 'idle' else x
     elif at == 'queries':
         idx, scores = choose()
-        x = take(s.x, idx) + attn_branch(block, s.x, xq=lambda xn: take(xn, idx), bias=_key_bias(s, None))
+        x = _take(s.x, idx) + attn_branch(block, s.x, xq=lambda xn: _take(xn, idx), bias=_key_bias(s, None))
         x = x + mlp_branch(block, x)
-        nq, nkv, nmlp, who = x.shape[1], n, x.shape[1], take(s.pos, idx)
+        nq, nkv, nmlp, who = x.shape[1], n, x.shape[1], _take(s.pos, idx)
         if step.fate == 'remove':
             s.x, s.pos = x, who
-            if s.size is not None: s.size = take(s.size, idx)
+            if s.size is not None: s.size = _take(s.size, idx)
         else:
-            s.x = put(s.x, idx, x); _gather_fate(s, step, idx, scores, n_tokens)
+            s.x = _put(s.x, idx, x); _gather_fate(s, step, idx, scores, n_tokens)
     elif at == 'middle':
         s.memory['entered'] = s.x
         s.x = s.x + attn_branch(block, s.x, bias=_key_bias(s, None))
         idx, scores = choose()
         _gather_fate(s, step, idx, scores, n_tokens)
-        x = take(s.x, idx) if step.fate == 'idle' else s.x
+        x = _take(s.x, idx) if step.fate == 'idle' else s.x
         x = x + mlp_branch(block, x)
-        nq, nkv, nmlp, who = n, n, x.shape[1], take(s.pos, idx) if step.fate == 'idle' else s.pos
-        s.x = put(s.x, idx, x) if step.fate == 'idle' else x
+        nq, nkv, nmlp, who = n, n, x.shape[1], _take(s.pos, idx) if step.fate == 'idle' else s.pos
+        s.x = _put(s.x, idx, x) if step.fate == 'idle' else x
     else:
         s.x = block(s.x) if s.size is None else _sized_block(block, s.x, s.size)
         nq = nkv = nmlp = n; who = s.pos
@@ -437,17 +457,17 @@ def _sized_block(block, x, size):
     x = x + attn_branch(block, x, bias=size.log()[:, None, None].to(x.dtype))
     return x + mlp_branch(block, x)
 
-# %% ../nbs/05_engine.ipynb #5f3d36c4
-class Packed:
+# %% ../nbs/05_engine.ipynb #928eb4d3
+class _Packed:
     "Ragged state: one (total, D) matrix and the number of tokens of each image."
-    def __init__(self, s:Stream):
+    def __init__(self, s:_Stream):
         self.s, B, n = s, s.x.shape[0], s.x.shape[1]
         self.x, self.pos = s.x.flatten(0, 1), s.pos.flatten()
         self.size = None if s.size is None else s.size.flatten()
         self.lens = [n]*B
 
     def padded(self):
-        "The same tokens as a padded Stream, for scorers and for fates that need the whole image."
+        "The same tokens as a padded _Stream, for scorers and for fates that need the whole image."
         s, B, n = self.s, len(self.lens), max(self.lens)
         mask = torch.arange(n, device=self.x.device) < torch.tensor(self.lens, device=self.x.device)[:, None]
         fill = lambda v, c: torch.full((B, n, *v.shape[1:]), c, dtype=v.dtype, device=v.device).masked_scatter(mask.view(B, n, *[1]*(v.dim() - 1)), v)
@@ -460,17 +480,18 @@ class Packed:
         self.x, self.pos, self.lens = s.x[mask], s.pos[mask], mask.sum(1).tolist()
         if self.size is not None: self.size = s.size[mask]
 
-def row_spans(lens):
+# %% ../nbs/05_engine.ipynb #1513ae2e
+def _row_spans(lens):
     "Start and end of each image's rows."
     ends = torch.tensor(lens).cumsum(0).tolist()
     return list(zip([0] + ends[:-1], ends))
 
-def packed_attention(block, xq, xkv, qlens, kvlens, size=None):
+def _packed_attention(block, xq, xkv, qlens, kvlens, size=None):
     "Attention sub-layer on packed tokens (before norm1); projections once for all, softmax image by image."
     attn = block.attn
     xn = block.norm1(xkv)
     qn = xn if xq is None else block.norm1(xq)
-    q, k, v = (heads(attn, t) for t in project_qkv(attn, qn, xn))      # (H, total, d)
+    q, k, v = (_heads(attn, t) for t in _project_qkv(attn, qn, xn))      # (H, total, d)
     q, k = attn.q_norm(q), attn.k_norm(k)
     bias = None if size is None else size.log().to(q.dtype)
     if len(set(qlens)) == 1 and len(set(kvlens)) == 1:
@@ -480,17 +501,18 @@ def packed_attention(block, xq, xkv, qlens, kvlens, size=None):
         out = out.transpose(1, 2).flatten(0, 1).flatten(1)
     else:
         out = q.new_empty(q.shape[1], q.shape[0]*v.shape[-1])
-        for (a, b), (c, d) in zip(row_spans(qlens), row_spans(kvlens)):
+        for (a, b), (c, d) in zip(_row_spans(qlens), _row_spans(kvlens)):
             m = None if bias is None else bias[None, None, c:d]
             o = F.scaled_dot_product_attention(q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], attn_mask=None if m is None else m[None], scale=attn.scale)
             out[a:b] = o[0].transpose(0, 1).flatten(1)
-    return block.ls1(finish(attn, out, qn))
+    return block.ls1(_finish(attn, out, qn))
 
-def run_packed(p, i, block, step, n_tokens, trace):
+# %% ../nbs/05_engine.ipynb #358eae24
+def _run_packed(p, i, block, step, n_tokens, trace):
     "One block on packed tokens."
     def choose():
         s, mask = p.padded()
-        scores = scores_of(step, s, i, block, False)
+        scores = _scores_of(step, s, i, block, False)
         return s, mask, scores, select(step, s.tokens(i), scores) & mask
     def apply(s, keep, scores):
         "Fate of the rest; afterwards the pack holds what is present."
@@ -504,11 +526,11 @@ def run_packed(p, i, block, step, n_tokens, trace):
     if act is None:
         q, qlens, kvlens = p.x, lens, lens
         if at == 'middle': s, mask = p.padded(); s.memory['entered'] = s.x
-        x = p.x + packed_attention(block, None, p.x, lens, lens, p.size)
+        x = p.x + _packed_attention(block, None, p.x, lens, lens, p.size)
     else:
         q, qlens, kvlens = p.x[act], alens, alens if at == 'before' else lens
-        if at == 'before': x = q + packed_attention(block, None, q, alens, alens, None if p.size is None else p.size[act])
-        else: x = q + packed_attention(block, q, p.x, alens, lens, p.size)
+        if at == 'before': x = q + _packed_attention(block, None, q, alens, alens, None if p.size is None else p.size[act])
+        else: x = q + _packed_attention(block, q, p.x, alens, lens, p.size)
     if at == 'middle':
         p.x = x
         s, mask, scores, keep = choose()
@@ -527,7 +549,7 @@ def run_packed(p, i, block, step, n_tokens, trace):
 def _pad_pos(pos, lens):
     "(total,) positions -> (B, longest) and which of them are real."
     out = torch.full((len(lens), max(lens)), -2, dtype=pos.dtype)
-    for b, (a, e) in enumerate(row_spans(lens)): out[b, :e - a] = pos[a:e].cpu()
+    for b, (a, e) in enumerate(_row_spans(lens)): out[b, :e - a] = pos[a:e].cpu()
     return out, out > -2
 
 # %% ../nbs/05_engine.ipynb #a8f95a89
@@ -547,8 +569,49 @@ class Trace:
         for l, (*_, pos, real) in enumerate(self.rows): out[:, l].scatter_(1, torch.where(real & (pos >= 0), pos, n_tokens), True)
         return out[..., :n_tokens]
 
-# %% ../nbs/05_engine.ipynb #f4410e30
-class SlimViT(nn.Module):
+# %% ../nbs/05_engine.ipynb #73f3672c
+class _LikeTimm(nn.Module):
+    "What trainers and optimisers expect of a timm model, answered by the wrapped one."
+    num_classes = property(lambda self: self.model.num_classes)
+    num_prefix_tokens = property(lambda self: self.model.num_prefix_tokens)
+    patch_embed = property(lambda self: self.model.patch_embed)
+    blocks = property(lambda self: self.model.blocks)
+    pretrained_cfg = property(lambda self: self.model.pretrained_cfg)
+    def get_classifier(self): return self.model.get_classifier()
+    def no_weight_decay(self): return {f'model.{n}' for n in self.model.no_weight_decay()}
+    def group_matcher(self, coarse=False):
+        inner = lambda r: r.replace('^', r'^model\.')
+        return {k: inner(v) if isinstance(v, str) else [(inner(r), o) for r, o in v] for k, v in self.model.group_matcher(coarse).items()}
+
+# %% ../nbs/05_engine.ipynb #7817f184
+def _static_indices(model, policy, mode, n_tokens)->dict: # {block index: positions}
+    "For each block with a static step: where the kept tokens stand among those still there."
+    prefix, left, out = model.num_prefix_tokens, list(range(n_tokens)), {}
+    for i, s in policy.steps.items():
+        if s.keep is None:
+            left = left if s.fate == 'idle' else None; continue
+        require(left is not None or mode != 'gather', 'policy', f'static positions in block index {i} after a per-image step', 'static steps first',
+                "Or use mode='mask' or 'packed'.")
+        if left is None: continue
+        want = [*range(prefix), *(p + prefix for p in s.keep)]
+        gone = sorted(set(want) - set(left))
+        require(not gone, 'policy', f'patch {gone[0] - prefix if gone else 0} kept in block index {i} though an earlier block dropped it', 'nested positions, or fate idle')
+        out[i] = [left.index(t) for t in want]
+        if s.fate != 'idle': left = want + ([None] if s.fate == 'fuse' and len(want) < len(left) else [])
+    return out
+
+# %% ../nbs/05_engine.ipynb #1e858210
+def _thaw(s:_Stream):
+    "Put the last values of halted tokens back at their places."
+    values, where = s.frozen
+    there = torch.ones_like(s.pos, dtype=torch.bool) if s.present is None else s.present
+    b, j = there.nonzero(as_tuple=True)
+    s.x = values.index_put((b, s.pos[b, j]), s.x[b, j])
+    where = where.index_put((b, s.pos[b, j]), torch.ones_like(b, dtype=torch.bool))
+    s.present = None if where.all() else where
+
+# %% ../nbs/05_engine.ipynb #7012f6e5
+class SlimViT(_LikeTimm):
     "A timm ViT run under a policy; called like the model it wraps."
     def __init__(self, model:nn.Module,       # A timm VisionTransformer of standard blocks; shared, not copied
                  policy:Policy|None=None,     # None keeps everything
@@ -564,7 +627,7 @@ class SlimViT(nn.Module):
         self.scorers = nn.ModuleList(dict.fromkeys(s.score for s in steps if s.score is not None))
         self.sized = any(s.fate in ('fuse', 'merge') for s in steps)
         self.set_mode(mode)
-        for i, idx in self._static_indices().items(): self.register_buffer(f'static_{i}', torch.tensor(idx), persistent=False)
+        for i, idx in _static_indices(model, self.policy, mode, self.n_tokens).items(): self.register_buffer(f'static_{i}', torch.tensor(idx), persistent=False)
         self.train(model.training)
         self.register_state_dict_post_hook(_timm_names)
         self.register_load_state_dict_pre_hook(_our_names)
@@ -577,46 +640,21 @@ class SlimViT(nn.Module):
         self.mode = mode
         return self
 
-    def _static_indices(self)->dict:
-        "For each block with a static step: where the kept tokens stand among those still there."
-        prefix, left, out = self.model.num_prefix_tokens, list(range(self.n_tokens)), {}
-        for i, s in self.policy.steps.items():
-            if s.keep is None:
-                left = left if s.fate == 'idle' else None; continue
-            require(left is not None or self.mode != 'gather', 'policy', f'static positions in block index {i} after a per-image step', 'static steps first',
-                    "Or use mode='mask' or 'packed'.")
-            if left is None: continue
-            want = [*range(prefix), *(p + prefix for p in s.keep)]
-            gone = sorted(set(want) - set(left))
-            require(not gone, 'policy', f'patch {gone[0] - prefix if gone else 0} kept in block index {i} though an earlier block dropped it', 'nested positions, or fate idle')
-            out[i] = [left.index(t) for t in want]
-            if s.fate != 'idle': left = want + ([None] if s.fate == 'fuse' and len(want) < len(left) else [])
-        return out
-
     def _stream(self, images, trace=None):
         m = self.model
         require(not (self.training and self.mode == 'packed'), 'mode', 'packed in training', "'mask' or 'gather' in training")
         require(not (self.training and self.policy.steps and getattr(m.patch_drop, 'prob', 0)), 'patch_drop', 'patch dropout together with a policy', 'one of the two')
         x = m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(images))))
-        s = Stream(x, m.num_prefix_tokens, self.sized)
-        p = Packed(s) if self.mode == 'packed' else None
+        s = _Stream(x, m.num_prefix_tokens, self.sized)
+        p = _Packed(s) if self.mode == 'packed' else None
         for i, block in enumerate(m.blocks):
             step = self.policy.steps.get(i)
-            if p is not None: run_packed(p, i, block, step, self.n_tokens, trace)
-            elif self.mode == 'mask': run_mask(s, i, block, step, self.n_tokens, trace, self.training)
-            else: run_gather(s, i, block, step, getattr(self, f'static_{i}', None), self.n_tokens, trace, self.training)
+            if p is not None: _run_packed(p, i, block, step, self.n_tokens, trace)
+            elif self.mode == 'mask': _run_mask(s, i, block, step, self.n_tokens, trace, self.training)
+            else: _run_gather(s, i, block, step, getattr(self, f'static_{i}', None), self.n_tokens, trace, self.training)
         if p is not None: p.padded()
-        if s.frozen is not None: self._thaw(s)
+        if s.frozen is not None: _thaw(s)
         return s
-
-    def _thaw(self, s):
-        "Put the last values of halted tokens back at their places."
-        values, where = s.frozen
-        there = torch.ones_like(s.pos, dtype=torch.bool) if s.present is None else s.present
-        b, j = there.nonzero(as_tuple=True)
-        s.x = values.index_put((b, s.pos[b, j]), s.x[b, j])
-        where = where.index_put((b, s.pos[b, j]), torch.ones_like(b, dtype=torch.bool))
-        s.present = None if where.all() else where
 
     def forward_features(self, images):
         "(B, n, D) normalised tokens; in ragged batches and in mode 'mask', absent ones hold no meaning."
@@ -645,17 +683,7 @@ class SlimViT(nn.Module):
         "Which patches went through each block's MLP."
         return self.trace(images).computed(self.n_tokens)[..., self.model.num_prefix_tokens:]
 
-    num_classes = property(lambda self: self.model.num_classes)
-    num_prefix_tokens = property(lambda self: self.model.num_prefix_tokens)
-    patch_embed = property(lambda self: self.model.patch_embed)
-    blocks = property(lambda self: self.model.blocks)
-    pretrained_cfg = property(lambda self: self.model.pretrained_cfg)
-    def get_classifier(self): return self.model.get_classifier()
-    def no_weight_decay(self): return {f'model.{n}' for n in self.model.no_weight_decay()}
-    def group_matcher(self, coarse=False):
-        inner = lambda r: r.replace('^', r'^model\.')
-        return {k: inner(v) if isinstance(v, str) else [(inner(r), o) for r, o in v] for k, v in self.model.group_matcher(coarse).items()}
-
+# %% ../nbs/05_engine.ipynb #2254d8ba
 def _timm_names(module, state, prefix, _):
     "model.blocks.0… -> blocks.0…, as in the model's own state_dict."
     for k in [k for k in state if k.startswith(f'{prefix}model.')]: state[prefix + k[len(prefix) + 6:]] = state.pop(k)
@@ -664,7 +692,7 @@ def _our_names(module, state, prefix, *_):
     "The way back, when loading."
     for k in [k for k in state if k.startswith(prefix) and not k.startswith(f'{prefix}scorers.')]: state[f'{prefix}model.{k[len(prefix):]}'] = state.pop(k)
 
-# %% ../nbs/05_engine.ipynb #ae0ec13c
+# %% ../nbs/05_engine.ipynb #a1f16fee
 @torch.no_grad()
 def check_policy(model:nn.Module, # A timm ViT in eval mode
                  policy:Policy,   # What to check
@@ -685,16 +713,17 @@ def check_policy(model:nn.Module, # A timm ViT in eval mode
     traces = {m: s.trace(images) for m, s in slim.items()}
     for m, t in traces.items():
         assert t.computed(slim[m].n_tokens)[..., 0].all(), f'{policy.name}: CLS was dropped in mode {m}'
-        assert np_close(t.counts, traces['mask'].counts), f'{policy.name}: token counts of {m} and mask differ'
+        assert _np_close(t.counts, traces['mask'].counts), f'{policy.name}: token counts of {m} and mask differ'
     if not ragged:
         predicted = policy.counts(len(model.blocks), slim['mask'].n_tokens, model.num_prefix_tokens)
-        assert np_close(predicted, traces['mask'].counts), f'{policy.name}: predicted counts {predicted} are not what was computed'
+        assert _np_close(predicted, traces['mask'].counts), f'{policy.name}: predicted counts {predicted} are not what was computed'
     return out
 
-def np_close(a, b): return all(math.isclose(x, y, rel_tol=1e-5) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+def _np_close(a, b):
+    return all(math.isclose(x, y, rel_tol=1e-5) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
 
-# %% ../nbs/05_engine.ipynb #5ee4432e
-def recipe_of(model:nn.Module # A timm VisionTransformer
+# %% ../nbs/05_engine.ipynb #0d4571ce
+def _recipe_of(model:nn.Module # A timm VisionTransformer
               )->dict:        # model name and kwargs that build another one of the same shapes
     "What `create_vit` needs to make this model's shapes again, read off the model itself."
     b = model.blocks[0]
@@ -713,7 +742,7 @@ def save_slim(slim:SlimViT, # The pruned model
     from vitprune_nb.data import data_config
     folder = Path(folder)
     require(not folder.exists(), 'folder', folder, 'a folder that does not exist yet', 'Delete it or choose another name.')
-    config = dict(recipe_of(slim.model), policy=slim.policy.to_dict(), mode=slim.mode, data=data_config(slim.model), info=info)
+    config = dict(_recipe_of(slim.model), policy=slim.policy.to_dict(), mode=slim.mode, data=data_config(slim.model), info=info)
     twin = create_vit(config['model'], **config['kwargs'])
     shapes = lambda m: {k: tuple(v.shape) for k, v in m.state_dict().items()}
     require(shapes(twin) == shapes(slim.model), 'slim', f'a {config["model"]} whose shapes its name and arguments do not give', 'a timm model with its own shapes')
@@ -726,6 +755,7 @@ def save_slim(slim:SlimViT, # The pruned model
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
+# %% ../nbs/05_engine.ipynb #8c8b2ea0
 def load_slim(folder,               # What `save_slim` wrote
               mode:str|None=None,   # Another mode than it was saved with
               )->SlimViT:           # In eval mode; `.info` is what was remembered
@@ -744,7 +774,7 @@ def load_slim(folder,               # What `save_slim` wrote
     slim.info = config['info']
     return slim.eval()
 
-# %% ../nbs/05_engine.ipynb #4c9c4585
+# %% ../nbs/05_engine.ipynb #2d3a532d
 @register_scorer('given_counts')
 class GivenCounts(Scorer):
     "Scores above 0 for exactly counts[b] patches of image b (the same random order for all): ragged budgets on demand."
@@ -758,12 +788,13 @@ class GivenCounts(Scorer):
         rank = torch.cat([order.new_zeros(t.n_prefix), order])[t.pos.clamp_min(0)]
         return torch.tensor(self.counts, device=t.pos.device)[:len(t.pos), None] - rank - .5
 
+# %% ../nbs/05_engine.ipynb #dfb18e21
 def pyramid(n_blocks:int, n_patches:int, rates:dict, seed:int=0, at='before')->Policy: # rates: {block index: keep rate}
     "Random static nested positions with the given keep rates: for timing, where only the counts matter."
     order = torch.randperm(n_patches, generator=torch.Generator().manual_seed(seed)).tolist()
     return Policy({i: Step(at, 'remove', keep=tuple(order[:int(r*n_patches)])) for i, r in rates.items()}, f'pyramid {rates}')
 
-# %% ../nbs/05_engine.ipynb #fae6f505
+# %% ../nbs/05_engine.ipynb #deb03b6f
 def bench_engine(batch:int=32,     # Images at once
                  repeats:int=7,    # Timed rounds
                  model_name:str='deit_small_patch16_224', device='cpu',
@@ -771,6 +802,7 @@ def bench_engine(batch:int=32,     # Images at once
     "Time dense, gather and packed on a ViT with random weights, alternately in one process (images do not matter for time)."
     from vitprune_nb.cost import model_macs
     from vitprune_nb.measure import bench
+    from vitprune_nb.results import make_row
     net = create_vit(model_name)
     L, P = len(net.blocks), net.patch_embed.num_patches
     x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
@@ -782,8 +814,4 @@ def bench_engine(batch:int=32,     # Images at once
     dense = model_macs(net)
     macs = {'dense': dense, **{k: model_macs(net, p.counts(L, P + 1)) for k, p in plans.items()}, 'packed ragged': model_macs(net, nets['packed ragged'].trace(x).counts)}
     rows = bench(nets, x, repeats=repeats, device=device)
-    base = next(r for r in rows if r['name'] == 'dense')['latency_ms']
-    for r in rows:
-        r.update(model=model_name, macs=int(macs[r['name']]), mac_reduction=1 - macs[r['name']]/dense, time_reduction=1 - r['latency_ms']/base)
-        r['ratio'] = r['time_reduction']/r['mac_reduction'] if r['name'] != 'dense' else float('nan')
-    return rows
+    return [make_row(r['name'], model_name, timing=r, macs=macs[r['name']], note='random weights and images: for time only') for r in rows]
