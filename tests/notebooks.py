@@ -1,9 +1,9 @@
 """Run every notebook, solutions included.
 
 python tests/notebooks.py          as tests (nbdev_test); exit code 1 when one fails, none is found or the time is up
-python tests/notebooks.py --keep   in a kernel, top to bottom, outputs kept and execution counts dropped
+python tests/notebooks.py --keep [NAME …]   in a kernel, top to bottom, outputs kept and execution counts dropped
 """
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,14 +39,31 @@ def test(workers=WORKERS, limit=LIMIT):
     return 0 if rc == 0 and done == len(files) > 0 else 1
 
 
-def keep():
-    "Execute all notebooks in place, in reading order; the first error stops."
+SLOW = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags
+
+
+def execute(path):
+    "Run one notebook in a kernel and keep its outputs; cells flagged slow or cuda keep the outputs they have."
+    import nbformat
+    from nbclient import NotebookClient
+    nb = nbformat.read(path, as_version=4)
+    for c in nb.cells:
+        if c.cell_type == 'code' and SLOW.search(c.source): c.metadata['tags'] = ['flagged']
+    NotebookClient(nb, timeout=900, kernel_name='python3', resources=dict(metadata=dict(path=path.parent)),
+                   skip_cells_with_tag='flagged', coalesce_streams=True).execute()
+    for c in nb.cells: c.metadata.pop('tags', None)
+    nbformat.write(nb, path)
+
+
+def keep(names):
+    "Execute all notebooks (or those whose path holds one of `names`) in place, in reading order; the first error stops."
+    os.environ.update(environment(1))
     for p in notebooks():
+        if names and not any(n in str(p) for n in names): continue
         start = time.monotonic()
-        rc = subprocess.run([BIN/'jupyter', 'execute', '--inplace', '--timeout=900', '--log-level=ERROR', p], cwd=ROOT, env=environment(1)).returncode
-        print(f'{p.relative_to(ROOT)}: {"done" if rc == 0 else "FAILED"} after {time.monotonic() - start:.0f} s', flush=True)
-        if rc: return rc
+        execute(p)
+        print(f'{p.relative_to(ROOT)}: done after {time.monotonic() - start:.0f} s', flush=True)
     return subprocess.run([BIN/'nbdev_clean'], cwd=ROOT).returncode
 
 
-if __name__ == '__main__': sys.exit(keep() if '--keep' in sys.argv[1:] else test())
+if __name__ == '__main__': sys.exit(keep([a for a in sys.argv[1:] if a != '--keep']) if '--keep' in sys.argv[1:] else test())
