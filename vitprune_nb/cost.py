@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Widths', 'block_terms', 'block_macs', 'vit_blocks', 'block_widths', 'n_tokens', 'check_counts', 'cost_rows',
-           'model_params', 'model_macs', 'cost_table', 'reduction', 'speed_up', 'count_macs']
+           'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'count_macs']
 
 # %% ../nbs/03_cost.ipynb #b2d646f3
 from numbers import Real
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from .core import refuse, require
 
-# %% ../nbs/03_cost.ipynb #6525b1d2
+# %% ../nbs/03_cost.ipynb #41cf2461
 class Widths(NamedTuple):
-    "How many channels enter and leave the Linear layers of one block; in a plain ViT all but `hidden` are D."
+    "How many channels enter and leave the Linear layers of one block; in a plain ViT all but those of the MLP are D."
     attn_in: int # columns of `attn.qkv`
     qk: int      # rows of `attn.qkv` that make Q; as many make K
     v: int       # rows of `attn.qkv` that make V
@@ -30,29 +30,30 @@ def block_terms(nq,  # Tokens with a query: they leave attention
                 nkv, # Tokens with a key and a value
                 nmlp,# Tokens that go through the MLP
                 w:Widths, # Of this block
-                )->dict:  # MACs by part: 'Q', 'K and V', 'QKᵀ and AV', 'projection', 'MLP'
+                )->dict:  # MACs of 'Q', 'K and V', 'QKᵀ and AV', 'projection' and 'MLP'
     "MACs of one block, term by term."
     return {'Q': nq*w.attn_in*w.qk, 'K and V': nkv*w.attn_in*(w.qk + w.v), 'QKᵀ and AV': nq*nkv*(w.qk + w.v),
             'projection': nq*w.proj_in*w.out, 'MLP': nmlp*(w.mlp_in*w.hidden + w.fc2_in*w.out)}
 
+# %% ../nbs/03_cost.ipynb #457c1a24
 def block_macs(nq,      # Tokens with a query
                nkv,     # Tokens with a key and a value
                nmlp,    # Tokens that go through the MLP
                dim:int, # Width D of the residual stream
                mlp_dim:int, # Hidden width of the MLP
-               attn_dim:int|None=None, # All heads together; None: D
+               attn_dim:int|None=None, # Width of all heads together; None: D
                ):       # MACs, an int when all counts are
-    "MACs of one block: 2·nq·D² + 2·nkv·D² + 2·nq·nkv·D + 2·nmlp·D·D_mlp (with `attn_dim` = D)."
+    "MACs of one block: 2·nq·D² + 2·nkv·D² + 2·nq·nkv·D + 2·nmlp·D·D_mlp (where the heads are D wide together)."
     A = attn_dim or dim
     return sum(block_terms(nq, nkv, nmlp, Widths(dim, A, A, A, dim, dim, mlp_dim, mlp_dim)).values())
 
-# %% ../nbs/03_cost.ipynb #141edc98
+# %% ../nbs/03_cost.ipynb #f84cab8c
 def _refuse_model(model, why):
     refuse('model', f'{type(model).__name__}, {why}', 'a timm VisionTransformer of standard blocks (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)',
-           'Other networks: `count_macs(model, x)` counts what a forward pass does.')
+           'For other networks, `count_macs(model, x)` counts what a forward pass does.')
 
-def vit_blocks(model # A timm VisionTransformer, its channel-sliced version, or a SlimViT
-               ):    # (the ViT itself, its list of blocks)
+def vit_blocks(model # A timm VisionTransformer, one with cut channels, or a SlimViT
+               ):    # (the ViT itself, the list of its blocks)
     "The blocks that the formulas hold for; anything else is refused by its class name."
     vit = model.model if not hasattr(model, 'patch_embed') and hasattr(model, 'model') else model
     if not hasattr(vit, 'patch_embed') or not hasattr(vit, 'blocks'): _refuse_model(vit, 'which has no patch_embed and blocks')
@@ -65,42 +66,44 @@ def vit_blocks(model # A timm VisionTransformer, its channel-sliced version, or 
     if getattr(vit, 'attn_pool', None) is not None: _refuse_model(vit, 'which pools by attention')
     return vit, list(vit.blocks)
 
-def block_widths(block # One block of a ViT, plain or sliced
+# %% ../nbs/03_cost.ipynb #9c6c02fa
+def block_widths(block # One block of a ViT, plain or with cut channels
                  )->Widths:
     "The widths of a block, read from the shapes of its Linear layers."
     attn, mlp = block.attn, block.mlp
     (rows, attn_in), (out, proj_in) = attn.qkv.weight.shape, attn.proj.weight.shape
     (hidden, mlp_in), fc2_in = mlp.fc1.weight.shape, mlp.fc2.weight.shape[1]
     qk = getattr(attn, 'num_heads', 0)*getattr(attn, 'head_dim', 0)
-    if not qk or rows - 2*qk != proj_in: qk = rows//3   # V is narrower than Q and K only where its rows were sliced with proj's columns
+    if not qk or rows - 2*qk != proj_in: qk = rows//3   # three equal parts, unless V fits the projection
     return Widths(attn_in, qk, rows - 2*qk, proj_in, out, mlp_in, hidden, fc2_in)
 
 def n_tokens(model # A ViT
-             )->int: # N: prefix tokens (CLS, DIST, registers) + patches
+             )->int: # N: prefix tokens (CLS, DIST, registers) and patches
     "How many tokens enter the first block."
     vit, _ = vit_blocks(model)
     require(vit.patch_embed.num_patches is not None, 'model', f'{type(vit).__name__} of no fixed image size', 'a model with img_size set')
     return vit.num_prefix_tokens + vit.patch_embed.num_patches
 
-# %% ../nbs/03_cost.ipynb #373b8547
+# %% ../nbs/03_cost.ipynb #a46d62f8
 def check_counts(counts,   # One (nq, nkv, nmlp) per block; floats are means over images; None = dense
                  n_blocks:int, # L
                  n:int,        # N, all tokens of the dense model
-                 )->list:      # L tuples
-    "The counts as a list of L triples, or a refusal that says which entry is wrong."
+                 )->list:      # L triples
+    "The counts as a list of triples, or a refusal that says which entry is wrong."
     if counts is None: return [(n, n, n)]*n_blocks
     counts = [tuple(c) if hasattr(c, '__iter__') else (c,) for c in counts]
     require(len(counts) == n_blocks, 'counts', f'{len(counts)} entries', f'{n_blocks}, one (nq, nkv, nmlp) per block of the model')
     for i, c in enumerate(counts):
         require(len(c) == 3 and all(isinstance(x, Real) and 0 <= x <= n + 1e-6 for x in c), f'counts[{i}]', c,
                 f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
-        require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries', 'CLS is always kept, so its key is too.')
+        require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries', 'CLS is always kept, and so is its key.')
     return counts
 
-def cost_rows(model,       # A ViT, plain or sliced, or a SlimViT (whose policy is not read)
+# %% ../nbs/03_cost.ipynb #1179bfe0
+def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read)
               counts=None, # L triples (nq, nkv, nmlp); None = dense
-              )->list:     # One dict(block, part, tokens, macs, params) per part of each block; block -1 embeds, block L is the head
-    "The cost of a ViT, part by part."
+              )->list:     # dict(block, part, tokens, macs, params) for each part of each block; block -1 embeds, block L is the head
+    "The cost of a ViT, part by part, block by block."
     vit, blocks = vit_blocks(model)
     n, embed, size = n_tokens(model), vit.patch_embed, lambda *ms: sum(p.numel() for m in ms for p in m.parameters())
     patches = embed.num_patches
@@ -114,25 +117,26 @@ def cost_rows(model,       # A ViT, plain or sliced, or a SlimViT (whose policy 
     heads = [h for h in (getattr(vit, 'head', None), getattr(vit, 'head_dist', None)) if hasattr(h, 'weight')]
     return rows + [dict(block=len(blocks), part='head', tokens=len(heads), macs=sum(h.weight.numel() for h in heads), params=size(*heads))]
 
-def model_params(model:torch.nn.Module # Any module; a SlimViT with its scores
-                 )->int:
-    "Parameters, each counted once."
-    return sum(p.numel() for p in model.parameters())
-
-def model_macs(model,       # A ViT, plain or sliced, or a SlimViT (whose policy is not read: pass its counts)
-               counts=None, # L triples (nq, nkv, nmlp), 0-based blocks; floats are means over images; None = dense
-               extra=0,     # MACs that the method adds, e.g. a predictor's
+# %% ../nbs/03_cost.ipynb #0a326c79
+def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read: pass its counts)
+               counts=None, # L triples (nq, nkv, nmlp), entry i for `blocks[i]`; floats are means over images; None = dense
+               extra=0,     # MACs that the method adds, e.g. those of a predictor
                ):           # MACs of one image
     "MACs of one forward pass: patch embedding, blocks, head, and what the method adds. Norms, softmax and GELU are not counted."
     require(isinstance(extra, Real) and extra >= 0, 'extra', extra, 'MACs, 0 or more')
     return sum(r['macs'] for r in cost_rows(model, counts)) + extra
 
-# %% ../nbs/03_cost.ipynb #f3e3eae0
+def model_params(model:torch.nn.Module # Any module; a SlimViT counts its scores too
+                 )->int:
+    "Parameters, each counted once."
+    return sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/03_cost.ipynb #5cd545ae
 def cost_table(model,       # As for `model_macs`
                counts=None, # As for `model_macs`
                extra=0,     # As for `model_macs`
                by:str='part', # 'part' or 'block': what a row is
-               ):           # pandas.DataFrame: part (or block), tokens, macs, share, params; the last row is the total
+               ):           # pandas.DataFrame of part, tokens (mean over blocks), macs, share, params; the last row is the total
     "Where the MACs and the parameters are."
     import pandas as pd
     require(by in ('part', 'block'), 'by', by, "'part' or 'block'")
@@ -147,34 +151,32 @@ def cost_table(model,       # As for `model_macs`
     table['share'] = table.macs/total
     return table[['part', 'tokens', 'macs', 'share', 'params']]
 
-# %% ../nbs/03_cost.ipynb #26d49c9a
+# %% ../nbs/03_cost.ipynb #3b0c0f48
 def reduction(new, # Cost after
               old, # Cost before, in the same unit
-              )->float: # 0: nothing saved; .5: half; negative: dearer
+              )->float: # 0: nothing saved; .5: half of it; negative: dearer than before
     "1 - new/old: the share that is saved."
-    require(old > 0 and new >= 0, 'new, old', (new, old), 'two costs, old > 0')
+    require(old > 0 and new >= 0, 'new, old', (new, old), 'two costs, old above 0')
     return 1 - new/old
 
 def speed_up(new, # Cost after
              old, # Cost before, in the same unit
-             )->float: # 1: nothing saved; 2: twice as fast
+             )->float: # 1: nothing saved; 2: half the cost
     "old/new: how many times less it costs."
-    require(old > 0 and new > 0, 'new, old', (new, old), 'two positive costs')
+    require(old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
     return old/new
 
-# %% ../nbs/03_cost.ipynb #6d677575
+# %% ../nbs/03_cost.ipynb #ec8500e4
 def _input_size(model)->tuple: # (channels, height, width)
-    "The image that a timm model takes."
     vit = model if hasattr(model, 'pretrained_cfg') else getattr(model, 'model', model)
     size = getattr(getattr(vit, 'patch_embed', None), 'img_size', None)
-    cfg = getattr(vit, 'pretrained_cfg', None) or {}
-    full = cfg.get('input_size', (3, 224, 224))
+    full = (getattr(vit, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
     return (full[0], *size) if size else tuple(full)
 
-def count_macs(model:torch.nn.Module, # Any network
-               x=None, # Its input; default: one zero image of the size in `model.patch_embed` or `pretrained_cfg`
+def count_macs(model:torch.nn.Module, # Any network, also on the 'meta' device
+               x=None, # Its input; None: one blank image of the model's size
                )->int: # MACs of the whole batch
-    "MACs that a forward pass really does, by PyTorch's FlopCounterMode (matrix products, convolutions, fused attention)."
+    "MACs that a forward pass really does, by PyTorch's FlopCounterMode: matrix products, convolutions, fused attention."
     from torch.utils.flop_counter import FlopCounterMode
     if x is None: x = torch.zeros(1, *_input_size(model), device=next(model.parameters()).device)
     was_training = model.training
