@@ -1,0 +1,211 @@
+"""The cost model against what it does not share code with: published figures, counters that watch a forward pass, other methods' schedules."""
+import math
+
+import ptflops
+import pytest
+import timm
+import torch
+from timm.layers import set_fused_attn, use_fused_attn
+
+from vitprune_nb.core import VitpruneError
+from vitprune_nb.cost import Widths, block_macs, block_terms, block_widths, cost_table, count_macs, model_macs, model_params, n_tokens, reduction, speed_up
+
+
+def shape(name, **kwargs):
+    with torch.device('meta'): return timm.create_model(name, **kwargs).eval()
+
+
+SMALL, BASE, TINY = (shape(f'deit_{s}_patch16_224') for s in ('small', 'base', 'tiny'))
+
+
+@pytest.mark.parametrize('name, gmacs, mparams', [
+    ('deit_tiny_patch16_224', 1.254, 5.717), ('deit_small_patch16_224', 4.599, 22.051), ('deit_base_patch16_224', 17.564, 86.568),
+    ('vit_tiny_patch16_224', 1.254, 5.717), ('vit_small_patch16_224', 4.599, 22.051), ('vit_base_patch16_224', 17.564, 86.568),
+    ('vit_base_patch16_384', 55.484, 86.859)])
+def test_known_costs(name, gmacs, mparams):
+    m = shape(name)
+    assert round(model_macs(m)/1e9, 3) == gmacs
+    assert round(model_params(m)/1e6, 3) == mparams
+
+
+@pytest.mark.parametrize('name, gmacs', [('vit_tiny_patch16_384', 4.70), ('vit_small_patch16_384', 15.52), ('vit_base_patch16_384', 55.54),
+                                         ('vit_base_patch16_224', 17.58), ('vit_large_patch16_224', 61.60), ('vit_base_patch32_384', 13.06)])
+def test_timm_benchmark_file(name, gmacs):   # counted with norms and softmax, before the fused kernel
+    assert model_macs(shape(name))/1e9 == pytest.approx(gmacs, rel=.005)
+
+
+@pytest.mark.parametrize('name, gmacs', [('resnet152', 11.5), ('regnety_160', 15.9), ('vit_base_patch16_224', 17.6)])
+def test_counter_gives_published_costs_of_other_networks(name, gmacs):
+    assert round(count_macs(shape(name), torch.zeros(1, 3, 224, 224, device='meta'))/1e9, 1) == gmacs
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('deit_tiny_patch16_224', {}), ('deit_small_distilled_patch16_224', {}), ('vit_small_patch14_reg4_dinov2', dict(img_size=224)),
+    ('vit_tiny_patch16_224', dict(img_size=(96, 160), num_classes=0)), ('vit_small_patch16_224', dict(global_pool='avg', class_token=False)),
+    ('deit_small_patch16_224', dict(img_size=32, patch_size=4, init_values=1e-5, num_classes=10)), ('vit_base_patch16_224', dict(qk_norm=True, depth=3)),
+    ('vit_tiny_patch16_224', dict(mlp_ratio=2.5, in_chans=1)), ('test_vit', {}), ('vit_giant_patch14_clip_224', {})])
+def test_formula_is_what_a_forward_pass_does(name, kwargs):
+    m = shape(name, **kwargs)
+    if kwargs.get('in_chans') == 1: assert model_macs(m) == count_macs(m, torch.zeros(1, 1, 224, 224, device='meta'))
+    else: assert model_macs(m) == count_macs(m)
+    assert cost_table(m).params.iloc[-1] == sum(p.numel() for p in m.parameters()) == cost_table(m).params[:-1].sum()
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_counter_does_not_depend_on_the_attention_kernel(fused):
+    was = use_fused_attn()
+    set_fused_attn(fused)
+    try: m = shape('deit_tiny_patch16_224')
+    finally: set_fused_attn(was)
+    assert count_macs(m) == model_macs(m)
+
+
+def test_ptflops_agrees_on_unfused_attention():
+    was = use_fused_attn()
+    set_fused_attn(False)
+    try: m = timm.create_model('deit_tiny_patch16_224').eval()
+    finally: set_fused_attn(was)
+    macs, params = ptflops.get_model_complexity_info(m, (3, 224, 224), as_strings=False, print_per_layer_stat=False, backend='aten')
+    assert macs == pytest.approx(model_macs(m), rel=.005)   # it also counts norms and softmax
+    assert params == model_params(m)
+
+
+@pytest.mark.parametrize('nq, nkv, nmlp', [(5, 5, 5), (3, 5, 3), (5, 5, 2), (1, 5, 1), (2, 4, 3)])
+def test_block_against_counted_einsums(nq, nkv, nmlp, D=8, H=2, M=20):
+    "A block written with einsum and counted by PyTorch; shares nothing with timm or with the formula."
+    from torch.utils.flop_counter import FlopCounterMode
+    x = torch.randn(5, D)
+    wq, wk, wv = (torch.randn(D, H, D//H) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        q = torch.einsum('nd,dhe->hne', x[:nq], wq)
+        k, v = (torch.einsum('nd,dhe->hne', x[:nkv], w) for w in (wk, wv))
+        o = torch.einsum('hnm,hme->nhe', torch.einsum('hne,hme->hnm', q, k).softmax(-1), v)
+        torch.einsum('nhe,hed->nd', o, torch.randn(H, D//H, D))
+        (x[:nmlp] @ torch.randn(D, M)) @ torch.randn(M, D)
+    assert counter.get_total_flops() == 2*block_macs(nq, nkv, nmlp, D, M)
+
+
+def evit(rho, fuse):
+    n, counts = 197, []
+    for i in range(12):
+        left = 1 + math.ceil(rho*(n - 1)) + fuse if i in (3, 6, 9) else n
+        counts.append((n, n, left)); n = left
+    return counts
+
+
+def tome(r):
+    n, counts = 197, []
+    for _ in range(12):
+        left = n - min(r, (n - 1)//2)
+        counts.append((n, n, left)); n = left
+    return counts
+
+
+def life(rho):
+    return [(1 + int(196*rho**sum(i > b for b in (3, 6, 9))),)*3 for i in range(12)]
+
+
+@pytest.mark.parametrize('model, counts, extra, gmacs', [
+    *((SMALL, evit(r, True), 0, g) for r, g in ((.9, 4.022), (.8, 3.477), (.7, 3.029), (.6, 2.635), (.5, 2.309))),
+    *((SMALL, evit(r, False), 0, g) for r, g in ((.9, 3.988), (.8, 3.444), (.7, 2.997), (.6, 2.608), (.5, 2.282))),
+    (BASE, evit(.7, True), 0, 11.610), *((SMALL, tome(r), 0, g) for r, g in ((8, 3.416), (13, 2.703), (16, 2.291))),
+    *((BASE, tome(r), 0, g) for r, g in ((8, 13.104), (13, 10.367), (16, 8.772))), (TINY, tome(13), 0, .731),
+    *((SMALL, life(r), 2*197*384**2, g) for r, g in ((.9, 4.081), (.8, 3.599), (.7, 3.191))),
+    (BASE, life(.7), 2*197*768**2, 12.262), (TINY, life(.7), 2*197*192**2, .860)])
+def test_schedules_of_other_methods(model, counts, extra, gmacs):
+    assert round(model_macs(model, counts, extra)/1e9, 3) == gmacs
+
+
+@pytest.mark.parametrize('eta, percent', [(.5, 42.3), (.75, 63.5)])
+def test_patch_slimming_saving_of_a_layer(eta, percent):
+    k = 197*(1 - eta)
+    assert round(100*reduction(block_macs(k, 197, k, 384, 1536), block_macs(197, 197, 197, 384, 1536)), 1) == percent
+
+
+def test_cls_only_in_the_last_block():
+    saved = model_macs(SMALL) - model_macs(SMALL, [(197, 197, 197)]*11 + [(1, 197, 1)])
+    assert round(saved/1e9, 3) == .319
+    assert round(100*saved/block_macs(197, 197, 197, 384, 1536), 1) == 84.2
+
+
+@pytest.mark.parametrize('place', range(3))
+def test_macs_rise_with_each_count(place):
+    def at(n): return block_macs(*(n if i == place else 50 for i in range(3)), 384, 1536)
+    assert at(10) < at(20) < at(20.5) < at(50)
+
+
+def cut_block(qkv, proj, fc1, fc2, heads, head_dim):
+    b = shape('deit_tiny_patch16_224', depth=1).blocks[0]
+    b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2 = (torch.nn.Linear(*io) for io in (qkv, proj, fc1, fc2))
+    b.attn.num_heads, b.attn.head_dim = heads, head_dim
+    return b
+
+
+@pytest.mark.parametrize('linears, heads, widths', [
+    (((192, 576), (192, 192), (192, 768), (768, 192)), (3, 64), (192, 192, 192, 192, 192, 192, 768, 768)),
+    (((192, 384), (128, 192), (192, 768), (768, 192)), (2, 64), (192, 128, 128, 128, 192, 192, 768, 768)),   # a head less
+    (((192, 576), (150, 192), (192, 768), (768, 192)), (3, 64), (192, 192, 192, 150, 192, 192, 768, 768)),   # V computed, then gathered
+    (((192, 534), (150, 192), (192, 768), (768, 192)), (3, 64), (192, 192, 150, 150, 192, 192, 768, 768)),   # V not even computed
+    (((100, 576), (192, 192), (90, 300), (300, 192)), (3, 64), (100, 192, 192, 192, 192, 90, 300, 300))])    # gated inputs
+def test_widths_of_cut_blocks(linears, heads, widths):
+    b = cut_block(*linears, *heads)
+    w = block_widths(b)
+    assert w == Widths(*widths)
+    rows, weights = block_terms(1, 1, 1, w), sum(l.weight.numel() for l in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))
+    assert sum(rows.values()) - rows['QKᵀ and AV'] == weights   # one token passes each weight once
+
+
+def test_table_sums_to_the_total_for_pruned_counts():
+    counts = [(197 - 10*i, 197, 197 - 10*i) for i in range(12)]
+    for by in ('part', 'block'):
+        t = cost_table(SMALL, counts, extra=1000, by=by)
+        assert t.macs[:-1].sum() == t.macs.iloc[-1] == model_macs(SMALL, counts, 1000)
+        assert t.share[:-1].sum() == pytest.approx(1)
+        assert list(t.columns) == ['part', 'tokens', 'macs', 'share', 'params']
+
+
+def test_a_wrapper_is_counted_through_its_model():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+    assert model_macs(Wrapper(SMALL)) == model_macs(SMALL)
+    assert n_tokens(Wrapper(SMALL)) == 197
+
+
+def test_counting_leaves_no_trace():
+    m = timm.create_model('test_vit').train()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    count_macs(m)
+    assert m.training and all(p.requires_grad for p in m.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+@pytest.mark.parametrize('counts, words', [
+    ([(197, 197, 197)]*11, 'counts: got 11 entries; allowed: 12'), ([(197, 197, 197)]*13, 'counts: got 13 entries'),
+    ([(197, 197, 197)]*11 + [(-1, 197, 1)], r'counts\[11\]: got \(-1, 197, 1\)'), ([(198, 198, 198)]*12, 'each from 0 to 197'),
+    ([(1, 0, 1)]*12, 'nkv of at least 1'), ([(1, 2)]*12, r'counts\[0\]: got \(1, 2\)'), ([197]*12, r'counts\[0\]: got \(197,\)'),
+    ([('a', 1, 1)]*12, r"counts\[0\]: got \('a', 1, 1\)"), ([(math.nan, 1, 1)]*12, r'counts\[0\]: got \(nan, 1, 1\)')])
+def test_bad_counts_are_refused(counts, words):
+    with pytest.raises(VitpruneError, match=words): model_macs(SMALL, counts)
+
+
+@pytest.mark.parametrize('name, words', [('resnet18', 'ResNet'), ('swin_tiny_patch4_window7_224', 'SwinTransformer'), ('mixer_b16_224', 'MlpMixer'),
+                                         ('vit_base_r50_s16_224', 'HybridEmbed'), ('vit_base_patch16_siglip_224', 'pools by attention'),
+                                         ('vit_small_patch16_18x2_224', 'ParallelThingsBlock'), ('vit_giant_patch14_reg4_dinov2', None)])
+def test_other_networks_are_refused_by_name(name, words):
+    m = shape(name)
+    if words is None: assert model_macs(m) == count_macs(m)   # SwiGLU, packed into fc1
+    else:
+        with pytest.raises(VitpruneError, match=words): model_macs(m)
+
+
+@pytest.mark.parametrize('new, old', [(1, 0), (1, -1), (-1, 1)])
+def test_impossible_ratios_are_refused(new, old):
+    with pytest.raises(VitpruneError): reduction(new, old)
+    with pytest.raises(VitpruneError): speed_up(new, old)
+
+
+@pytest.mark.parametrize('new, old', [(3.2, 4.6), (1, 2), (5, 4)])
+def test_reduction_and_speed_up_say_the_same(new, old):
+    assert speed_up(new, old) == pytest.approx(1/(1 - reduction(new, old)))
