@@ -164,13 +164,15 @@ def test_table_sums_to_the_total_for_pruned_counts():
         assert list(t.columns) == ['part', 'tokens', 'macs', 'share', 'params']
 
 
-def test_a_wrapper_is_counted_through_its_model():
-    class Wrapper(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-    assert model_macs(Wrapper(SMALL)) == model_macs(SMALL)
-    assert n_tokens(Wrapper(SMALL)) == 197
+@pytest.mark.parametrize('at, fate', [('before', 'remove'), ('queries', 'remove'), ('queries', 'idle'), ('middle', 'remove')])
+def test_a_slim_vit_does_what_its_counts_say(at, fate):
+    from vitprune_nb.engine import Policy, SlimViT, Step
+    vit = timm.create_model('test_vit', num_classes=7).eval()
+    slim = SlimViT(vit, Policy({2: Step(at=at, fate=fate, keep=tuple(range(0, 100, 3)))}))
+    counts = slim.policy.counts(len(vit.blocks), n_tokens(vit), vit.num_prefix_tokens)
+    assert count_macs(slim) == model_macs(slim, counts) == model_macs(vit, counts) < model_macs(slim)
+    assert model_macs(slim) == model_macs(vit) == count_macs(vit)
+    assert n_tokens(slim) == n_tokens(vit) == 101
 
 
 def test_counting_leaves_no_trace():

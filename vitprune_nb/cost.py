@@ -47,7 +47,7 @@ def block_macs(nq,      # Tokens with a query
     A = attn_dim or dim
     return sum(block_terms(nq, nkv, nmlp, Widths(dim, A, A, A, dim, dim, mlp_dim, mlp_dim)).values())
 
-# %% ../nbs/03_cost.ipynb #f84cab8c
+# %% ../nbs/03_cost.ipynb #02673c20
 def _refuse_model(model, why):
     refuse('model', f'{type(model).__name__}, {why}', 'a timm VisionTransformer of standard blocks (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)',
            'For other networks, `count_macs(model, x)` counts what a forward pass does.')
@@ -55,7 +55,7 @@ def _refuse_model(model, why):
 def vit_blocks(model # A timm VisionTransformer, one with cut channels, or a SlimViT
                ):    # (the ViT itself, the list of its blocks)
     "The blocks that the formulas hold for; anything else is refused by its class name."
-    vit = model.model if not hasattr(model, 'patch_embed') and hasattr(model, 'model') else model
+    vit = model.model if hasattr(getattr(model, 'model', None), 'patch_embed') else model   # a SlimViT wraps the real one
     if not hasattr(vit, 'patch_embed') or not hasattr(vit, 'blocks'): _refuse_model(vit, 'which has no patch_embed and blocks')
     for i, b in enumerate(vit.blocks):
         layers = [getattr(getattr(b, p, None), c, None) for p, c in (('attn', 'qkv'), ('attn', 'proj'), ('mlp', 'fc1'), ('mlp', 'fc2'))]
