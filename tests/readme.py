@@ -62,13 +62,31 @@ def measured_blocks():
     rows = read_rows(ROWS)
     r = rows[0]
     machine = (f'Measured on {r["device_name"]}, {r["threads"]} threads, {r["dtype"]}, batch {r["batch"]}, PyTorch {r["torch"]}, Python {r["python"]}, '
-               f'on {r["date"][:10]}; commit `{r["commit"]}`; {r["images"]:,} test images of the {r["data"]} set.')
+               f'on {r["date"][:10]}; commit `{r["commit"]}`; {r["images"]:,} test images of the {r["data"]} set, {r["note"]}.')
     return dict(demo=f'```text\n{table_text(rows)}\n\n{summary(rows)}\n```', results=result_table(rows), machine=machine)
+
+
+def engine_block():
+    "What share of the saved MACs becomes saved time, from data/results/engine.csv."
+    from vitprune_nb.results import markdown_table, read_rows
+    rows = read_rows(ROWS.with_name('engine.csv'))
+    dense = next(r for r in rows if r['method'] == 'dense')
+    saved = lambda r, key: 1 - r[key]/dense[key]
+    columns = {'mode': 'method', 'MACs saved': lambda r: f"{saved(r, 'macs'):.1%}", 'time saved': lambda r: f"{saved(r, 'latency_ms'):.1%}",
+               'time saved / MACs saved': lambda r: f"{saved(r, 'latency_ms')/saved(r, 'macs'):.2f}", 'speed-up': lambda r: f"{dense['latency_ms']/r['latency_ms']:.2f}"}
+    return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
+
+
+def model_block():
+    "The course model in a sentence, from data/model/course.json."
+    m = json.loads((ROOT/'data/model/course.json').read_text(encoding='utf-8'))
+    return (f'The course model is a ViT-S for 32×32 px (12 blocks, 384 wide, patches of 4 px), fine-tuned on CIFAR-10: {100*m["top1"]:.1f}% top-1 '
+            f'({100*m["top1_low"]:.1f} to {100*m["top1_high"]:.1f}) on all {m["images"]:,} test images. How it was made is a lesson: [20](nbs/20_train.ipynb).')
 
 
 def blocks():
     "All blocks of the README that can be made again without measuring anything."
-    return dict(measured_blocks(), lessons=lesson_table('nbs/'))
+    return dict(measured_blocks(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
 
 
 def update_index():

@@ -1,0 +1,61 @@
+"""No line that looks like a check and checks nothing."""
+import ast, re, sys
+from pathlib import Path
+
+import nbformat, pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT/'tests'))
+from notebooks import notebooks
+
+
+def idle_checks(code):
+    "Lines of Python that compare and throw the answer away, or assert what is always true."
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Compare, ast.BoolOp)):
+            # `a and f()` is a statement; `a == b and c == d` is an idle check
+            if isinstance(node.value, ast.Compare) or not any(isinstance(n, ast.Call) for n in ast.walk(node.value)): found.append(node.lineno)
+        if isinstance(node, ast.Assert):
+            t = node.test
+            if isinstance(t, ast.Tuple) and t.elts or isinstance(t, ast.Constant) and t.value: found.append(node.lineno)
+    return found
+
+
+def plain_python(source):
+    "A notebook cell without lines that only IPython understands."
+    return '\n'.join('' if re.match(r'\s*[%!]', l) else l for l in source.splitlines())
+
+
+def test_the_lint_sees_idle_checks():
+    assert idle_checks('x = 1\nx == 1') == [2]
+    assert idle_checks('assert (x == 1, "text")') == [1]
+    assert idle_checks('assert 1') == [1]
+    assert idle_checks('a < b and b < c') == [1]
+    assert idle_checks('assert x == 1\nok = x == 1\nx and print(x)\nassert f(), "text"') == []
+
+
+@pytest.mark.parametrize('path', sorted([*(ROOT/'tests').glob('*.py'), *(ROOT/'vitprune_nb').glob('*.py')]), ids=lambda p: p.name)
+def test_file_has_no_idle_check(path):
+    assert idle_checks(path.read_text(encoding='utf-8')) == []
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_notebook_has_no_idle_check(path):
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
+    assert [c.id for c in code if idle_checks(plain_python(c.source))] == []
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'tests').glob('test_*.py')), ids=lambda p: p.name)
+def test_every_test_can_fail(path):
+    "A test function asserts or expects an exception: itself, through a helper of its file, or through a `check_…` of the package."
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    def checks(f, seen=()):
+        for n in ast.walk(f):
+            if isinstance(n, ast.Assert) or isinstance(n, ast.Attribute) and n.attr in ('raises', 'fail', 'assert_close'): return True
+            name = n.id if isinstance(n, ast.Name) else None
+            if (name or '').startswith('check_'): return True
+            if name in functions and name not in seen and functions[name] is not f and checks(functions[name], (*seen, name)): return True
+        return False
+    assert [n for n, f in functions.items() if n.startswith('test_') and not checks(f)] == []
