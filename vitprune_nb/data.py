@@ -133,7 +133,7 @@ def _folder_files(base):
     require(len(files) > 0, 'data', base, 'a folder with one folder of images per class', f'Endings that count: {", ".join(sorted(EXTENSIONS))}.')
     return classes, files
 
-# %% ../nbs/01_data.ipynb #efa78d4e
+# %% ../nbs/01_data.ipynb #82e2c5d5
 def folder_data(root,               # A folder with train/ and val/ or test/, each with one folder per class
                 split:str='test',   # 'train' or 'test' ('val' is tried first for 'test')
                 transform=None,     # From a PIL image to whatever the model takes
@@ -148,7 +148,7 @@ def folder_data(root,               # A folder with train/ and val/ or test/, ea
     classes, files = _folder_files(base)
     if skip_damaged:
         bad = [p for p, _ in files if not _readable(p)]
-        if bad: print(f'{base}: left out {len(bad)} damaged file(s): {[str(p.relative_to(base)) for p in bad[:5]]}')
+        if bad: print(f'{root.name}/{base.name}: left out {len(bad)} damaged file(s): {[str(p.relative_to(base)) for p in bad[:5]]}')
         files = [f for f in files if f[0] not in set(bad)]
     h = hashlib.sha256()
     for p, k in files: h.update(f'{p.relative_to(base)}\0{p.stat().st_size}\0'.encode())
@@ -220,7 +220,7 @@ def eval_transform(cfg:dict # From `data_config`
     import timm.data
     return timm.data.create_transform(**cfg, is_training=False)
 
-# %% ../nbs/01_data.ipynb #d83e383f
+# %% ../nbs/01_data.ipynb #0c1ee282
 def train_transform(cfg:dict,            # From `data_config`
                     augment:str='light', # 'none', 'light' (flip and shifted crop) or 'deit' (RandomResizedCrop, RandAugment, erasing)
                     ):                   # PIL image -> float tensor (3, H, W)
@@ -229,8 +229,8 @@ def train_transform(cfg:dict,            # From `data_config`
     from torchvision import transforms as T
     require(augment in ('none', 'light', 'deit'), 'augment', augment, "'none', 'light' or 'deit'")
     size = cfg['input_size'][-1]
-    if augment == 'deit':
-        return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=.25, re_mode='pixel')
+    if augment == 'deit':   # mmax9: above it timm posterises to 0 bits, which Pillow 13 refuses
+        return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mmax9-mstd0.5-inc1', re_prob=.25, re_mode='pixel')
     if augment == 'none': return eval_transform(cfg)
     mode = T.InterpolationMode(cfg['interpolation']) if cfg['interpolation'] in ('bicubic', 'bilinear') else T.InterpolationMode.BICUBIC
     return T.Compose([T.Resize((size, size), interpolation=mode), T.RandomCrop(size, padding=size//8),

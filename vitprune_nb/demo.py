@@ -57,7 +57,7 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
         rows.append(make_row(n, backbone, ds, accuracy, t, macs=macs[n], params=model_params(models[n]), schedule=kept[n], seed=seed, recovery='none'))
     return rows, right
 
-# %% ../nbs/23_demo.ipynb #d10e20ac
+# %% ../nbs/23_demo.ipynb #9b315888
 def cells(rows:list # Result rows, the dense one among them
           )->list:  # The headings, then one list of strings a row
     "What a comparison shows of each row."
@@ -70,6 +70,7 @@ def cells(rows:list # Result rows, the dense one among them
                     f"{d['latency_ms']/r['latency_ms']:.2f}"])
     return out
 
+# %% ../nbs/23_demo.ipynb #1372a410
 def table_text(rows:list # Result rows, the dense one among them
                )->str:
     "The comparison for a terminal."
@@ -77,6 +78,7 @@ def table_text(rows:list # Result rows, the dense one among them
     width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
     return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(l, width))) for l in lines)
 
+# %% ../nbs/23_demo.ipynb #bac34c1c
 def result_table(rows:list # Result rows, the dense one among them
                  )->str:
     "The comparison in Markdown."
@@ -94,12 +96,13 @@ def summary(rows:list # Result rows: dense, patch_slimming and rivals
     return (f"Patch slimming saves {100*(1 - s['macs']/d['macs']):.1f}% of the MACs and runs {d['latency_ms']/s['latency_ms']:.2f} times as fast; "
             f"top-1 goes from {pct(d)} to {pct(s)} without any fine-tuning.\nWith as many MACs saved, the rivals reach: {rivals}.")
 
-# %% ../nbs/23_demo.ipynb #5e324407
+# %% ../nbs/23_demo.ipynb #dee1ee6b
 def comparisons(right:dict,  # {name: right or wrong, image by image}
                 )->list:     # Dicts: a, b, difference with its interval, only_a, only_b, p_value
     "Patch slimming against each of the others, image by image."
     return [dict(a=n.replace('_', ' '), b='patch slimming', **paired_difference(r, right['patch_slimming'])) for n, r in right.items() if n != 'patch_slimming']
 
+# %% ../nbs/23_demo.ipynb #05059088
 def verdict(pairs:list, # From `comparisons`
             level:float=.05, # Of each test
             )->str:
@@ -128,7 +131,7 @@ def kept_picture(slim,       # A `SlimViT`
         show_kept(ds.image(i), k, layers, f'{ds.classes[ds.targets[i]]}\nsays {ds.classes[s]}', axes=row)
     return fig
 
-# %% ../nbs/23_demo.ipynb #9be2caed
+# %% ../nbs/23_demo.ipynb #5103f924
 STYLE = """
 :root{--ink:#1d2730;--soft:#5b6873;--line:#dfe5e9;--tint:#f4f7f8;--blue:#0072B2}
 *{box-sizing:border-box} body{margin:0;color:var(--ink);background:#fff;font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -146,6 +149,7 @@ pre{background:var(--tint);padding:14px 16px;border-radius:4px;overflow-x:auto;f
 @media print{main{max-width:none;padding:0} h2{break-after:avoid} figure,table,.tiles{break-inside:avoid}}
 """
 
+# %% ../nbs/23_demo.ipynb #ac47b5df
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>What pruning did to this Vision Transformer</title><style>$style</style></head><body><main>
@@ -176,7 +180,7 @@ PAGE = Template("""<!doctype html>
 </main></body></html>
 """)
 
-# %% ../nbs/23_demo.ipynb #a7b4c262
+# %% ../nbs/23_demo.ipynb #afaea6fa
 COLUMNS = {'top-1': 'share of test images whose most likely class is the right one; Wilson&#8217;s 95% interval in brackets',
            'MACs': 'multiply-accumulates of one image, in billions; papers often call the same number FLOPs',
            'reduction': 'share of the dense model&#8217;s MACs that is saved: 1 &#8722; new/old',
@@ -190,6 +194,7 @@ def picture(fig # A matplotlib figure; it is closed
     buf = io.BytesIO(); fig.savefig(buf, format='png', dpi=150, facecolor='white'); plt.close(fig)
     return buf.getvalue()
 
+# %% ../nbs/23_demo.ipynb #387b5d26
 def _table(lines, ours=None):
     "Rows of strings as an HTML table; the row that starts with `ours` is marked."
     tr = lambda l, tag: ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in l)
@@ -233,7 +238,7 @@ def _schedule(row):
     "Patches kept in each block."
     return json.loads(row['schedule'])
 
-# %% ../nbs/23_demo.ipynb #6515466e
+# %% ../nbs/23_demo.ipynb #4f020738
 def check_classes(model, # Anything with num_classes
                   ds,    # An `ImageSet`
                   ):
@@ -248,6 +253,7 @@ def _move(stage, out):
         if old.is_dir() and not old.is_symlink(): shutil.rmtree(old)
         os.replace(new, old)
 
+# %% ../nbs/23_demo.ipynb #3a9b09ef
 def _charts(slim, ds, rows):
     "The three figures as PNG."
     import matplotlib.pyplot as plt
@@ -258,7 +264,7 @@ def _charts(slim, ds, rows):
         aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]   # equal costs would hide each other
         return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure), depth=picture(depth.figure))
 
-# %% ../nbs/23_demo.ipynb #8feaf0bb
+# %% ../nbs/23_demo.ipynb #11a517e3
 def run_demo(out='demo',        # Folder for the report, the pictures, the rows and the pruned model
              data=None,         # As for `load_data`; ten classes, as the course model has
              reduction:float=.45, # Share of MACs to save, in (0, 1)
@@ -271,6 +277,7 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
              )->list:           # Result rows
     "Prune the course model, compare, draw, report."
     start, out, device = time.perf_counter(), Path(out), pick_device(device)
+    require(0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
     require(not out.exists() or out.is_dir(), 'out', out, 'a folder, or a name that is still free')
     train, test, model = load_data(data, 'train'), load_data(data, 'test', limit=images, seed=seed), course_model().to(device)
     check_classes(model, test)
@@ -290,6 +297,7 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
     print(f'4/4  done in {time.perf_counter() - start:.0f} s\n\n{table_text(rows)}\n\n{summary(rows)}\n\nThe report: {out/"report.html"}')
     return rows
 
+# %% ../nbs/23_demo.ipynb #5b749ade
 def _write(out, slim, test, rows, right, **info):
     "All files of a demo, or none."
     is_new = not out.exists()

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KEYS', 'model_name', 'Plan', 'plan_counts', 'plan_policy', 'plan_check', 'plan_slim', 'plan_reduction', 'save_plan',
            'load_plan', 'run_rows', 'run_masked', 'patch_step', 'Search', 'layer_inputs', 'search_order',
-           'search_child', 'search_measure', 'search_run', 'top_down', 'for_budget', 'pick', 'score_plan',
+           'search_child', 'search_measure', 'tune_block', 'search_run', 'top_down', 'for_budget', 'pick', 'score_plan',
            'random_plan', 'uniform_plan']
 
-# %% ../nbs/11_patch_slimming.ipynb #6cad48aa
-import copy, dataclasses, json, math
+# %% ../nbs/11_patch_slimming.ipynb #78bba0c8
+import copy, dataclasses, hashlib, json, math
 from pathlib import Path
 
 # %% ../nbs/11_patch_slimming.ipynb #43d94b9e
@@ -169,7 +169,7 @@ def patch_step(step,          # None (10 of 196), a share of the patches in (0, 
     require(ok, 'step', step, 'a share in (0, 1) or a whole number of patches, at least 1')
     return max(1, round(step*n_patches)) if step < 1 else int(step)
 
-# %% ../nbs/11_patch_slimming.ipynb #80bbe64a
+# %% ../nbs/11_patch_slimming.ipynb #e1f7cfaa
 class Search:
     "Algorithm 1 on cached layer inputs. What was measured for one eps is kept and used again for the next."
     def __init__(self, model,          # A timm VisionTransformer that reads its CLS token
@@ -190,7 +190,7 @@ class Search:
         self.device, self.read, self.blocks = pick_device(device), read_tokens(model), standard_blocks(model)
         self.model, self.keys, self.error, self.kind = model.eval().to(self.device), keys, error, scores
         self.n_prefix, self.n_patches = model.num_prefix_tokens, model.patch_embed.num_patches
-        self.step, self.energy, self.passes, self.tuned = patch_step(step, self.n_patches), {}, 0, False
+        self.step, self.energy, self.passes, self.tuned = patch_step(step, self.n_patches), {}, 0, []
         path_score = scores in ('shortcut', 'exact', 'coherent')
         self.fixed = None if path_score else significance(model, ds, kind=scores, batch_size=batch_size, seed=seed, device=device)
         self.tokens = layer_inputs(model, self.ds, batch_size, self.device)
@@ -265,10 +265,10 @@ def search_child(self:Search, # Cached inputs and what was measured
 
 Search.order, Search.child = search_order, search_child
 
-# %% ../nbs/11_patch_slimming.ipynb #8efba00b
+# %% ../nbs/11_patch_slimming.ipynb #fa34d62a
 def _after(self, z, mask, l):
-    "Tokens after block l, whose input is dense: kept rows are the dense ones, so block l need not run unless it was tuned or loses keys."
-    if self.tuned or self.keys == 'kept' and l < len(self.blocks) - 1:
+    "Tokens after block l, whose input is dense: kept rows are the dense ones, so block l need not run unless it is tuned or loses keys."
+    if l in self.tuned or self.keys == 'kept' and l < len(self.blocks) - 1:
         return run_masked(self.blocks, z[l], torch.ones_like(mask), {l: mask}, l, l + 1, self.keys)
     if self.keys == 'all': return torch.where(mask[:, None], z[l + 1], z[l]), torch.ones_like(mask)
     return z[l + 1][:, mask], mask
@@ -298,22 +298,85 @@ def search_measure(self:Search, # Cached inputs and what was measured
 
 Search.measure = search_measure
 
-# %% ../nbs/11_patch_slimming.ipynb #4580654c
-def search_run(self:Search, # Cached inputs and what was measured
-               eps:float, # Tolerated relative error of each block
+# %% ../nbs/11_patch_slimming.ipynb #7ffbe88e
+def tune_block(self:Search,     # Cached inputs and what was measured
+               node:dict,       # A state
+               k:int,           # Patches that block node['l'] - 1 keeps
+               epochs:int=3,    # Passes over the calibration images
+               lr:float=1e-4,   # AdamW's learning rate
+               )->float:        # The error afterwards
+    "Fine-tune block node['l'] - 1, in place, on the error it is judged by (Algorithm 1, line 7)."
+    l, masks, flags = node['l'] - 1, search_child(self, node, k)['masks'], {p: p.requires_grad for p in self.model.parameters()}
+    self.tuned = sorted({*self.tuned, l})
+    for p in flags: p.requires_grad_(False)
+    for p in self.blocks[l].parameters(): p.requires_grad_(True)
+    opt = torch.optim.AdamW(self.blocks[l].parameters(), lr, weight_decay=0.)
+    for epoch in range(epochs):
+        order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(fold_seed(l, k, epoch))).tolist()
+        for b in order:
+            wrong, total = _error(self, self.tokens[b], masks, l)
+            opt.zero_grad(); (wrong/total).backward(); opt.step()
+    for p, flag in flags.items(): p.grad = None; p.requires_grad_(flag)
+    node['errors'].pop(k, None)
+    return search_measure(self, node, k)
+
+Search.tune = tune_block
+
+# %% ../nbs/11_patch_slimming.ipynb #70a54c2e
+def _settings(self, eps, tune_epochs, lr):
+    h = hashlib.sha256()
+    for name, v in self.model.state_dict().items(): h.update(name.encode() + v.cpu().contiguous().numpy().tobytes())
+    return dict(eps=eps, tune_epochs=tune_epochs, lr=lr, scores=self.kind, keys=self.keys, error=self.error, step=self.step,
+                images=len(self.ds), data=self.ds.name, data_hash=self.ds.digest, weights=h.hexdigest())
+
+def _save_state(self, path, settings, node, errors):
+    "What the finished blocks keep, their errors, and the weights of tuned blocks, in one safetensors file."
+    from safetensors.torch import save_file
+    keep = {str(l): m[self.n_prefix:].nonzero().flatten().tolist() for l, m in node['masks'].items() if l < len(self.blocks)}
+    weights = {f'{l}.{n}': v.detach().cpu().contiguous() for l in self.tuned for n, v in self.blocks[l].state_dict().items()}
+    with write_atomic(path) as tmp: save_file(weights, tmp, metadata=dict(search=json.dumps(dict(settings=settings, keep=keep, errors=errors, tuned=self.tuned))))
+
+def _load_state(self, path, settings):
+    "The state after the last finished block, and the errors so far."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as f:
+            d, weights = json.loads(f.metadata()['search']), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as e:
+        refuse('checkpoint', path, 'a file written by a patch slimming search', f'Delete it to start anew. ({type(e).__name__})')
+    differ = [k for k in settings if settings[k] != d['settings'].get(k)]
+    require(not differ, 'checkpoint', f'{path} of a search with another {", ".join(differ)}', 'the file of this very search', 'Delete it, or name another file.')
+    self.tuned, node = d['tuned'], self.root
+    for l in self.tuned: self.blocks[l].load_state_dict({k.split('.', 1)[1]: v for k, v in weights.items() if k.startswith(f'{l}.')})
+    for l in sorted(map(int, d['keep']), reverse=True):
+        mask = self.root['masks'][len(self.blocks)].clone()
+        mask[[i + self.n_prefix for i in d['keep'][str(l)]]] = True
+        node = dict(l=l, masks={**node['masks'], l: mask}, kids={}, parent=node)
+    return node, d['errors']
+
+# %% ../nbs/11_patch_slimming.ipynb #e41a0370
+def search_run(self:Search,       # Cached inputs and what was measured
+               eps:float,         # Tolerated relative error of each block
+               tune_epochs:int=0, # Fine-tune each block for so many epochs after each step of its selection; changes the model's weights
+               lr:float=1e-4,     # Of that fine-tuning
+               checkpoint=None,   # A file to save the state in after each block, and to resume from
                )->Plan:
     "Algorithm 1 for one eps: from the last block to the first, add patches until the error is small enough."
     require(isinstance(eps, (int, float)) and eps > 0, 'eps', eps, 'a positive relative error, e.g. 0.02')
-    node, errors = self.root, []
-    for l in progress(range(len(self.blocks) - 1, -1, -1), f'eps {eps:.3g}', unit='block'):
+    require(not self.tuned, 'Search', 'one whose blocks are tuned already', 'a new Search on the original weights')
+    settings, node, errors = _settings(self, eps, tune_epochs, lr), self.root, []
+    if checkpoint and Path(checkpoint).is_file(): node, errors = _load_state(self, checkpoint, settings)
+    for l in progress(range(node['l'] - 1, -1, -1), f'eps {eps:.3g}', unit='block'):
         k = int(node['masks'][l + 1].sum()) - self.n_prefix        # what the block behind keeps, this one keeps
-        while self.measure(node, k) > eps and k < self.n_patches: k = min(k + self.step, self.n_patches)
-        errors.append(node['errors'][k])
-        node = self.child(node, k)
+        error = self.measure(node, k)
+        if tune_epochs and error > eps: error = self.tune(node, k, tune_epochs, lr)
+        while error > eps and k < self.n_patches:
+            k = min(k + self.step, self.n_patches)
+            error = self.tune(node, k, tune_epochs, lr) if tune_epochs else self.measure(node, k)
+        errors, node = [error, *errors], self.child(node, k)
+        if checkpoint: _save_state(self, checkpoint, settings, node, errors)
     keep = [node['masks'][l][self.n_prefix:].nonzero().flatten().tolist() for l in range(len(self.blocks))]
-    info = dict(eps=eps, scores=self.kind, keys=self.keys, error=self.error, step=self.step, errors=errors[::-1],
-                images=len(self.ds), data=self.ds.name, data_hash=self.ds.digest)
-    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, info)
+    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors))
 
 Search.run = search_run
 
@@ -321,11 +384,14 @@ def top_down(model,              # A timm VisionTransformer that reads its CLS t
              ds:ImageSet,        # Calibration images
              eps:float=.02,      # Tolerated relative error of each block
              scores:str='shortcut', # One of significance.KINDS
+             tune_epochs:int=0,  # 3 in the paper: fine-tune each block, which changes the weights of `model`; 0: only select
+             lr:float=1e-4,      # Of that fine-tuning
+             checkpoint=None,    # A file that a killed search resumes from
              **search,           # step, keys, error, batch_size, seed, device: see `Search`
              )->Plan:
-    "Patch slimming's Algorithm 1 without fine-tuning: a nested plan whose error stays below eps in every block."
+    "Patch slimming's Algorithm 1: a nested plan whose error stays below eps in every block."
     require(isinstance(eps, (int, float)) and eps > 0, 'eps', eps, 'a positive relative error, e.g. 0.02')
-    return Search(model, ds, scores, **search).run(eps)
+    return Search(model, ds, scores, **search).run(eps, tune_epochs, lr, checkpoint)
 
 # %% ../nbs/11_patch_slimming.ipynb #2a1d5663
 def for_budget(model,               # A timm VisionTransformer that reads its CLS token
