@@ -256,13 +256,11 @@ def _move(stage, out):
 # %% ../nbs/23_demo.ipynb #3a9b09ef
 def _charts(slim, ds, rows):
     "The three figures as PNG."
-    import matplotlib.pyplot as plt
     from vitprune_nb.viz import accuracy_macs, layer_curve
-    with plt.ioff():
-        shown = [dict(r, method=r['method'].replace('_', ' ')) for r in rows]
-        depth = layer_curve({r['method']: _schedule(r) for r in shown}, 'patches computed', size=(6.4, 3.2))
-        aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]   # equal costs would hide each other
-        return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure), depth=picture(depth.figure))
+    shown = [dict(r, method=r['method'].replace('_', ' ')) for r in rows]
+    depth = layer_curve({r['method']: _schedule(r) for r in shown}, 'patches computed', size=(6.4, 3.2))
+    aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]   # equal costs would hide each other
+    return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure), depth=picture(depth.figure))
 
 # %% ../nbs/23_demo.ipynb #11a517e3
 def run_demo(out='demo',        # Folder for the report, the pictures, the rows and the pruned model
