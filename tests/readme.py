@@ -31,8 +31,8 @@ def lesson(path):
 
 
 def lessons():
-    "All lessons in reading order; the map itself and the solutions are none."
-    return [lesson(p) for p in notebooks() if p.parent.name == 'nbs' and p.stem != 'index']
+    "The numbered notebooks, in reading order."
+    return [lesson(p) for p in notebooks() if p.parent.name == 'nbs' and p.stem[:2].isdigit()]
 
 
 def lesson_table(nbs):
