@@ -56,7 +56,7 @@ class Plan:
         for l, k in enumerate(self.keep): m[l, [i + self.n_prefix for i in k]] = True
         return m
 
-# %% ../nbs/11_patch_slimming.ipynb #91992a74
+# %% ../nbs/11_patch_slimming.ipynb #fcbfd8a0
 def _keys(plan, keys):
     keys = keys or plan.info.get('keys', 'entering')
     require(keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
@@ -72,6 +72,7 @@ def plan_counts(plan:Plan,      # Which patches each block keeps
     kv = dict(entering=before, all=[n]*len(q), kept=[*q[:-1], before[-1]])[keys]
     return list(zip(q, kv, q))
 
+# %% ../nbs/11_patch_slimming.ipynb #f806a39e
 def plan_policy(plan:Plan,      # Which patches each block keeps
                 keys:str=None # 'entering', 'all' or 'kept'; None: what the plan was searched with
                 )->Policy:
@@ -85,7 +86,7 @@ def plan_policy(plan:Plan,      # Which patches each block keeps
 
 Plan.counts, Plan.policy = plan_counts, plan_policy
 
-# %% ../nbs/11_patch_slimming.ipynb #8693a822
+# %% ../nbs/11_patch_slimming.ipynb #fc1907b4
 def plan_check(plan:Plan,      # Which patches each block keeps
                model, # A timm VisionTransformer
                )->Plan:
@@ -102,8 +103,10 @@ def plan_slim(plan:Plan,      # Which patches each block keeps
               mode:str='gather', # Execution mode of the engine
               )->SlimViT:
     "The model that computes only what the plan keeps; it shares its weights with `model`."
-    return SlimViT(plan_check(plan, model) and model, plan.policy(keys), mode)
+    plan_check(plan, model)
+    return SlimViT(model, plan.policy(keys), mode)
 
+# %% ../nbs/11_patch_slimming.ipynb #c3a2fb7a
 def plan_reduction(plan:Plan,      # Which patches each block keeps
                    model,         # The timm VisionTransformer that the plan was made for
                    keys:str=None, # 'entering', 'all' or 'kept'; None: what the plan was searched with
@@ -113,7 +116,7 @@ def plan_reduction(plan:Plan,      # Which patches each block keeps
 
 Plan.check, Plan.slim, Plan.reduction = plan_check, plan_slim, plan_reduction
 
-# %% ../nbs/11_patch_slimming.ipynb #53ead6a9
+# %% ../nbs/11_patch_slimming.ipynb #123e11d4
 def save_plan(plan:Plan, # Which patches each block keeps
               path # A .json file
               ):
@@ -121,6 +124,7 @@ def save_plan(plan:Plan, # Which patches each block keeps
     with write_atomic(path) as tmp:
         tmp.write_text(json.dumps(dict(format='vitprune plan 1', **dataclasses.asdict(plan)), indent=1) + '\n', encoding='utf-8')
 
+# %% ../nbs/11_patch_slimming.ipynb #49b971e3
 def load_plan(path # A file that `save_plan` wrote
               )->Plan:
     "Read a plan; a file that is none is refused."
@@ -133,7 +137,7 @@ def load_plan(path # A file that `save_plan` wrote
 
 Plan.save, Plan.load = save_plan, staticmethod(load_plan)
 
-# %% ../nbs/11_patch_slimming.ipynb #daa3123d
+# %% ../nbs/11_patch_slimming.ipynb #d29e34b7
 def run_rows(block,              # A block of a timm VisionTransformer
              x:torch.Tensor,     # (B, n, D)
              rows:torch.Tensor,  # Positions in `x` that are computed
@@ -142,6 +146,7 @@ def run_rows(block,              # A block of a timm VisionTransformer
     y = x[:, rows] + attn_branch(block, x, xq=lambda xn: xn[:, rows])
     return y + mlp_branch(block, y)
 
+# %% ../nbs/11_patch_slimming.ipynb #8378a096
 def run_masked(blocks,                 # All blocks of the model
                x:torch.Tensor,         # (B, n, D): input of blocks[start]
                present:torch.Tensor,   # (N,) bool: which tokens `x` holds
@@ -159,17 +164,16 @@ def run_masked(blocks,                 # All blocks of the model
             present = masks[l]
     return x, present
 
-# %% ../nbs/11_patch_slimming.ipynb #f412926d
+# %% ../nbs/11_patch_slimming.ipynb #bc8e9312
 def patch_step(step,          # None (10 of 196), a share of the patches in (0, 1), or a whole number
-               n_patches:int, # P
-               )->int:        # Patches that a pass of the search adds
+               n_patches:int)->int: # P; returns the patches that a pass of the search adds
     "r' of Algorithm 1 in patches of this model."
     step = 10/196 if step is None else step
     ok = isinstance(step, (int, float)) and not isinstance(step, bool) and (0 < step < 1 or step >= 1 and step == int(step))
     require(ok, 'step', step, 'a share in (0, 1) or a whole number of patches, at least 1')
     return max(1, round(step*n_patches)) if step < 1 else int(step)
 
-# %% ../nbs/11_patch_slimming.ipynb #e1f7cfaa
+# %% ../nbs/11_patch_slimming.ipynb #67474121
 class Search:
     "Algorithm 1 on cached layer inputs. What was measured for one eps is kept and used again for the next."
     def __init__(self, model,          # A timm VisionTransformer that reads its CLS token
@@ -198,6 +202,7 @@ class Search:
         self.root = dict(l=len(self.blocks), masks={len(self.blocks): at < self.n_prefix}, kids={},
                          grams=[Gram(at < self.read, len(t[0]), scores == 'shortcut', device=self.device) for t in self.tokens])
 
+# %% ../nbs/11_patch_slimming.ipynb #6d7a016d
 @torch.no_grad()
 def layer_inputs(model,          # A timm VisionTransformer
                  ds:ImageSet,    # With a transform
@@ -213,7 +218,7 @@ def layer_inputs(model,          # A timm VisionTransformer
     require(all(bool(torch.isfinite(t[-1]).all()) for t in out), 'model', 'weights or images that give NaN or infinite tokens', 'finite weights and images')
     return out
 
-# %% ../nbs/11_patch_slimming.ipynb #1323ef5c
+# %% ../nbs/11_patch_slimming.ipynb #f5d5aab2
 def _maps(self, l, b):
     "Attention maps of block l for batch b, from the cached input."
     block = self.blocks[l]
@@ -230,6 +235,7 @@ def _grams(self, node):
             gram.step(P, mask)
     return node['grams']
 
+# %% ../nbs/11_patch_slimming.ipynb #3b395278
 def _mean_score(self, node):
     "Mean score of every token of block node['l'] - 1, given the masks behind it."
     t = node['l'] - 1
@@ -240,6 +246,7 @@ def _mean_score(self, node):
         self.energy[t] = [value_energy(P, z[t]).double() for P, z in zip(maps, self.tokens)]
     return sum((g.diagonal()*e).sum(0) for g, e in zip(_grams(self, node), self.energy[t]))/len(self.ds)
 
+# %% ../nbs/11_patch_slimming.ipynb #8fadc18d
 @torch.no_grad()
 def search_order(self:Search, # Cached inputs and what was measured
                  node:dict, # A state; `search.root` is the one before any choice
@@ -252,6 +259,7 @@ def search_order(self:Search, # Cached inputs and what was measured
         node['order'], node['errors'] = s.argsort(descending=True, stable=True).tolist(), {}
     return node['order']
 
+# %% ../nbs/11_patch_slimming.ipynb #640a38c7
 def search_child(self:Search, # Cached inputs and what was measured
                  node:dict, # A state
                  k:int,     # Patches that block node['l'] - 1 keeps
@@ -265,7 +273,7 @@ def search_child(self:Search, # Cached inputs and what was measured
 
 Search.order, Search.child = search_order, search_child
 
-# %% ../nbs/11_patch_slimming.ipynb #fa34d62a
+# %% ../nbs/11_patch_slimming.ipynb #1f56c741
 def _after(self, z, mask, l):
     "Tokens after block l, whose input is dense: kept rows are the dense ones, so block l need not run unless it is tuned or loses keys."
     if l in self.tuned or self.keys == 'kept' and l < len(self.blocks) - 1:
@@ -282,6 +290,7 @@ def _error(self, z, masks, l):
     right = z[stop][:, wanted]
     return (x[:, wanted[present]] - right).square().sum(), right.square().sum()
 
+# %% ../nbs/11_patch_slimming.ipynb #5b82d532
 @torch.no_grad()
 def search_measure(self:Search, # Cached inputs and what was measured
                    node:dict, # A state
@@ -298,22 +307,19 @@ def search_measure(self:Search, # Cached inputs and what was measured
 
 Search.measure = search_measure
 
-# %% ../nbs/11_patch_slimming.ipynb #7ffbe88e
+# %% ../nbs/11_patch_slimming.ipynb #d4277c64
 def tune_block(self:Search,     # Cached inputs and what was measured
                node:dict,       # A state
                k:int,           # Patches that block node['l'] - 1 keeps
                epochs:int=3,    # Passes over the calibration images
-               lr:float=1e-4,   # AdamW's learning rate
-               )->float:        # The error afterwards
+               lr:float=1e-4)->float: # AdamW's learning rate; returns the error afterwards
     "Fine-tune block node['l'] - 1, in place, on the error it is judged by (Algorithm 1, line 7)."
     l, masks, flags = node['l'] - 1, search_child(self, node, k)['masks'], {p: p.requires_grad for p in self.model.parameters()}
-    self.tuned = sorted({*self.tuned, l})
-    for p in flags: p.requires_grad_(False)
-    for p in self.blocks[l].parameters(): p.requires_grad_(True)
+    self.tuned, own = sorted({*self.tuned, l}), set(self.blocks[l].parameters())
+    for p in flags: p.requires_grad_(p in own)
     opt = torch.optim.AdamW(self.blocks[l].parameters(), lr, weight_decay=0.)
     for epoch in range(epochs):
-        order = torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(fold_seed(l, k, epoch))).tolist()
-        for b in order:
+        for b in torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(fold_seed(l, k, epoch))).tolist():
             wrong, total = _error(self, self.tokens[b], masks, l)
             opt.zero_grad(); (wrong/total).backward(); opt.step()
     for p, flag in flags.items(): p.grad = None; p.requires_grad_(flag)
@@ -322,7 +328,7 @@ def tune_block(self:Search,     # Cached inputs and what was measured
 
 Search.tune = tune_block
 
-# %% ../nbs/11_patch_slimming.ipynb #70a54c2e
+# %% ../nbs/11_patch_slimming.ipynb #0791c1c8
 def _settings(self, eps, tune_epochs, lr):
     h = hashlib.sha256()
     for name, v in self.model.state_dict().items(): h.update(name.encode() + v.cpu().contiguous().numpy().tobytes())
@@ -336,6 +342,7 @@ def _save_state(self, path, settings, node, errors):
     weights = {f'{l}.{n}': v.detach().cpu().contiguous() for l in self.tuned for n, v in self.blocks[l].state_dict().items()}
     with write_atomic(path) as tmp: save_file(weights, tmp, metadata=dict(search=json.dumps(dict(settings=settings, keep=keep, errors=errors, tuned=self.tuned))))
 
+# %% ../nbs/11_patch_slimming.ipynb #82ce6602
 def _load_state(self, path, settings):
     "The state after the last finished block, and the errors so far."
     from safetensors import SafetensorError, safe_open
@@ -354,7 +361,7 @@ def _load_state(self, path, settings):
         node = dict(l=l, masks={**node['masks'], l: mask}, kids={}, parent=node)
     return node, d['errors']
 
-# %% ../nbs/11_patch_slimming.ipynb #e41a0370
+# %% ../nbs/11_patch_slimming.ipynb #752ea856
 def search_run(self:Search,       # Cached inputs and what was measured
                eps:float,         # Tolerated relative error of each block
                tune_epochs:int=0, # Fine-tune each block for so many epochs after each step of its selection; changes the model's weights
@@ -380,6 +387,7 @@ def search_run(self:Search,       # Cached inputs and what was measured
 
 Search.run = search_run
 
+# %% ../nbs/11_patch_slimming.ipynb #4cd7e36b
 def top_down(model,              # A timm VisionTransformer that reads its CLS token
              ds:ImageSet,        # Calibration images
              eps:float=.02,      # Tolerated relative error of each block
@@ -417,7 +425,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
         eps = math.sqrt(low*high) if low and high else eps*4 if gap < 0 else eps/4
     return best[1]
 
-# %% ../nbs/11_patch_slimming.ipynb #8841dd86
+# %% ../nbs/11_patch_slimming.ipynb #63827a59
 def pick(counts:list,         # Patches to keep in each block, never rising with depth
          scores:torch.Tensor, # (L, N), prefix tokens included
          n_prefix:int=1,      # Their number
@@ -431,6 +439,7 @@ def pick(counts:list,         # Patches to keep in each block, never rising with
         keep.append(kept)
     return keep[::-1]
 
+# %% ../nbs/11_patch_slimming.ipynb #26b649ca
 def score_plan(plan:Plan,           # Gives the number of patches in each block
                scores:torch.Tensor, # (L, N) from `significance`
                method:str='score',  # Name of the new plan
@@ -446,6 +455,7 @@ def random_plan(plan:Plan,  # Gives the number of patches in each block
     order = torch.randperm(plan.n_patches, generator=g).tolist()
     return dataclasses.replace(plan, method='random', keep=[order[:len(k)] for k in plan.keep], info=dict(plan.info, seed=seed))
 
+# %% ../nbs/11_patch_slimming.ipynb #baab6fce
 def uniform_plan(model,               # A timm VisionTransformer that reads its CLS token
                  scores:torch.Tensor, # (L, N) from `significance`
                  reduction:float,     # Wanted MAC reduction, in (0, 1)

@@ -61,7 +61,7 @@ def check_masks(masks,         # (L, N) bool or 0/1, or None for `cls_masks`
     require(bool((masks[:-1] | ~masks[1:]).all()), 'masks', 'a token that is dropped and comes back', 'nested masks: kept in block l + 1 means kept in block l')
     return masks
 
-# %% ../nbs/10_significance.ipynb #06e6431c
+# %% ../nbs/10_significance.ipynb #db7934b6
 class Gram:
     "The sum over all head paths of AᵀA, from the last block towards the first: a thin factor F with G = FᵀF while that is cheaper, then the N×N matrix."
     def __init__(self, read:torch.Tensor,  # (N,) bool: the tokens that the head reads
@@ -86,12 +86,12 @@ class Gram:
         if self.full is None:
             new = (self.factor[:, :, mask].unsqueeze(1) @ rows).flatten(1, 2)
             new = torch.cat([self.factor, new], 1) if self.shortcut else new
-            if 2*new.shape[1] < H*N: self.factor = new/math.sqrt(paths)
+            if new.shape[1] < N: self.factor = new/math.sqrt(paths)
             else: self.full = new.mT @ new/paths
         else:
-            inner = self.full[:, mask][:, :, mask].unsqueeze(1) @ rows
-            new = rows.flatten(1, 2).mT @ inner.flatten(1, 2)
-            self.full = (new + self.full if self.shortcut else new)/paths
+            inner, new = self.full[:, mask][:, :, mask], self.full*self.shortcut
+            for P in rows.unbind(1): new.baddbmm_(P.mT, inner @ P)           # head by head stays in the processor's cache
+            self.full = new.div_(paths)
         self.scale *= paths
         return self
 
