@@ -106,7 +106,7 @@ def test_train(ask, tmp_path):
     save_file(vit.create_vit('vit_small_patch14_dinov2', img_size=112).state_dict(), tmp_path/'w.safetensors')
     r = ask('train --weights {w} --data {shop}/tree --epochs 1 --batch 6 --limit 10 --out {out} --device cpu', w=tmp_path/'w.safetensors', out=tmp_path/'run')
     assert 0 <= r['top1_low'] <= r['top1'] <= r['top1_high'] <= 1 and (r['images'], r['batch']) == (10, 6)
-    assert (tmp_path/'run/log.csv').is_file() and (tmp_path/'run/model/course.json').is_file()
+    assert (tmp_path/'run/model/log.csv').is_file() and (tmp_path/'run/model/course.json').is_file()
 
 
 # --- every option changes something

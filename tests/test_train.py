@@ -127,7 +127,7 @@ def test_course_recipe_end_to_end(tmp_path):
     save_file(create_vit('vit_small_patch14_dinov2', img_size=112, num_classes=0).state_dict(), weights)
     info = train_course(weights, 'embedded', tmp_path/'run', device='cpu', test_limit=10, epochs=.001, batch_size=8, patch_drop=(.5,))
     file = tmp_path/'run/model'/info['file']
-    assert info['images'] == 10 and info['recipe']['patch_drop'] == (.5,) and info['weights_sha256'] == sha256(weights)
+    assert info['images'] == 10 and [r['patch_drop'] for r in info['recipe']] == [(.5,)]*2 and info['weights_sha256'] == sha256(weights)
     assert sha256(file) == info['sha256']
     model = create_vit(info['model'], **info['kwargs'])
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
