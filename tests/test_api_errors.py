@@ -1,5 +1,5 @@
 """Bad input to the API: each refusal names the argument, what was given, what is allowed, and what to do next."""
-import json
+import copy, json
 
 import pytest, torch
 from vitprune_nb import cost, data, engine, measure, patch_slimming, results, vit
@@ -26,6 +26,16 @@ CASES = {
     'Swin': (lambda m, cal, tmp: engine.SlimViT(vit.create_vit('swin_tiny_patch4_window7_224')), 'SwinTransformer'),
     'no such timm model': (lambda m, cal, tmp: vit.create_vit('deit_huge'), "model: got deit_huge; allowed: a name from timm.list_models"),
     'more saved than there is': (lambda m, cal, tmp: patch_slimming.for_budget(m, cal, 1.), 'reduction: got 1.0; allowed: a share in (0, 1)'),
+    'negative tolerance': (lambda m, cal, tmp: patch_slimming.top_down(m, cal, -.1), 'eps: got -0.1; allowed: a positive relative error'),
+    'tolerance that is no number': (lambda m, cal, tmp: patch_slimming.top_down(m, cal, float('nan')), 'eps: got nan; allowed: a positive relative error'),
+    'tolerance that no block can meet': (lambda m, cal, tmp: patch_slimming.top_down(m, cal, 1e-30), 'misses it even with all its 16 patches'),
+    'no calibration images': (lambda m, cal, tmp: patch_slimming.top_down(m, cal.subset([])), 'ds: got no images; allowed: at least one calibration image'),
+    'empty loader': (lambda m, cal, tmp: patch_slimming.top_down(m, []), 'ds: got no images; allowed: at least one calibration image'),
+    'step of no patches': (lambda m, cal, tmp: patch_slimming.top_down(m, cal, step=0), 'step: got 0; allowed: a share in (0, 1) or a whole number of patches'),
+    'NaN in the weights': (lambda m, cal, tmp: patch_slimming.top_down(_nan(m), cal), 'model: got weights or images that give NaN or infinite tokens'),
+    'tuned plan for other weights': (lambda m, cal, tmp: patch_slimming.Plan('p', 'test_vit', 16, 1, [()]*6, dict(model_hash='0'), {'head.bias': m.head.bias}).slim(m), 'model: got a test_vit with other weights'),
+    'plan whose weights are gone': (lambda m, cal, tmp: patch_slimming.Plan.load(_half_plan(m, tmp)), 'a plan with its weights, p.safetensors, unchanged beside it'),
+    'plan that is none': (lambda m, cal, tmp: patch_slimming.Plan.load(_written(tmp/'p.json', '[1]')), 'allowed: a plan written by Plan.save'),
     'tolerance 0': (lambda m, cal, tmp: patch_slimming.top_down(m, cal, 0), 'eps: got 0; allowed: a positive relative error'),
     'data folder that is not there': (lambda m, cal, tmp: data.load_data(tmp/'none'), "allowed: 'embedded', 'cifar10', 'cifar100' or an existing folder"),
     'data folder without train/': (lambda m, cal, tmp: data.load_data(tmp, 'train'), 'allowed: a folder that holds train/'),
@@ -37,6 +47,18 @@ CASES = {
     'field that no row has': (lambda m, cal, tmp: results.make_row('dense', colour='blue'), 'field: got colour'),
     'damaged results file': (lambda m, cal, tmp: results.read_rows(_written(tmp/'r.csv', 'a,b\n1,2\n')), 'a CSV whose columns are'),
 }
+
+
+def _nan(model):
+    model = copy.deepcopy(model)
+    model.blocks[1].attn.qkv.weight.data[0, 0] = float('nan')
+    return model
+
+
+def _half_plan(model, tmp):
+    patch_slimming.Plan('p', 'test_vit', 16, 1, [()]*6, {}, {'head.bias': model.head.bias.detach()}).save(tmp/'p.json')
+    (tmp/'p.safetensors').unlink()
+    return tmp/'p.json'
 
 
 def _written(path, text):

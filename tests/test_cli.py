@@ -1,5 +1,5 @@
 """The command line: each command, its JSON, the effect of every option, and what bad input costs."""
-import json, re
+import json, os, re, signal, subprocess, time
 
 import pytest, torch
 from vitprune_nb import cli, data, vit
@@ -17,6 +17,8 @@ def shop(tmp_path_factory):
         m = vit.create_vit('test_vit', num_classes=10, img_size=32, patch_size=4)   # 64 patches, 6 blocks
         m.head.weight.data.normal_(std=.5)
         save_file(m.state_dict(), folder/f'w{seed}.safetensors')
+    m.blocks[2].mlp.fc1.weight.data[0, 0] = float('nan')
+    save_file(m.state_dict(), folder/'nan.safetensors')
     for split, n in (('train', 3), ('test', 1)):
         ds = data.embedded(split)
         for i in [int(j) for k in range(10) for j in (ds.targets == k).nonzero()[0][:n]]:
@@ -80,7 +82,7 @@ def test_bench(ask):
 def test_prune_writes_a_model_that_the_others_read(ask, tmp_path):
     r = ask('prune T --out {out} --calibration 8', out=tmp_path/'p')
     check_record(r)
-    assert r['reduction'] == pytest.approx(.45, abs=.03) and sorted(p.name for p in (tmp_path/'p').iterdir()) == ['config.json', 'model.safetensors']
+    assert r['reduction'] == pytest.approx(.45, abs=.03) and sorted(p.name for p in (tmp_path/'p').iterdir()) == ['config.json', 'model.safetensors', 'plan.json']
     assert ask('cost {out}', out=tmp_path/'p')['macs'] == r['macs']
     assert ask('eval {out} --limit 10', out=tmp_path/'p')['macs'] == r['macs']
 
@@ -140,6 +142,58 @@ def test_prune_eps(ask, tmp_path):
     base = 'prune T --calibration 8 --out {out} --eps'
     loose, tight = ask(f'{base} 0.5', out=tmp_path/'a'), ask(f'{base} 0.0001', out=tmp_path/'b')
     assert loose['macs'] < tight['macs']
+
+
+@pytest.mark.parametrize('option', ['--keys kept', '--step 9', '--step 0.5', '--tune-epochs 30', '--calibration 9', '--seed 3'])
+def test_prune_eps_option_changes_the_model(ask, tmp_path, option):
+    "Each of them moves a patch of the plan or, for block tuning, the weights as well."
+    from safetensors.torch import load_file
+    base = 'prune T --eps 0.05 --calibration 8 --data {shop}/tree --out {out}'
+    ask(base, out=tmp_path/'a'), ask(f'{base} {option}', out=tmp_path/'b')
+    plan = lambda n: [json.loads((tmp_path/n/'plan.json').read_text())[k] for k in ('keep', 'info')]
+    weights = lambda n: load_file(tmp_path/n/'model.safetensors')
+    assert plan('a')[1] != plan('b')[1]
+    same = all(torch.equal(v, weights('b')[k]) for k, v in weights('a').items())
+    assert same == ('tune' not in option)
+
+
+def test_prune_recover_trains_the_pruned_model(ask, tmp_path):
+    from safetensors.torch import load_file
+    base = 'prune T --method uniform --calibration 4 --data {shop}/tree --out {out} --recover'
+    weights = {}
+    for name, more in (('a', '0'), ('b', '2'), ('c', '2 --lr 0.01')):
+        r = ask(f'{base} {more}', out=tmp_path/name)
+        assert r['recover'] == float(more.split()[0])
+        weights[name] = load_file(tmp_path/name/'model.safetensors')
+    differ = lambda a, b: any(not torch.equal(v, weights[b][k]) for k, v in weights[a].items())
+    assert differ('a', 'b') and differ('b', 'c')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b', 'c']
+
+
+def test_pipeline_survives_kill_9(shop, tmp_path):
+    "Killed in the search and again in the fine-tuning, then left alone: the model of an undisturbed run, and no traces."
+    from conftest import BIN, clean_env
+    from safetensors.torch import load_file
+    line = f'prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --calibration 8 --eps 0.05 --tune-epochs 30 --recover 120 --lr 0.001 --device cpu --out'
+    start = lambda out: subprocess.Popen([BIN/'vitprune', *line.split(), str(out)], env=clean_env(OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, work = tmp_path/'p', tmp_path/'p.unfinished'
+    for sign in ('search.safetensors', 'recover/checkpoint.pt'):
+        proc, end = start(out), time.time() + 300
+        while not (work/sign).exists() and proc.poll() is None and time.time() < end: time.sleep(.01)
+        assert proc.poll() is None, proc.communicate()[1]
+        os.kill(proc.pid, signal.SIGKILL)
+        proc.communicate()
+        assert not out.exists() and (work/sign).is_file()
+    assert cli.main([*line.replace('0.05', '0.04').split(), str(out)]) == 2          # other options: one line, and nothing is touched
+    assert (work/'plan.json').is_file() and not out.exists()
+    for folder in (out, tmp_path/'whole'):
+        proc = start(folder)
+        assert proc.wait(timeout=300) == 0, proc.communicate()[1]
+        proc.communicate()
+    a, b = (load_file(f/'model.safetensors') for f in (out, tmp_path/'whole'))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    assert (out/'plan.json').read_text() == (tmp_path/'whole'/'plan.json').read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['p', 'whole']
 
 
 def test_prune_force(ask, tmp_path, capsys):
@@ -230,6 +284,17 @@ BAD = {
     'unknown method': ('prune --method magic --out {tmp}/o', 'method: got magic; allowed: patch-slimming'),
     'reduction of everything': ('prune --reduction 1 --out {tmp}/o', 'reduction: got 1.0; allowed: a share in (0, 1)'),
     'two budgets': ('prune --reduction 0.4 --eps 0.1 --out {tmp}/o', 'either --reduction or --eps'),
+    'tolerated error of zero': ('prune test_vit --eps 0 --out {tmp}/o', 'eps: got 0.0; allowed: a positive relative error'),
+    'negative error': ('prune test_vit --eps -0.1 --out {tmp}/o', 'eps: got -0.1'),
+    'error that no block can meet': ('prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --calibration 2 --eps 1e-30 --out {tmp}/o', 'even with all its 64 patches'),
+    'no calibration images': ('prune --eps 0.1 --calibration 0 --out {tmp}/o', 'n: got 0; allowed: 1 to'),
+    'step of no patches': ('prune test_vit --eps 0.1 --step 0 --out {tmp}/o', 'step: got 0'),
+    'tuned blocks without an error': ('prune --tune-epochs 3 --out {tmp}/o', 'tune-epochs: got 3; allowed: 0 with a MAC budget'),
+    'negative tuning': ('prune test_vit --eps 0.1 --tune-epochs -1 --out {tmp}/o', 'tune_epochs: got -1'),
+    'negative recovery': ('prune --recover -1 --out {tmp}/o', 'recover: got -1.0'),
+    'rival that searches': ('prune test_vit --method uniform --step 3 --calibration 2 --out {tmp}/o', 'step: got 3'),
+    'NaN in the weights': ('prune test_vit --weights {shop}/nan.safetensors --data {shop}/tree --calibration 2 --eps 0.1 --out {tmp}/o', 'NaN or infinite tokens; allowed: finite weights'),
+    'recovery on other classes': ('prune test_vit --eps 0.1 --recover 1 --out {tmp}/o', 'images of the 1000 classes'),
     'unknown keys': ('prune test_vit --calibration 2 --keys none --out {tmp}/o', "keys: got none; allowed: 'entering'"),
     'pruned twice': ('prune {shop}/pruned --out {tmp}/o', 'a model that is not pruned yet'),
     'folder in use': ('prune --out {tmp}', 'which is not empty; allowed: a new or empty folder'),

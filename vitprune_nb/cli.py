@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP', 'METHODS',
-           'explain', 'main', 'finish', 'fit_kwargs', 'open_model', 'describe', 'in_words', 'root', 'cli_cost',
-           'open_data', 'cli_eval', 'first_images', 'method', 'slimming_policy', 'uniform_policy', 'random_policy',
-           'check_out', 'write_folder', 'prune_with', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train']
+           'Reduction', 'Eps', 'Keys', 'Step', 'Tune', 'Recover', 'explain', 'main', 'finish', 'fit_kwargs',
+           'open_model', 'describe', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval', 'first_images', 'method',
+           'options', 'plan_slimming', 'plan_uniform', 'plan_random', 'check_out', 'write_folder', 'unfinished',
+           'prune_with', 'recover_with', 'check_prune', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train']
 
-# %% ../nbs/24_cli.ipynb #22acaf4e
-import json, os, shutil, sys
+# %% ../nbs/24_cli.ipynb #ea305542
+import contextlib, json, os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Optional
@@ -231,47 +232,53 @@ def first_images(model,  # Decides the transform
     t = eval_transform(data_config(model))
     return torch.stack([t(ds.image(i)) for i in range(n)])
 
-# %% ../nbs/24_cli.ipynb #6f69cdfb
+# %% ../nbs/24_cli.ipynb #cf47dacb
 METHODS = {}
 
 def method(name:str,  # What --method calls it
            about:str, # One clause for --help
            ):
-    "Register a function (model, calibration images, options) -> engine `Policy` as a pruning method."
+    "Register a function (model, calibration images, options) -> `Plan` or `Policy` as a pruning method."
     def add(f): METHODS[name] = (f, about); return f
     return add
 
-@method('patch-slimming', 'keep the patches that deeper blocks still use (Tang et al., Algorithm 1)')
-def slimming_policy(model,  # A timm ViT
-                    images, # Calibration images
-                    o,      # Options: reduction or eps, keys, seed, device
-                    ):      # An engine `Policy`
-    "Patch slimming for a MAC budget, or for a tolerated error."
-    from vitprune_nb.patch_slimming import for_budget, top_down
-    if o.eps is not None: return top_down(model, images, o.eps, keys=o.keys, device=o.device).policy()
-    return for_budget(model, images, o.reduction, keys=o.keys, device=o.device).policy()
-
-# %% ../nbs/24_cli.ipynb #5c69d24f
-@method('uniform', 'the same patches in every block but the last')
-def uniform_policy(model, images, o): # As for `slimming_policy`
-    "The uniform plan for a MAC budget."
-    from vitprune_nb.patch_slimming import uniform_plan
-    from vitprune_nb.significance import significance
-    _budget_only('uniform', o)
-    return uniform_plan(model, significance(model, images, device=o.device), o.reduction, o.keys).policy()
-
-@method('random', 'as many patches in each block as patch slimming keeps, at random')
-def random_policy(model, images, o): # As for `slimming_policy`
-    "The random plan for a MAC budget."
-    from vitprune_nb.patch_slimming import for_budget, random_plan
-    _budget_only('random', o)
-    return random_plan(for_budget(model, images, o.reduction, keys=o.keys, device=o.device), o.seed).policy()
+def options(**given)->SimpleNamespace: # What a method may read
+    "The options of `prune` with their defaults."
+    return SimpleNamespace(**dict(reduction=.45, eps=None, keys='entering', step=None, tune_epochs=0, seed=0, device='cpu', work=None) | given)
 
 def _budget_only(name, o):
     from vitprune_nb.core import require
-    require(o.eps is None, 'eps', o.eps, f'--reduction, for {name} has no error to control')
+    for k in ('eps', 'tune_epochs', 'step'):
+        require(not getattr(o, k), k.replace('_', '-'), getattr(o, k), f'--reduction, for {name} does not search')
 
-# %% ../nbs/24_cli.ipynb #6d684b91
+# %% ../nbs/24_cli.ipynb #5879d89d
+@method('patch-slimming', 'keep the patches that deeper blocks still use (Tang et al., Algorithm 1)')
+def plan_slimming(model,  # A timm ViT
+                  images, # Calibration images
+                  o,      # From `options`
+                  ):      # A `Plan`
+    "Patch slimming for a tolerated error, saving its state as it goes, or for a MAC budget."
+    from vitprune_nb.patch_slimming import for_budget, top_down
+    same = dict(keys=o.keys, step=o.step, device=o.device)
+    if o.eps is not None: return top_down(model, images, o.eps, tune_epochs=o.tune_epochs, checkpoint=o.work and o.work/'search.safetensors', batch_size=16, **same)
+    return for_budget(model, images, o.reduction, **same)
+
+@method('uniform', 'the same patches in every block but the last')
+def plan_uniform(model, images, o): # As for `plan_slimming`
+    "The uniform plan for a MAC budget."
+    from vitprune_nb.plan import uniform_plan
+    from vitprune_nb.significance import significance
+    _budget_only('uniform', o)
+    return uniform_plan(model, significance(model, images, device=o.device), o.reduction, o.keys)
+
+@method('random', 'as many patches in each block as patch slimming keeps, at random')
+def plan_random(model, images, o): # As for `plan_slimming`
+    "The random plan for a MAC budget."
+    from vitprune_nb.patch_slimming import for_budget, random_plan
+    _budget_only('random', o)
+    return random_plan(for_budget(model, images, o.reduction, keys=o.keys, device=o.device), o.seed)
+
+# %% ../nbs/24_cli.ipynb #bcd62936
 def check_out(out,              # The folder that shall be written
               force:bool=False, # Replace a pruned model that is there
               )->Path:
@@ -279,46 +286,90 @@ def check_out(out,              # The folder that shall be written
     from vitprune_nb.core import require
     out = Path(out)
     held = sorted(p.name for p in out.iterdir()) if out.is_dir() else [out.name] if out.exists() else []
-    ours = out.is_dir() and {'config.json', 'model.safetensors'} == set(held)
+    ours = out.is_dir() and {'config.json', 'model.safetensors'} == set(held) - {'plan.json'}
     require(not held or (ours and force), 'out', f'{out}, which is not empty' if out.is_dir() else f'{out}, which is a file', 'a new or empty folder',
             'Replace the pruned model in it with --force.' if ours else 'Only a folder that holds a pruned model and nothing else can be replaced with --force.')
     return out
 
-# %% ../nbs/24_cli.ipynb #dc884b70
+# %% ../nbs/24_cli.ipynb #f7e03cf4
 def write_folder(slim,  # A `SlimViT`
                  out,   # The folder
                  force:bool=False, # As for `check_out`
+                 plan=None, # A `Plan`, written beside the model as plan.json; its weights are the model's already
                  **info,# What shall be remembered
                  )->Path:
     "`save_slim`, but in place of what is there; until the last moment nothing is touched."
+    from dataclasses import replace
     from vitprune_nb.engine import save_slim
     out = check_out(out, force)
     new = save_slim(slim, out.with_name(f'.{out.name}.{os.getpid()}.new'), **info)
     try:
+        if plan is not None: replace(plan, weights=None).save(new/'plan.json')
         if out.exists(): shutil.rmtree(out)
         os.replace(new, out)
     finally: shutil.rmtree(new, ignore_errors=True)
     return out
 
-# %% ../nbs/24_cli.ipynb #59cee44f
+# %% ../nbs/24_cli.ipynb #91fb7e6d
+@contextlib.contextmanager
+def unfinished(out,         # The folder that shall be written in the end
+               needed:bool, # False: yield None
+               **search,    # All options that decide the plan
+               ):
+    "Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work is done or was never begun."
+    from vitprune_nb.core import VitpruneError, require, write_atomic
+    if not needed: yield None; return
+    work, options = Path(f'{Path(out)}.unfinished'), json.loads(json.dumps(search))
+    file, new = work/'options.json', not work.exists()
+    old = json.loads(file.read_text()) if file.is_file() else options
+    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in options if old.get(k) != options[k])
+    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
+    with write_atomic(file) as tmp: tmp.write_text(json.dumps(options, indent=1))
+    try: yield work
+    except VitpruneError:
+        if new and not (work/'plan.json').is_file(): shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+
 def prune_with(method:str, # One of METHODS
                model,      # A timm ViT, not yet pruned
                data,       # As for `load_data`
                n:int,      # Calibration images
-               o,          # Options: reduction, eps, keys, seed, device
-               )->tuple:   # (`SlimViT`, calibration images)
-    "A method of the table, applied."
+               o,          # From `options`
+               )->tuple:   # (`SlimViT`, its `Plan` or None, calibration images)
+    "A method of the table, applied; a plan that a killed run had finished is taken up again."
     from vitprune_nb.core import require
     from vitprune_nb.data import calibration, data_config, eval_transform
     from vitprune_nb.engine import SlimViT
+    from vitprune_nb.plan import Plan
     require(method in METHODS, 'method', method, ', '.join(METHODS))
     images = calibration(open_data(data, 'train'), n, o.seed).but(transform=eval_transform(data_config(model)))
-    return SlimViT(model, METHODS[method][0](model, images, o)), images
+    file = o.work and o.work/'plan.json'
+    made = Plan.load(file) if file and file.is_file() else METHODS[method][0](model, images, o)
+    if not isinstance(made, Plan): return SlimViT(model, made), None, images
+    if file: made.save(file)
+    return made.slim(model), made, images
 
-# %% ../nbs/24_cli.ipynb #32444775
+# %% ../nbs/24_cli.ipynb #13b5f56f
+def recover_with(slim, # A `SlimViT`, trained in place
+                 data, # As for `load_data`
+                 epochs:float, # Passes over the training images
+                 lr:float,     # Peak learning rate
+                 o,            # From `options`
+                 )->list:      # Rows of the training log
+    "Fine-tune a pruned model with the course's trainer, resuming from OUT.unfinished."
+    from accelerate import Accelerator
+    from vitprune_nb.train import TrainConfig, fit
+    train = open_data(data, 'train', slim)
+    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=min(64, len(train)), seed=o.seed, save_every=50)
+    acc = Accelerator(cpu=o.device.type == 'cpu', mixed_precision='no')
+    return fit(slim, train, cfg, out=o.work/'recover', accelerator=acc)
+
+# %% ../nbs/24_cli.ipynb #83d3e307
 HELP['prune'] = '''Prune a model and write it as a folder that eval, bench, cost and load_slim read.
 
-Prints the patches that each block keeps and what that saves. Nothing is fine-tuned: `vitprune eval DIR` shows what it costs.
+Prints the patches that each block keeps and what that saves; `vitprune eval DIR` shows what it costs. DIR gets config.json,
+model.safetensors and plan.json. A run that was stopped goes on when the same command line is given again.
 
 \b
 Methods:
@@ -328,31 +379,52 @@ Methods:
 Examples:
   vitprune prune --out pruned                        45% of the MACs, patch slimming
   vitprune prune --method uniform --out rival        a rival at the same cost
-  vitprune prune --eps 0.02 --keys kept --out tight  a tolerated error, not a budget'''
+  vitprune prune --eps 0.02 --keys kept --out tight  a tolerated error, not a budget
+  vitprune prune --eps 0.02 --tune-epochs 3 --recover 1 --out best   the paper's pipeline: hours on two cores'''
 
-# %% ../nbs/24_cli.ipynb #66c490b7
+# %% ../nbs/24_cli.ipynb #d9453890
+Reduction = Annotated[Optional[float], typer.Option(metavar='SHARE', help='share of MACs to save, in (0, 1)  [default: 0.45]')]
+Eps = Annotated[Optional[float], typer.Option(metavar='ERROR', help='tolerated relative error of each block, instead of --reduction')]
+Keys = Annotated[str, typer.Option(metavar='KIND', help="tokens whose keys and values a block computes: 'entering', 'all' or 'kept'")]
+Step = Annotated[Optional[float], typer.Option(metavar='N|SHARE', help='patches that a pass of the search adds, or a share of them  [default: 10 of 196]')]
+Tune = Annotated[int, typer.Option(metavar='N', help='with --eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper')]
+Recover = Annotated[float, typer.Option(metavar='EPOCHS', help='fine-tune the pruned model for so many passes over the training images')]
+
+def check_prune(reduction, eps, tune_epochs, recover): # Options of `prune`
+    "What can be refused before anything is opened."
+    from vitprune_nb.core import require
+    require(reduction is None or eps is None, 'eps', eps, 'either --reduction or --eps')
+    require(tune_epochs == 0 or eps is not None, 'tune-epochs', tune_epochs, '0 with a MAC budget', 'Fine-tuned blocks need a tolerated error: give --eps.')
+    require(0 <= recover < float('inf'), 'recover', recover, 'zero or a positive number of epochs')
+
+# %% ../nbs/24_cli.ipynb #c3d2d63e
 @app.command('prune', short_help='prune a model and save it', help=HELP['prune'])
 def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to write')], model:Model='course',
               method:Annotated[str, typer.Option(metavar='NAME', help='; '.join(METHODS))]='patch-slimming',
-              reduction:Annotated[Optional[float], typer.Option(metavar='SHARE', help='share of MACs to save, in (0, 1)  [default: 0.45]')]=None,
-              eps:Annotated[Optional[float], typer.Option(metavar='ERROR', help='tolerated relative error of each block, instead of --reduction')]=None,
-              calibration:Annotated[int, typer.Option(metavar='N', help='training images to search on')]=64,
-              keys:Annotated[str, typer.Option(metavar='KIND', help="tokens whose keys and values a block computes: 'entering', 'all' or 'kept'")]='entering',
+              reduction:Reduction=None, eps:Eps=None, calibration:Annotated[int, typer.Option(metavar='N', help='training images to search on')]=64,
+              keys:Keys='entering', step:Step=None, tune_epochs:Tune=0, recover:Recover=0.,
+              lr:Annotated[float, typer.Option(metavar='RATE', help='peak learning rate of --recover')]=1e-4,
               seed:Seed=0, data:Data=None, weights:Weights=None, device:Device='auto',
               force:Annotated[bool, typer.Option('--force', help='replace a pruned model that is in DIR')]=False, json_:Json=False):
     "Prune a model and save it."
     from vitprune_nb.core import pick_device, require
-    require(reduction is None or eps is None, 'eps', eps, 'either --reduction or --eps')
+    check_prune(reduction, eps, tune_epochs, recover)
     check_out(out, force)
     m = open_model(model, weights)
     require(not hasattr(m, 'policy'), 'model', model, 'a model that is not pruned yet')
-    o = SimpleNamespace(reduction=.45 if reduction is None else reduction, eps=eps, keys=keys, seed=seed, device=pick_device(device))
-    slim, cal = prune_with(method, m, data, calibration, o)
-    d, patches = describe(slim), [nq - m.num_prefix_tokens for nq, *_ in slim.policy.counts(len(m.blocks), slim.n_tokens, m.num_prefix_tokens)]
-    record = dict(method=method, patches=patches, keys=keys, seed=seed, device=o.device.type, **d)
-    write_folder(slim, out, force, backbone=model, data=cal.name, data_hash=cal.digest, calibration=len(cal), **record)
+    o = options(reduction=.45 if reduction is None else reduction, eps=eps, keys=keys, step=step, tune_epochs=tune_epochs, seed=seed, device=pick_device(device))
+    if recover: open_data(data, 'train', m)     # refuses other classes now, not after the search
+    search = dict(model=model, weights=weights, method=method, data=data, calibration=calibration, reduction=reduction, eps=eps, keys=keys, step=step,
+                  tune_epochs=tune_epochs, seed=seed)
+    with unfinished(out, bool(recover) or eps is not None, **search) as o.work:
+        slim, plan, cal = prune_with(method, m, data, calibration, o)
+        log = recover_with(slim, data, recover, lr, o) if recover else []
+        d, patches = describe(slim), [nq - m.num_prefix_tokens for nq, *_ in slim.policy.counts(len(m.blocks), slim.n_tokens, m.num_prefix_tokens)]
+        record = dict(method=method, patches=patches, keys=keys, eps=plan and plan.info.get('eps'), tune_epochs=tune_epochs, recover=recover, seed=seed, device=o.device.type, **d)
+        write_folder(slim, out, force, plan, backbone=model, data=cal.name, data_hash=cal.digest, calibration=len(cal), **record)
     print(f'{model} -> {out}: {method}, keys {keys}, {len(cal)} calibration images of {cal.name} {cal.split}, seed {seed}')
     print(f'patches computed in each block: {" ".join(map(str, patches))}\n{in_words(d)}')
+    if log: print(f'fine-tuned for {log[-1]["step"]} steps, last loss {log[-1]["loss"]:.3f}')
     return finish(dict(record, model=str(out), data=cal.name, images=len(cal)), json_)
 
 # %% ../nbs/24_cli.ipynb #632fce36
