@@ -166,7 +166,8 @@ def test_table_sums_to_the_total_for_pruned_counts():
 
 @pytest.mark.parametrize('at, fate', [('before', 'remove'), ('queries', 'remove'), ('queries', 'idle'), ('middle', 'remove')])
 def test_a_slim_vit_does_what_its_counts_say(at, fate):
-    from vitprune_nb.engine import Policy, SlimViT, Step
+    from vitprune_nb.engine import SlimViT
+    from vitprune_nb.policy import Policy, Step
     vit = timm.create_model('test_vit', num_classes=7).eval()
     slim = SlimViT(vit, Policy({2: Step(at=at, fate=fate, keep=tuple(range(0, 100, 3)))}))
     counts = slim.policy.counts(len(vit.blocks), n_tokens(vit), vit.num_prefix_tokens)

@@ -4,7 +4,8 @@ import random
 import pytest
 import torch
 
-from vitprune_nb.engine import ClsAttention, NormScore, Policy, RandomScore, SlimViT, Step, check_policy
+from vitprune_nb.engine import SlimViT, check_policy
+from vitprune_nb.policy import ClsAttention, NormScore, Policy, RandomScore, Step
 from vitprune_nb.vit import create_vit
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
@@ -104,3 +105,24 @@ def test_static_gather_exports(model, images):
     slim = SlimViT(model, Policy({1: Step(keep=(1, 4, 9)), 3: Step('queries', keep=())})).eval()
     exported = torch.export.export(slim, (images,)).module()
     assert torch.allclose(exported(images), slim(images), atol=1e-5)
+
+
+def test_engine_offers_the_names_of_policy_and_attention():
+    from vitprune_nb import attention, engine, modes, policy
+    for module in (policy, attention): assert all(getattr(engine, n) is getattr(module, n) for n in module.__all__ if hasattr(engine, n))
+    assert {'Step', 'Policy', 'Tokens', 'Scorer', 'register_scorer', 'SCORERS', 'select', 'parse_schedule', 'schedule_policy', 'pyramid',
+            'attend', 'fuse_tokens', 'merge_tokens', 'attn_branch', 'mlp_branch', 'Trace'} <= set(dir(engine))
+    assert engine.Trace is modes.Trace
+
+
+def test_policy_written_by_the_first_version_loads():
+    saved = {'name': 'old', 'steps': {'1': {'at': 'before', 'fate': 'remove', 'count': 6, 'score': {'kind': 'random', 'seed': 2, 'size': 4096}},
+                                      '2': {'at': 'middle', 'fate': 'fuse', 'threshold': 0.5, 'score': {'kind': 'cls_attention'}},
+                                      '3': {'at': 'queries', 'fate': 'remove', 'keep': []}}}
+    policy = Policy.from_dict(saved)
+    assert isinstance(policy.steps[1].score, RandomScore) and isinstance(policy.steps[2].score, ClsAttention)
+    assert policy.to_dict() == saved
+
+
+def test_only_cls_may_be_static_after_a_per_image_step(model, images):
+    check_policy(model, Policy({1: Step(score=NormScore(), count=6), 3: Step('queries', keep=())}, 'static end'), images)
