@@ -1,0 +1,258 @@
+"""Channel pruning against oracles that share no code with it: masks on a dense model, an attention written head by head, Torch-Pruning, ONNX Runtime."""
+import copy, json
+
+import pytest
+import torch
+from torch import nn
+
+from vitprune_nb import channels as ch, surgery
+from vitprune_nb.core import VitpruneError, set_seed
+from vitprune_nb.cost import count_macs, model_macs, model_params, n_tokens
+from vitprune_nb.engine import Policy, SlimViT, Step, check_policy
+from vitprune_nb.vit import create_vit
+
+ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
+ZOO = {'deit': {}, 'registers, LayerScale': dict(name='vit_small_patch14_reg4_dinov2', init_values=.1), 'distilled': dict(name='deit_tiny_distilled_patch16_224'),
+       'average pool': dict(name='vit_tiny_patch16_224', global_pool='avg'), 'no qkv bias': dict(name='vit_tiny_patch16_224', qkv_bias=False),
+       'q/k norm, pre-norm': dict(name='vit_tiny_patch16_224', pre_norm=True, qk_norm=True), 'no proj bias': dict(name='vit_tiny_patch16_224', proj_bias=False)}
+WAYS = [(0., {}), (.3, {}), (.7, {}), (.95, {}), (.5, dict(multiple=8)), (.5, dict(whole_heads=True)), (.6, dict(whole_heads=True, multiple=16))]
+
+
+def vit(name='deit_tiny_patch16_224', seed=0, **kwargs):
+    "Random weights, biases and norms, large enough that every channel matters."
+    set_seed(seed)
+    m = create_vit(name, **{**ARGS, **kwargs})
+    with torch.no_grad():
+        for p in m.parameters(): p.add_(.2*torch.randn_like(p))
+    return m
+
+
+def gated_vit(m, seed=0):
+    "A copy with gates of both signs."
+    g, gen = ch.add_gates(copy.deepcopy(m)), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for a in ch.gates(g).values(): a.copy_(torch.randn(len(a), generator=gen))
+    return g
+
+
+@pytest.fixture(scope='module')
+def dense(): return vit()
+
+
+@pytest.fixture(scope='module')
+def gated(dense): return gated_vit(dense)
+
+
+@pytest.fixture(scope='module')
+def images(): return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def masked(model, plan, values, x):
+    "Logits of a dense model whose layers read their inputs times gate times 0/1 mask."
+    hooks = []
+    for name, size in plan.sizes.items():
+        m = torch.zeros(size); m[list(plan.keep[name])] = 1
+        m = m*values[name].detach()
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda _, args, m=m: (args[0]*m,)))
+    try: return model(x)
+    finally: [h.remove() for h in hooks]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ZOO)
+def test_slicing_is_masking(kind):
+    m = vit(**ZOO[kind])
+    g, x = gated_vit(m), torch.randn(3, 3, *m.patch_embed.img_size)
+    for ratio, how in WAYS:
+        plan = ch.choose(ch.importance(g), ratio, 3, **how)
+        want, sliced = masked(m, plan, ch.gates(g), x), surgery.slice_model(g, plan)
+        assert (sliced(x) - want).abs().max() <= 1e-5, (kind, ratio, how)
+        assert (ch.harden(copy.deepcopy(g), plan)(x) - want).abs().max() <= 1e-5
+        assert (want - m(x)).abs().max() > 1e-2, 'the gates do matter'
+        assert count_macs(sliced) == model_macs(sliced, extra=surgery.padding_macs(sliced))
+        assert model_params(sliced) == sum(p.numel() for p in sliced.state_dict().values() if p.is_floating_point())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('seed', range(8))
+def test_random_plans(dense, gated, images, seed):
+    gen = torch.Generator().manual_seed(seed)
+    scores = {n: torch.rand(len(a), generator=gen) for n, a in ch.gates(gated).items()}
+    plan = ch.choose(scores, float(torch.rand((), generator=gen))*.9, 3)
+    assert (surgery.slice_model(gated, plan)(images) - masked(dense, plan, ch.gates(gated), images)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_head_by_head(gated):
+    "One sliced attention layer against a softmax written out, with each head's own channels and the dense scale."
+    plan = ch.choose(ch.importance(gated), .5, 3)
+    folded, sliced = ch.fold_gates(copy.deepcopy(gated)), surgery.slice_model(gated, plan)
+    x, cols, out = torch.randn(2, 17, 48), list(plan.keep['blocks.1.attn.qkv']), list(plan.keep['blocks.1.attn.proj'])
+    attn = folded.blocks[1].attn
+    xn = folded.blocks[1].norm1(x)[..., cols]
+    q, k, v = (xn @ attn.qkv.weight[i*48:(i + 1)*48][:, cols].T + attn.qkv.bias[i*48:(i + 1)*48] for i in range(3))
+    y = torch.zeros(2, 17, 48)
+    for h in range(3):
+        s, mine = slice(16*h, 16*h + 16), [c for c in out if c//16 == h]
+        e = torch.exp(q[..., s] @ k[..., s].transpose(1, 2)/16**.5)
+        y[..., mine] = e/e.sum(-1, keepdim=True) @ v[..., mine]
+    want = y[..., out] @ attn.proj.weight[:, out].T + attn.proj.bias
+    b = sliced.blocks[1]
+    assert torch.allclose(b.attn(b.norm1(x)), want, atol=1e-5)
+    assert b.attn.scale == attn.scale == 16**-.5
+    b.attn.fused_attn = False
+    assert torch.allclose(b.attn(b.norm1(x)), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_torch_pruning_cuts_the_same_hidden_channels(dense, images):
+    tp = pytest.importorskip('torch_pruning')
+    g = ch.add_gates(copy.deepcopy(dense))
+    sizes = {n: len(a) for n, a in ch.gates(g).items()}
+    keep = {n: sorted(torch.randperm(s, generator=torch.Generator().manual_seed(s + i)).tolist()[:s//2]) if n.endswith('fc2') else range(s)
+            for i, (n, s) in enumerate(sizes.items())}
+    ours = surgery.slice_model(g, ch.ChannelPlan(keep, sizes, .5, 0.))
+    theirs = copy.deepcopy(dense)
+    with torch.enable_grad(): graph = tp.DependencyGraph().build_dependency(theirs, example_inputs=images)   # it follows autograd
+    for i, b in enumerate(theirs.blocks):
+        gone = sorted(set(range(192)) - set(keep[f'blocks.{i}.mlp.fc2']))
+        graph.get_pruning_group(b.mlp.fc1, tp.prune_linear_out_channels, idxs=gone).prune()
+    assert [b.mlp.fc1.weight.shape for b in theirs.blocks] == [b.mlp.fc1.weight.shape for b in ours.blocks] == [(96, 48)]*3
+    assert torch.allclose(theirs(images), ours(images), atol=1e-5)
+    assert (theirs(images) - dense(images)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_literal_rule_drops_negative_gates(gated):
+    plan = ch.choose(ch.importance(gated, 'literal'), .5, 3)
+    values = ch.gates(gated)
+    gone = torch.cat([values[n][[i for i in range(s) if i not in set(plan.keep[n])]] for n, s in plan.sizes.items()])
+    assert gone.max() < .2 and gone.min() < -2      # the most negative gates went first
+    right = ch.choose(ch.importance(gated, 'gate'), .5, 3)
+    kept = torch.cat([values[n][list(right.keep[n])] for n in right.sizes])
+    assert kept.min() < -2
+
+
+def test_ratio_zero_and_the_highest_ratio(dense, gated, images):
+    scores = ch.importance(gated)
+    assert ch.choose(scores, 0., 3).removed == 0
+    sizes = sum(len(s) for s in scores.values())
+    top = 1 - 3*(3 + 3)/sizes      # three layers with one channel and three heads with one, in each of three blocks
+    plan = ch.choose(scores, top, 3)
+    assert [len(k) for k in plan.keep.values()] == [1, 3, 1, 1]*3
+    with torch.no_grad(): assert torch.isfinite(surgery.slice_model(gated, plan)(images)).all()
+    with pytest.raises(VitpruneError, match='A higher one would empty a layer or a head'): ch.choose(scores, top + 2/sizes, 3)
+
+
+@torch.no_grad()
+def test_ties_and_nan(gated):
+    flat = {n: torch.ones(len(a)) for n, a in ch.gates(gated).items()}
+    assert ch.choose(flat, .4, 3).keep == ch.choose(flat, .4, 3).keep
+    broken = copy.deepcopy(gated)
+    ch.gates(broken)['blocks.1.mlp.fc1'][3] = float('nan')
+    with pytest.raises(VitpruneError, match='NaN or infinity in the gates of blocks.1.mlp.fc1'): ch.importance(broken)
+
+
+@torch.no_grad()
+def test_round_trip(gated, images, tmp_path):
+    for i, (ratio, how) in enumerate(WAYS):
+        sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), ratio, 3, **how))
+        back = surgery.load_sliced(surgery.save_sliced(sliced, tmp_path/str(i), method='vtp'))
+        assert torch.equal(back(images), sliced(images)) and not back.training
+        config = json.loads((tmp_path/str(i)/'config.json').read_text())
+        assert config['info'] == dict(method='vtp') and len(config['shapes']) == 3
+    weights = (tmp_path/'1'/'model.safetensors').read_bytes()
+    (tmp_path/'1'/'model.safetensors').write_bytes(weights[:len(weights)//2])
+    with pytest.raises(VitpruneError, match='allowed: a sliced model as save_sliced wrote it'): surgery.load_sliced(tmp_path/'1')
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
+@torch.no_grad()
+def test_onnx(gated, images, tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
+    torch.onnx.export(sliced, (images,), tmp_path/'m.onnx', dynamo=True, verbose=False)
+    session = ort.InferenceSession(str(tmp_path/'m.onnx'))
+    got = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    assert torch.allclose(torch.from_numpy(got), sliced(images), atol=1e-4)
+
+
+@pytest.mark.parametrize('steps', [{1: Step(keep=(1, 4, 9))}, {0: Step('middle', keep=(1, 4, 9, 12)), 2: Step(keep=(4,))}, {1: Step('middle', 'idle', keep=(3, 8))},
+    pytest.param({0: Step('queries', keep=(1, 4, 9)), 2: Step('queries', keep=())}, marks=pytest.mark.xfail(raises=RuntimeError, strict=False, reason='queries-only steps read qkv.weight past the layer'))])
+def test_patches_and_channels_together(dense, gated, images, steps):
+    sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
+    policy = Policy(steps)
+    check_policy(sliced, policy, images)
+    counts = policy.counts(3, n_tokens(dense), 1)
+    both = SlimViT(sliced, policy)
+    assert count_macs(both) == model_macs(both, counts, surgery.padding_macs(both, counts))
+    left = lambda m, c=None: (model_macs(m, c) - embed)/(model_macs(dense) - embed)
+    embed = model_macs(dense, [(0, 0, 0)]*3)
+    assert left(sliced, counts) == pytest.approx(left(sliced)*left(dense, counts), abs=.03)
+
+
+def test_a_sliced_model_learns(gated, images):
+    sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3)).train()
+    sliced(images).square().mean().backward()
+    for n, p in sliced.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, n
+
+
+def test_slicing_leaves_the_model_alone(gated, images):
+    before = {k: v.clone() for k, v in gated.state_dict().items()}
+    surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
+    assert all(torch.equal(v, before[k]) for k, v in gated.state_dict().items())
+    assert len(ch.gates(gated)) == 12
+
+
+@pytest.mark.parametrize('name, words', [('swin_tiny_patch4_window7_224', 'SwinTransformer'), ('vit_giant_patch14_reg4_dinov2', r'blocks\[0\].mlp is of another kind')])
+def test_other_networks_are_refused_by_name(name, words):
+    with torch.device('meta'): m = create_vit(name, **(dict(depth=1, embed_dim=48, num_heads=3) if 'giant' in name else {}))
+    with pytest.raises(VitpruneError, match=words): ch.add_gates(m)
+
+
+def images_folder(root):
+    "An ImageFolder tree of 12 random classes, four images each."
+    from torchvision.transforms.functional import to_pil_image
+    for split in ('train', 'val'):
+        for c in range(12):
+            (root/split/f'n{c:04d}').mkdir(parents=True)
+            for i in range(4): to_pil_image(torch.rand(3, 40, 40)).save(root/split/f'n{c:04d}'/f'{i}.png')
+    return root
+
+
+def test_tables_from_an_image_folder(tmp_path):
+    "ImageNet-100 in small: some of the classes of an ImageFolder tree, trained, pruned at two rates, fine-tuned."
+    from vitprune_nb.data import class_subset, load_data
+    from vitprune_nb.train import TrainConfig
+    train, test = (class_subset(load_data(images_folder(tmp_path/'tree') if s == 'train' else tmp_path/'tree', s), 10) for s in ('train', 'test'))
+    cfg = TrainConfig(epochs=1, batch_size=20, layer_decay=1., dtype='fp32', **{k: v for k, v in ch.PAPER.items() if k in ('augment', 'lr', 'mixup', 'cutmix')})
+    m = vit()
+    table = lambda: surgery.channel_table(m, train, test, cfg, cfg, (1e-4,), (.2, .6), out=tmp_path/'runs', backbone='tiny', device='cpu')
+    dense, *rows = table()
+    assert [(json.loads(r['schedule'])['ratio'], r['recovery']) for r in rows] == [(.2, 'none'), (.2, 'fine-tuned'), (.6, 'none'), (.6, 'fine-tuned')]
+    assert all(r['images'] == 40 and r['method'] == 'vtp' for r in rows) and dense['macs'] > rows[0]['macs'] > rows[2]['macs']
+    assert {p.parent.name for p in (tmp_path/'runs').rglob('checkpoint.pt')} == {'sparse', 'ratio-0.2', 'ratio-0.6'}
+    assert [r['correct'] for r in table()] == [r['correct'] for r in (dense, *rows)], 'nothing is trained twice'
+
+
+BAD = {
+    'ratio 1': (lambda m: surgery.prune_channels(m, 1), 'ratio: got 1; allowed: a share in [0, 1). Use 0 to keep every channel.'),
+    'negative ratio': (lambda m: surgery.prune_channels(m, -.1), 'ratio: got -0.1; allowed: a share in [0, 1)'),
+    'ratio that empties a layer': (lambda m: surgery.prune_channels(m, .999), 'ratio: got 0.999; allowed: at most 0.982 for this model. A higher one would empty a layer or a head.'),
+    'negative λ': (lambda m: surgery.prune_channels(m, .4, l1=-1e-4), 'l1: got -0.0001; allowed: a number, 0 or more'),
+    'gates folded already': (lambda m: ch.fold_gates(ch.fold_gates(ch.add_gates(copy.deepcopy(m)))), 'model: got one without gates; allowed: a model after add_gates. If its gates are folded already'),
+    'gates twice': (lambda m: ch.add_gates(ch.add_gates(copy.deepcopy(m))), 'model: got one that has gates'),
+    'pruned twice': (lambda m: surgery.prune_channels(surgery.prune_channels(m, .4)[0], .4), 'model: got one whose channels are cut already; allowed: a dense model'),
+    'training without images': (lambda m: surgery.prune_channels(m, .4, tune=ch.TrainConfig()), 'train_set: got None'),
+    'unknown rule': (lambda m: surgery.prune_channels(m, .4, rule='l2'), "rule: got l2; allowed: 'folded', 'gate', 'literal'"),
+    'multiple 0': (lambda m: surgery.prune_channels(m, .4, multiple=0), 'multiple: got 0; allowed: a positive integer'),
+    'folder without a model': (lambda m: surgery.load_sliced('nowhere'), 'folder: got nowhere; allowed: a sliced model'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(name, dense):
+    call, message = BAD[name]
+    with pytest.raises(VitpruneError) as e: call(dense)
+    assert message in str(e.value) and '\n' not in str(e.value)
