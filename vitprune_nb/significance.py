@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'path_scores_brute', 'cls_masks', 'check_masks', 'Gram', 'value_energy', 'gram_scores', 'coherent_scores',
-           'attention_scores', 'read_tokens', 'capture_scores', 'significance', 'drop_errors', 'ranks', 'spearman',
-           'bootstrap_mean']
+           'attention_scores', 'read_tokens', 'readout', 'capture_once', 'capture_scores', 'batch_scores',
+           'significance', 'bench_scores']
 
-# %% ../nbs/10_significance.ipynb #a09473d0
-import itertools, math
+# %% ../nbs/10_significance.ipynb #c9aaa0c6
+import contextlib, itertools, math
 
-# %% ../nbs/10_significance.ipynb #b697a56a
+# %% ../nbs/10_significance.ipynb #801018ba
 import torch
 from .core import fold_seed, pick_device, progress, refuse, require
 from .data import ImageSet, data_config, eval_transform, loader
-from .engine import attn_branch, mlp_branch
-from .vit import capture, standard_blocks
+from .vit import Captured, capture, standard_blocks
 
-# %% ../nbs/10_significance.ipynb #9e4fd4e8
+# %% ../nbs/10_significance.ipynb #f0dbb612
 def path_scores_brute(attn:list,   # L attention maps (H, N, N) of one image
                       tokens:list, # L block inputs (N, D)
                       masks,       # (L, N), 1 for kept
                       t:int,       # Block index, 0-based
                       shortcut:bool=False, # Let a path also take the identity branch
+                      read=None,   # (R, N), what the head reads; None: the tokens that the last mask keeps
                       )->torch.Tensor: # (N,) float64
     "Equation 13 of patch slimming by walking every path of heads: the oracle, for tiny cases only."
     L, (H, N, _) = len(attn), attn[0].shape
@@ -31,7 +31,7 @@ def path_scores_brute(attn:list,   # L attention maps (H, N, N) of one image
     branches = list(range(H)) + [None]*shortcut      # None: the shortcut, which no mask cuts
     scores = torch.zeros(N, dtype=torch.float64)
     for path in itertools.product(branches, repeat=L - 1 - t):
-        A = D[-1]                                    # only what the head reads counts
+        A = D[-1] if read is None else read.double() # only what the head reads counts
         for l, h in zip(range(L - 1, t, -1), path):  # D_L P_L … D_(t+1) P_(t+1), in this order
             if h is not None: A = A @ D[l] @ P[l][h]
         for h in range(H):
@@ -39,15 +39,13 @@ def path_scores_brute(attn:list,   # L attention maps (H, N, N) of one image
             for i in range(N): scores[i] += (A[:, i:i+1] @ U[i:i+1]).square().sum()
     return scores
 
-# %% ../nbs/10_significance.ipynb #92a9bf5e
+# %% ../nbs/10_significance.ipynb #c4cbde89
 def cls_masks(n_blocks:int,   # L
               n_tokens:int,   # N, prefix tokens included
               read:int=1,     # Tokens that the head reads: 1 for CLS, 2 for CLS and DIST
               )->torch.Tensor: # (L, N) bool
     "The masks before any pruning: every token in every block, only what the head reads in the last (patch slimming, section 4.2)."
-    masks = torch.ones(n_blocks, n_tokens, dtype=torch.bool)
-    masks[-1, read:] = False
-    return masks
+    return torch.cat([torch.ones(n_blocks - 1, n_tokens), (torch.arange(n_tokens) < read)[None]]).bool()
 
 def check_masks(masks,         # (L, N) bool or 0/1, or None for `cls_masks`
                 n_blocks:int,  # L
@@ -61,14 +59,15 @@ def check_masks(masks,         # (L, N) bool or 0/1, or None for `cls_masks`
     require(bool((masks[:-1] | ~masks[1:]).all()), 'masks', 'a token that is dropped and comes back', 'nested masks: kept in block l + 1 means kept in block l')
     return masks
 
-# %% ../nbs/10_significance.ipynb #db7934b6
+# %% ../nbs/10_significance.ipynb #83aa9b82
 class Gram:
     "The sum over all head paths of AᵀA, from the last block towards the first: a thin factor F with G = FᵀF while that is cheaper, then the N×N matrix."
-    def __init__(self, read:torch.Tensor,  # (N,) bool: the tokens that the head reads
+    def __init__(self, read:torch.Tensor,  # (N,) bool: the tokens that the head reads; or (R, N): the weights it reads them with
                  images:int,               # B
                  shortcut:bool=True,       # Paths may take the identity branch
                  dtype=torch.float32, device='cpu'):
-        self.factor = torch.eye(len(read), dtype=dtype, device=device)[read.to(device)].expand(images, -1, -1)
+        rows = torch.eye(len(read), device=read.device)[read] if read.dtype == torch.bool else read
+        self.factor = rows.to(device, dtype).expand(images, -1, -1)
         self.full, self.scale, self.shortcut = None, 1., shortcut
 
     def diagonal(self)->torch.Tensor:
@@ -95,18 +94,25 @@ class Gram:
         self.scale *= paths
         return self
 
-# %% ../nbs/10_significance.ipynb #ec68eac3
-def value_energy(attn:torch.Tensor,   # (B, H, N, N)
+# %% ../nbs/10_significance.ipynb #42b70464
+def value_energy(attn:torch.Tensor,   # (B, H, R, N): the rows of R tokens
                  tokens:torch.Tensor, # (B, N, D)
-                 )->torch.Tensor:     # (B, N)
+                 )->torch.Tensor:     # (B, R)
     "sum_h || (P_h |Z|)[i] ||² for each token i: U of equation 10, squared and summed."
     size = tokens.abs()
     if size.shape[1] > size.shape[2]: return (attn @ size.unsqueeze(1)).square().sum((1, 3))
     inner = size @ size.mT                                   # (B, N, N)
-    rows = attn.flatten(1, 2)                                # (B, H·N, N)
+    rows = attn.flatten(1, 2)                                # (B, H·R, N)
     return torch.einsum('brn,brn->br', rows @ inner, rows).unflatten(1, attn.shape[1:3]).sum(1)
 
-# %% ../nbs/10_significance.ipynb #8fd660e8
+# %% ../nbs/10_significance.ipynb #30d391f8
+def _wide(x): return x if x.dtype == torch.float64 else x.float()
+
+def _start(attn, masks, read): # masks (L, N) and what the head reads (R, N), on the device of the maps
+    shape, device = (len(attn), attn[0].shape[-1]), attn[0].device
+    masks = torch.ones(shape, dtype=torch.bool) if masks is None and read is not None else check_masks(masks, *shape)
+    return masks.to(device), (torch.eye(shape[1])[masks[-1].cpu()] if read is None else read).to(device)
+
 def _scores(parts, per_image): # L tensors (B, N) -> (L, N) mean or (B, L, N)
     s = torch.stack(parts, 1).double()
     return s if per_image else s.mean(0)
@@ -116,34 +122,36 @@ def gram_scores(attn:list,    # L attention maps (B, H, N, N)
                 masks=None,   # (L, N) bool, nested; None keeps all but reads only CLS
                 shortcut:bool=True,   # Include the identity branch; False is equation 13 as printed
                 per_image:bool=False, # Return (B, L, N) instead of the mean over images
+                read=None,    # (R, N), what the head reads, from `readout`; None: the tokens that the last mask keeps
                 )->torch.Tensor:      # (L, N) float64
     "The path score of every token in every block, exact and in polynomial time (patch slimming, section 4.2, eq. 13)."
-    masks = check_masks(masks, len(attn), attn[0].shape[-1]).to(attn[0].device)
-    gram = Gram(masks[-1], len(attn[0]), shortcut, attn[0].dtype, attn[0].device)
-    out = []
-    for l in reversed(range(len(attn))):
-        out.append(gram.diagonal()*value_energy(attn[l], tokens[l]).double())
-        if l: gram.step(attn[l], masks[l])
+    (masks, read), last, out = _start(attn, masks, read), len(attn) - 1, []
+    gram = Gram(read, len(attn[0]), shortcut, _wide(attn[0]).dtype, masks.device)
+    for l in range(last, -1, -1):
+        P, live, score = _wide(attn[l]), read.any(0) if l == last else slice(None), gram.diagonal()
+        score[:, live] *= value_energy(P[:, :, live], _wide(tokens[l]))
+        out.append(score)
+        if l: gram.step(P, masks[l])
     return _scores(out[::-1], per_image)
 
-# %% ../nbs/10_significance.ipynb #8d6a66b6
+# %% ../nbs/10_significance.ipynb #1820537a
 def coherent_scores(attn:list,    # L attention maps (B, H, N, N)
                     tokens:list,  # L block inputs (B, N, D)
                     masks=None,   # (L, N) bool, nested
                     shortcut:bool=True,   # Include the identity branch
                     per_image:bool=False, # Return (B, L, N) instead of the mean over images
+                    read=None,    # (R, N), what the head reads; None: the tokens that the last mask keeps
                     )->torch.Tensor:      # (L, N) float64
     "Heads summed before the norm: equation 11 for one dropped patch, exactly, at O(L N²)."
-    masks = check_masks(masks, len(attn), attn[0].shape[-1]).to(attn[0].device)
-    reach = torch.eye(masks.shape[1], dtype=torch.float64, device=attn[0].device)[masks[-1]].expand(len(attn[0]), -1, -1)
-    out = []
+    masks, read = _start(attn, masks, read)
+    reach, out = read.double().expand(len(attn[0]), -1, -1), []
     for l in reversed(range(len(attn))):
-        summed = attn[l].sum(1)                              # (B, N, N)
-        out.append(reach.square().sum(1)*value_energy(summed.unsqueeze(1), tokens[l]).double())
+        summed = _wide(attn[l]).sum(1)                       # (B, N, N)
+        out.append(reach.square().sum(1)*value_energy(summed.unsqueeze(1), _wide(tokens[l])).double())
         reach = reach*shortcut + (reach*masks[l]) @ summed.double()
     return _scores(out[::-1], per_image)
 
-# %% ../nbs/10_significance.ipynb #96cc181b
+# %% ../nbs/10_significance.ipynb #84caca85
 def attention_scores(attn:list,      # L attention maps (B, H, N, N)
                      kind:str='row', # 'row' (the paper's 'Attn'), 'column' or 'cls'
                      per_image:bool=False, # Return (B, L, N) instead of the mean over images
@@ -151,9 +159,9 @@ def attention_scores(attn:list,      # L attention maps (B, H, N, N)
     "Scores from one block's map alone: peakiness as a query, attention received from all, attention received from CLS."
     require(kind in ('row', 'column', 'cls'), 'kind', kind, "'row', 'column' or 'cls'")
     f = dict(row=lambda P: P.square().sum((1, 3)), column=lambda P: P.sum((1, 2)), cls=lambda P: P[:, :, 0].sum(1))[kind]
-    return _scores([f(P) for P in attn], per_image)
+    return _scores([f(_wide(P)) for P in attn], per_image)
 
-# %% ../nbs/10_significance.ipynb #706719f0
+# %% ../nbs/10_significance.ipynb #d86b4376
 KINDS = ('shortcut', 'exact', 'coherent', 'row', 'column', 'cls', 'random')
 
 def read_tokens(model # A timm VisionTransformer
@@ -163,83 +171,98 @@ def read_tokens(model # A timm VisionTransformer
     require(pool == 'token', 'model', f"{type(model).__name__} with global_pool='{pool}'", "a model that reads its CLS token (global_pool='token')")
     return 2 if getattr(model, 'dist_token', None) is not None else 1
 
+def readout(model # A timm VisionTransformer that reads its CLS token or averages its patches
+            )->torch.Tensor: # (R, N): one row per token that is read, or one row of 1/n
+    "The weights with which the head reads the tokens of the last block."
+    prefix, N = model.num_prefix_tokens, model.patch_embed.num_patches + model.num_prefix_tokens
+    if getattr(model, 'global_pool', 'token') != 'avg': return torch.eye(N)[:read_tokens(model)]
+    read = (torch.arange(N) >= (0 if getattr(model, 'pool_include_prefix', False) else prefix)).float()
+    return (read/read.sum())[None]
+
+# %% ../nbs/10_significance.ipynb #6ba7da4a
+@contextlib.contextmanager
+def capture_once(model # A timm VisionTransformer of standard blocks
+                 ):    # Yields a `Captured`
+    "Like `vit.capture`, for when every map is needed: attention runs unfused, and its own softmax is what is kept."
+    cap, blocks, handles = Captured(), standard_blocks(model), []
+    old = [(b.attn, b.attn.fused_attn, b.attn.scale) for b in blocks]
+    def on_start(_, args): cap.clear(); cap.tokens.append(args[0])
+    def on_end(_, args, out): cap.tokens.append(out)
+    try:
+        handles += [blocks[0].register_forward_pre_hook(on_start)]
+        for b in blocks:
+            if b.attn.fused_attn: b.attn.fused_attn, b.attn.scale = False, b.attn.head_dim**-.5   # the scale that the fused kernel uses
+            handles += [b.attn.attn_drop.register_forward_pre_hook(lambda _, args: cap.attention.append(args[0])), b.register_forward_hook(on_end)]
+        yield cap
+    finally:
+        for h in handles: h.remove()
+        for attn, fused, scale in old: attn.fused_attn, attn.scale = fused, scale
+
+# %% ../nbs/10_significance.ipynb #ea84f1d7
 def capture_scores(cap,       # A filled `Captured`
                    kind:str,  # One of KINDS but 'random'
                    masks=None,# (L, N) bool, nested
                    per_image:bool=False, # Return (B, L, N) instead of the mean over images
+                   read=None, # (R, N), what the head reads, from `readout`; None: the tokens that the last mask keeps
                    )->torch.Tensor:      # (L, N) float64
-    "One of the scores from what `vit.capture` collected."
+    "One of the scores from what `vit.capture` or `capture_once` collected."
     if kind in ('row', 'column', 'cls'): return attention_scores(cap.attention, kind, per_image)
-    if kind == 'coherent': return coherent_scores(cap.attention, cap.tokens[:-1], masks, per_image=per_image)
+    if kind == 'coherent': return coherent_scores(cap.attention, cap.tokens[:-1], masks, per_image=per_image, read=read)
     require(kind in ('shortcut', 'exact'), 'kind', kind, ', '.join(KINDS))
-    return gram_scores(cap.attention, cap.tokens[:-1], masks, kind == 'shortcut', per_image)
+    return gram_scores(cap.attention, cap.tokens[:-1], masks, kind == 'shortcut', per_image, read)
 
-# %% ../nbs/10_significance.ipynb #2d14251b
 @torch.inference_mode()
-def significance(model,             # A timm VisionTransformer that reads its CLS token
+def batch_scores(model,          # A timm VisionTransformer, in eval mode
+                 x:torch.Tensor, # Images (B, 3, H, W)
+                 kind:str='shortcut', # One of KINDS but 'random'
+                 masks=None,     # (L, N) bool, nested; None keeps all
+                 )->torch.Tensor:# (B, L, N) float64
+    "The score of every token in every block for each image of a batch, in one forward pass."
+    read, weight = readout(model), next(model.parameters())
+    if masks is not None: masks = check_masks(masks, len(standard_blocks(model)), read.shape[1])
+    require(kind != 'cls' or getattr(model, 'cls_token', None) is not None, 'kind', kind, 'another kind for a model without a CLS token')
+    with capture_once(model) as cap: model(x.to(weight.device, weight.dtype))
+    with torch.autocast(weight.device.type, enabled=False): return capture_scores(cap, kind, masks, per_image=True, read=read)
+
+# %% ../nbs/10_significance.ipynb #da31cf48
+@torch.inference_mode()
+def significance(model,             # A timm VisionTransformer that reads its CLS token or averages its patches
                  ds:ImageSet,       # Calibration images; the transform is made from the model when there is none
-                 masks=None,        # (L, N) bool, nested; None keeps all but reads only CLS
+                 masks=None,        # (L, N) bool, nested; None keeps all
                  kind:str='shortcut', # One of KINDS
                  batch_size:int=16, # Images at once: bounds the memory, changes nothing else
                  seed:int=0,        # For kind='random'
                  device='cpu',      # Where to compute
                  )->torch.Tensor:   # (L, N) float64 on the CPU
-    "Mean score of every token in every block over a data set, streamed batch by batch in float32."
+    "Mean score of every token in every block over a data set, streamed batch by batch, in float32 or better."
     require(kind in KINDS, 'kind', kind, ', '.join(KINDS))
     require(len(ds) > 0, 'ds', 'no images', 'at least one calibration image')
     L, N = len(standard_blocks(model)), model.patch_embed.num_patches + model.num_prefix_tokens
     if kind == 'random': return torch.rand(L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(fold_seed(seed, L, N)))
-    masks = cls_masks(L, N, read_tokens(model)) if masks is None else check_masks(masks, L, N)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     device, was_training, total = pick_device(device), model.training, torch.zeros(L, N, dtype=torch.float64)
     model.eval().to(device)
-    with capture(model) as cap:
-        for x, _ in progress(loader(ds, batch_size), 'significance', unit='batch'):
-            model(x.to(device))
-            total += capture_scores(cap, kind, masks, per_image=True).sum(0).cpu()
+    for x, _ in progress(loader(ds, batch_size), 'significance', unit='batch'):
+        total += batch_scores(model, x, kind, masks).sum(0).cpu()
     model.train(was_training)
     require(bool(torch.isfinite(total).all()), 'model', 'weights or images that give NaN or infinite scores', 'finite weights and images')
     return total/len(ds)
 
-# %% ../nbs/10_significance.ipynb #2e1ac4a6
-@torch.inference_mode()
-def drop_errors(model,           # A timm VisionTransformer
-                tokens:list,     # L + 1 token tensors (B, N, D), from `vit.capture`
-                t:int,           # Block index, 0-based
-                drop:torch.Tensor, # (S, N) bool: sets of tokens that block t does not update
-                )->torch.Tensor: # (B, S) float64
-    "True relative squared error of the CLS output when block t leaves a set of tokens as they were; deeper blocks are dense."
-    blocks, out = standard_blocks(model), []
-    require(0 <= t < len(blocks), 't', t, f'a block index, 0 to {len(blocks) - 1}')
-    for before, after, end in zip(tokens[t], tokens[t + 1], tokens[-1]):       # image by image
-        x = torch.where(drop[:, :, None], before, after)                       # (S, N, D)
-        for l in range(t + 1, len(blocks) - 1): x = blocks[l](x)
-        if t + 1 < len(blocks):
-            x = x[:, :1] + attn_branch(blocks[-1], x, xq=lambda xn: xn[:, :1]) # CLS is all that is read
-            x = x + mlp_branch(blocks[-1], x)
-        out.append((x[:, 0] - end[0]).double().square().sum(-1)/end[0].double().square().sum())
-    return torch.stack(out)
-
-# %% ../nbs/10_significance.ipynb #432ec6c6
-def ranks(x:torch.Tensor # (…, n)
-          )->torch.Tensor: # (…, n) float64, ties share their mean rank
-    "Rank of each value along the last axis, from 0."
-    less, same = (x[..., None] > x[..., None, :]).sum(-1), (x[..., None] == x[..., None, :]).sum(-1)
-    return less + (same.double() - 1)/2
-
-def spearman(a:torch.Tensor, # (…, n)
-             b:torch.Tensor, # (…, n)
-             )->torch.Tensor: # (…) in [-1, 1]; 0 when one of them is constant
-    "Spearman's rank correlation along the last axis."
-    a, b = (r - r.mean(-1, keepdim=True) for r in (ranks(a), ranks(b)))
-    return (a*b).sum(-1)/(a.norm(dim=-1)*b.norm(dim=-1)).clamp_min(1e-12)
-
-def bootstrap_mean(values:torch.Tensor, # (n,), one per image
-                   draws:int=2000,      # Resamples
-                   seed:int=0,          # Of the resampling
-                   )->tuple:            # (mean, low, high)
-    "Mean with its 95% bootstrap interval over images."
-    require(len(values) > 1 and draws > 0, 'values', f'{len(values)} values, {draws} draws', 'at least two values and one draw')
-    idx = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
-    means = values.double()[idx].mean(1)
-    return values.double().mean().item(), *means.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+# %% ../nbs/10_significance.ipynb #2d68936a
+def bench_scores(nets:dict,     # {backbone: timm VisionTransformer}
+                 batch:int=8,   # Images at once
+                 repeats:int=7, # Timed rounds
+                 warmup:int=2,  # Rounds before
+                 threads:int=2, # CPU threads
+                 device='cpu',  # Where to compute
+                 )->list:       # Rows for data/results/significance_speed.csv
+    "Time a forward pass with and without the scores of all blocks; the note of the second row has the ratio with its 95% interval."
+    from vitprune_nb.measure import bench, ratio_interval
+    from vitprune_nb.results import make_row
+    rows = []
+    for name, net in nets.items():
+        x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+        dense, scored = bench({'forward': net, 'forward and scores': lambda x: batch_scores(net, x)}, x, warmup, repeats, device, threads=threads)
+        note = 'median time {:.3f} times that of the forward ({:.3f} to {:.3f})'.format(*ratio_interval(scored['times_ms'], dense['times_ms']))
+        rows += [make_row(r['name'], name, timing=r, note=n) for r, n in ((dense, 'random images: for time only'), (scored, note))]
+    return rows
