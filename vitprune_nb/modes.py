@@ -219,7 +219,7 @@ class _Sparse(Stream):
     plain, before, queries, middle = _plain, _before, _queries, _middle
     def run(self, i, block, step): getattr(self, step.at if step else 'plain')(i, block, step)
 
-# %% ../nbs/04d_modes.ipynb #b15510ca
+# %% ../nbs/04d_modes.ipynb #4e1bd512
 def _take(x, idx):
     "Tokens at idx: (k,) the same for all images, or (B, k) per image."
     if idx.dim() == 1: return x.index_select(1, idx)
@@ -230,6 +230,7 @@ def _put(x, idx, values):
     if idx.dim() == 1: return x.index_copy(1, idx, values)
     return x.scatter(1, idx[..., None].expand_as(values), values)
 
+# %% ../nbs/04d_modes.ipynb #c8232910
 def _keep_index(keep, k:int):
     "(B, n) bool with k True in every row -> (B, k) positions in ascending order."
     return keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
