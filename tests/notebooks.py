@@ -58,6 +58,7 @@ def execute(path):
 def keep(names):
     "Execute all notebooks (or those whose path holds one of `names`) in place, in reading order; the first error stops."
     os.environ.update(environment(1))
+    del os.environ['MPLBACKEND']   # the kernel's own backend puts figures into the notebook
     for p in notebooks():
         if names and not any(n in str(p) for n in names): continue
         start = time.monotonic()

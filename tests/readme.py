@@ -41,7 +41,7 @@ def lesson_table(nbs):
     for l in lessons():
         worked = f' · [worked]({nbs}solutions/{l["name"]}.ipynb)' if l['solutions'] else ''
         module = f'`{l["module"]}`' if l['module'] else ''
-        rows.append(f'| [{l["name"][:2]} {l["title"]}]({nbs}{l["name"]}.ipynb) | {l["summary"]} | {module} | {l["time"]} | {l["exercises"] or ""}{worked} |')
+        rows.append(f'| [{l["name"].split("_")[0]} {l["title"]}]({nbs}{l["name"]}.ipynb) | {l["summary"]} | {module} | {l["time"]} | {l["exercises"] or ""}{worked} |')
     return '\n'.join(rows)
 
 
