@@ -12,13 +12,13 @@ __all__ = ['SCORES', 'FIGURES', 'Subject', 'subject_row', 'figure_table', 'simil
 import dataclasses, functools, json, os
 from pathlib import Path
 
-# %% ../nbs/11b_patch_figures.ipynb #9d731534
+# %% ../nbs/11b_patch_figures.ipynb #c34cba4f
 import numpy as np
 import torch
+from .attention import attn_branch, mlp_branch
 from .core import autocast, pick_device, progress, require
 from .cost import model_macs, model_params
 from .data import ImageSet, data_config, eval_transform, load_data, loader
-from .engine import attn_branch, mlp_branch
 from .patch_slimming import Search, for_budget
 from .plan import Plan, model_name, random_plan, uniform_plan, weights_hash
 from .redundancy import depth_summary, similarity_by_depth
