@@ -151,11 +151,10 @@ def root(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', he
     elif ctx.invoked_subcommand is None: print(ctx.get_help())
     if version or ctx.invoked_subcommand is None: raise typer.Exit()
 
-# %% ../nbs/24_cli.ipynb #91acb0f4
+# %% ../nbs/24_cli.ipynb #fc7eb888
 HELP['cost'] = '''Count the MACs and parameters of a model, part by part.
 
-MACs are multiply-accumulates of one image; papers often print the same number as "FLOPs". Nothing is run: the numbers
-follow from the widths of the layers and the tokens that each block sees.
+MACs are multiply-accumulates of one image, counted from the widths of the layers; papers often print them as "FLOPs".
 
 \b
 Examples:
@@ -192,11 +191,10 @@ def open_data(data,       # As for `load_data`
     if model is not None: check_classes(model, ds)
     return ds
 
-# %% ../nbs/24_cli.ipynb #0b9e908e
+# %% ../nbs/24_cli.ipynb #b7b83b86
 HELP['eval'] = '''Measure the top-1 accuracy of a model, with its 95% interval.
 
-The interval is Wilson's; with 2,000 images it is about two points wide. Two models should differ by more, or be compared
-image by image.
+The interval is Wilson's. Two models should differ by more than its width, or be compared image by image.
 
 \b
 Examples:
@@ -462,11 +460,10 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, batch:
     last = {k: v for k, v in rows[-1].items() if k not in ('name', 'times_ms')}
     return finish(dict(model=model, images=batch, **d, **last, **extra), json_)
 
-# %% ../nbs/24_cli.ipynb #f90ee71f
+# %% ../nbs/24_cli.ipynb #2af8efe0
 HELP['demo'] = '''Prune the course model, compare it with its rivals at equal MACs, write a report.
 
-Prints a table: dense, patch slimming, uniform and random pruning with top-1 and its 95% interval, MACs, reduction, throughput
-with quartiles, speed-up. DIR gets report.html, kept.png, accuracy_macs.png, results.csv and model/.
+Prints a table with top-1, MACs and speed; DIR gets report.html, kept.png, accuracy_macs.png, results.csv and model/.
 
 \b
 Examples:
