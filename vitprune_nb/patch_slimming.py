@@ -356,7 +356,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
         eps = math.sqrt(low*high) if low and high else eps*4 if gap < 0 else eps/4
     return best[1]
 
-# %% ../nbs/11_patch_slimming.ipynb #8b3776a5
+# %% ../nbs/11_patch_slimming.ipynb #d46820e6
 def time_search(images:int=256,    # Calibration images, from the embedded training set
                 eps:float=.02,     # As for `top_down`
                 tune_epochs:int=0, # As for `top_down`
@@ -369,8 +369,7 @@ def time_search(images:int=256,    # Calibration images, from the embedded train
     file = data_path('model', json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))['file'])
     model = create_vit(COURSE['model'], file, **dict(COURSE['kwargs'], img_size=side, patch_size=16))
     cal, start = calibration(embedded('train'), images), time.perf_counter()
-    search = Search(model, cal, batch_size=batch_size, device=device)
-    cached = time.perf_counter() - start
+    search, cached = Search(model, cal, batch_size=batch_size, device=device), time.perf_counter() - start
     plan = search.run(eps, tune_epochs)
     note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1), passes=search.passes, eps=eps, tune_epochs=tune_epochs,
                 mac_reduction=round(plan.reduction(model), 4))
