@@ -1,5 +1,5 @@
 """The engine against forward passes written from scratch here, random policies, and torch.export."""
-import json, random
+import json, random, subprocess, sys
 
 import pytest
 import torch
@@ -126,3 +126,19 @@ def test_policy_written_by_the_first_version_loads():
 
 def test_only_cls_may_be_static_after_a_per_image_step(model, images):
     check_policy(model, Policy({1: Step(score=NormScore(), count=6), 3: Step('queries', keep=())}, 'static end'), images)
+
+
+@pytest.mark.parametrize('module', ['life', 'cosine'])
+def test_a_saved_policy_finds_the_methods_of_the_course(module):
+    "In a process that has not imported the method's module."
+    code = f'''import sys
+from vitprune_nb.policy import SCORER_MODULES, SCORERS, _step_from_dict
+assert "vitprune_nb.{module}" not in sys.modules
+kinds = [k for k, m in SCORER_MODULES.items() if m == "{module}"]
+for kind in kinds:
+    try: _step_from_dict(dict(at="before", fate="remove", count=3, score=dict(kind=kind)))
+    except TypeError: pass      # a scorer that needs its width
+    assert kind in SCORERS
+print(len(kinds))'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert int(out.stdout) >= 1
