@@ -59,3 +59,10 @@ def test_every_test_can_fail(path):
             if name in functions and name not in seen and functions[name] is not f and checks(functions[name], (*seen, name)): return True
         return False
     assert [n for n, f in functions.items() if n.startswith('test_') and not checks(f)] == []
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_notebook_leaves_gradients_on(path):
+    "nbdev_test runs several notebooks in one process; one that turns gradients off for good breaks those after it."
+    code = ''.join(c.source + '\n' for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code')
+    assert not re.findall(r'set_grad_enabled\((\w+)\)', code)[-1:] == ['False']
