@@ -1,7 +1,7 @@
 """What a notebook cannot show: a search that is really killed, and what its state file refuses."""
 import os, random, signal, subprocess, sys
-from pathlib import Path
 import pytest, torch
+from conftest import start
 from patch_slimming_script import images, run, tiny_vit
 from vitprune_nb import patch_slimming
 from vitprune_nb.core import VitpruneError
@@ -9,33 +9,22 @@ from vitprune_nb.engine import load_slim, save_slim
 from vitprune_nb.patch_slimming import Plan, top_down
 from vitprune_nb.plan import weights_hash
 
-SCRIPT = Path(__file__).with_name('patch_slimming_script.py')
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)     # as in the subprocesses: another number of threads adds in another order
-    yield
-    torch.set_num_threads(before)
-
-
-def start(*args): return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, args)], env=ENV, stdout=subprocess.PIPE, text=True)
+SCRIPT = 'patch_slimming_script.py'
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_kill_9_changes_nothing(tmp_path):
     "Killed while writing a state, then killed between two states, then left alone: the plan and the tuned weights of an undisturbed search."
     out = tmp_path/'killed'
     out.mkdir()
-    half = start(out, 'half-write')
+    half = start(SCRIPT, out, 'half-write')
     seen = half.communicate(timeout=300)[0].split('\n')
     assert half.returncode == -signal.SIGKILL and seen[0] == 'block 6' and seen[1:] == ['']
     assert len(list(out.glob('.search.safetensors.*.tmp'))) == 1                 # half a temporary file is left …
     assert not (out/'plan.json').exists()
 
     stop = random.choice([4, 3, 2])
-    second, seen = start(out), []
+    second, seen = start(SCRIPT, out), []
     for line in second.stdout:
         seen.append(int(line.split()[1]))
         if seen[-1] == stop: os.kill(second.pid, signal.SIGKILL); break
@@ -43,7 +32,7 @@ def test_kill_9_changes_nothing(tmp_path):
     second.stdout.close()
     assert seen[0] == 5, '… but the state of block 6 is whole, and the search goes on behind it'
 
-    third = start(out)
+    third = start(SCRIPT, out)
     rest = third.communicate(timeout=300)[0].split('\n')[:-1]
     assert third.returncode == 0 and int(rest[0].split()[1]) < stop + 1 and rest[-1] == 'block 1'
     whole, plan = run(tmp_path/'whole.safetensors'), Plan.load(out/'plan.json')

@@ -1,42 +1,31 @@
 """What a notebook cannot show: runs that are really killed, two processes in place of one, and the course recipe from end to end."""
 import os, random, signal, socket, subprocess, sys
-from pathlib import Path
 import pytest
 import torch
+from conftest import ONE_THREAD, ROOT, start
 from train_script import RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import VitpruneError, sha256
 from vitprune_nb.train import TrainConfig, fit, load_checkpoint, read_log, train_course
 from vitprune_nb.vit import create_vit
 
-SCRIPT = Path(__file__).with_name('train_script.py')
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)     # as in the subprocesses: another number of threads adds in another order
-    yield
-    torch.set_num_threads(before)
+SCRIPT = 'train_script.py'
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def apart(a, b): return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-def start(*args): return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, args)], env=ENV, stdout=subprocess.PIPE, text=True)
-
-
 def test_kill_9_changes_nothing(tmp_path):
     "Killed while writing a checkpoint, then killed at a random step in the middle of an epoch, then left alone."
     out, log = tmp_path/'killed', lambda rows: [(r['step'], r['lr'], r['loss']) for r in rows]
-    half = start('random', out, 'half-write')
+    half = start(SCRIPT, 'random', out, 'half-write')
     half.communicate(timeout=300)
     assert half.returncode == -signal.SIGKILL
     assert load_checkpoint(out/'checkpoint.pt')['step'] == 5           # the first checkpoint is whole; of the second …
     assert len(list(out.glob('.checkpoint.pt.*.tmp'))) == 1            # … half a temporary file is left
 
     stop = random.choice([s for s in range(11, 46) if s % 5 and s % 12])
-    second = start('random', out)
+    second = start(SCRIPT, 'random', out)
     seen = []
     for line in second.stdout:
         seen.append(int(line.split()[1]))
@@ -46,7 +35,7 @@ def test_kill_9_changes_nothing(tmp_path):
     assert seen[0] == 6, 'resumed after the checkpoint of step 5'
     assert 0 <= stop - load_checkpoint(out/'checkpoint.pt')['step'] <= 5, f'killed at step {stop}'
 
-    third = start('random', out)
+    third = start(SCRIPT, 'random', out)
     third.communicate(timeout=300)
     assert third.returncode == 0 and not list(out.glob('.*.tmp'))
     whole, rows = run('random', tmp_path/'whole')
@@ -56,8 +45,8 @@ def test_kill_9_changes_nothing(tmp_path):
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', str(SCRIPT),
-                    'plain', str(tmp_path/'two')], env=ENV, check=True, timeout=300, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', str(ROOT/'tests'/SCRIPT),
+                    'plain', str(tmp_path/'two')], env=ONE_THREAD, check=True, timeout=300, capture_output=True)
     model, rows = run('plain', tmp_path/'one')
     assert apart(torch.load(tmp_path/'two/final.pt', weights_only=True), model.state_dict()) < 1e-5
     assert apart(tiny_vit().state_dict(), model.state_dict()) > 1e-3

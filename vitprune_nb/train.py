@@ -188,8 +188,9 @@ def freeze_first(model:torch.nn.Module, # A timm ViT or a SlimViT
     "Stop the training of the first `n` blocks, the patch embedding, the position embedding and the prefix tokens."
     vit = _vit(model)
     require(n <= len(vit.blocks), 'freeze', n, f'at most {len(vit.blocks)}, the number of blocks')
-    later = {id(p) for part in (vit.blocks[n:], vit.norm, vit.fc_norm, vit.head) for p in part.parameters()}
-    frozen = [p for p in vit.parameters() if n and id(p) not in later and p.requires_grad]
+    tokens = [getattr(vit, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
+    params = [p for part in (vit.patch_embed, vit.norm_pre, *vit.blocks[:n]) for p in part.parameters()] + [p for p in tokens if p is not None]
+    frozen = [p for p in params if n and p.requires_grad]
     for p in frozen: p.requires_grad_(False)
     return frozen
 
