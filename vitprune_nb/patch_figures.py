@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'FIGURES', 'Subject', 'subject_row', 'figure_table', 'similarity_rows', 'draw_similarity', 'keep_best',
            'one_block_answers', 'score_tables', 'block_rows', 'paired_curves', 'draw_blocks', 'three_blocks',
            'score_rows', 'draw_scores', 'eps_rows', 'draw_eps', 'draw_pyramid', 'equal_rows', 'recorded',
-           'record_figures', 'named_subject', 'draw_run']
+           'record_figures', 'named_subject', 'widest', 'draw_run']
 
 # %% ../nbs/11b_patch_figures.ipynb #0588715b
 import dataclasses, functools, json, os
@@ -334,20 +334,25 @@ def named_subject(**changes # Other arguments of `Subject`: seed, batch_size …
     return Subject(open_model(model, say('WEIGHTS', None)), load_data(split='test', limit=test), load_data(split='train', limit=train), model,
                    **{'device': say('DEVICE', 'cpu'), 'dtype': say('DTYPE', 'fp32'), **changes})
 
-# %% ../nbs/11b_patch_figures.ipynb #e628a2a6
-def draw_run(rows:list, # Rows of one model and one set of images
+# %% ../nbs/11b_patch_figures.ipynb #41672349
+def widest(table # From `figure_table`
+           ):    # The rows with the most test images
+    "A figure that was recorded on several sets of images, on its largest one."
+    return table[table.images == table.images.max()] if len(table) else table
+
+def draw_run(rows:list, # Rows of one model and one data set
              title='',  # Above
              ):         # The axes, or None when no figure is among the rows
     "All recorded figures of one run, side by side."
     import matplotlib.pyplot as plt
-    t = {f: figure_table(rows, f) for f in FIGURES}
-    draw = [(f, d) for f, g, d in (('Figure 3', 'Figure 3', draw_similarity), ('Figure 4', 'Figure 4', draw_eps), ('Figure 5', 'Figure 4', draw_pyramid),
+    t = {f: widest(figure_table(rows, f)) for f in FIGURES}
+    draw = [(f, g, d) for f, g, d in (('Figure 3', 'Figure 3', draw_similarity), ('Figure 4', 'Figure 4', draw_eps), ('Figure 5', 'Figure 4', draw_pyramid),
                                    ('Figure 6', 'Figure 6', draw_blocks)) if len(t[g])]
     late = sorted(set(t['Figure 7'].block)) if len(t['Figure 7']) else []
     if not draw and not late: return None
     n = len(draw) + len(late)
     fig, axes = plt.subplots((n + 3)//4, min(n, 4), figsize=(4.2*min(n, 4), 3.2*((n + 3)//4)), layout='constrained', squeeze=False, dpi=70)
-    for ax, (f, d) in zip(axes.flat, draw): d(t['Figure 4' if f == 'Figure 5' else f], ax).set_title(f)
+    for ax, (f, g, d) in zip(axes.flat, draw): d(t[g], ax).set_title(f'{f}, {t[g].images.iloc[0]:,} images')
     if late: draw_scores(t['Figure 7'], axes.flat[len(draw):n])
     for ax in axes.flat[n:]: ax.axis('off')
     fig.suptitle(title)
