@@ -285,7 +285,7 @@ def reentries(kept:torch.Tensor # (B, L, P) bool, from `SlimViT.kept` or `run_sl
     back = kept[:, 1:] & ~kept[:, :-1]
     return F.pad(back.sum(-1), (1, 0))
 
-# %% ../nbs/14_cosine.ipynb #e9e6e2de
+# %% ../nbs/14_cosine.ipynb #29bfa04e
 @torch.inference_mode()
 def run_slim(slim:SlimViT,       # Any SlimViT
              ds:ImageSet,        # Its transform is made from the model when it has none
@@ -297,8 +297,8 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     slim.eval().to(device)
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
     for x, y in progress(loader(_ready(model, ds), batch_size), 'pruned model', unit='batch'):
-        t = Trace(); s = slim._stream(x.to(device), t)
-        right.append(slim.forward_head(model.norm(s.x), present=s.present).argmax(-1).cpu() == y)
+        logits, t = slim.forward_traced(x.to(device))
+        right.append(logits.argmax(-1).cpu() == y)
         kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
     right, n = torch.cat(right), len(ds)
     counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]

@@ -65,14 +65,20 @@ class _Frame(_Pooled):
         s = self._stream(images)
         return self.forward_head(self.model.norm(s.x), present=s.present)
 
-# %% ../nbs/05_engine.ipynb #f88b5417
+# %% ../nbs/05_engine.ipynb #140f0d75
 class _Traced(_Frame):
     @torch.inference_mode()
-    def trace(self, images)->Trace:
-        "Run the images and report what was computed."
+    def forward_traced(self, images)->tuple: # (logits, `Trace`)
+        "Logits in eval mode, and a report of what was computed for them."
         was, t = self.training, Trace()
-        self.eval(); self._stream(images, t); self.train(was)
-        return t
+        s = self.eval()._stream(images, t)
+        logits = self.forward_head(self.model.norm(s.x), present=s.present)
+        self.train(was)
+        return logits, t
+
+    def trace(self, images)->Trace:
+        "The report alone."
+        return self.forward_traced(images)[1]
 
     def kept(self, images)->torch.Tensor: # (B, L, P) bool
         "Which patches went through each block's MLP."
