@@ -32,7 +32,7 @@ def life_moments(counts, # n_t, patches used in block t = 1 … T; counts[0] = a
     square = sum((2*t - 1)*n for t, n in enumerate(counts, 1))
     return first/N, math.sqrt(max(0, N*square - first**2))/N     # whole numbers up to the root
 
-# %% ../nbs/13_life.ipynb #1d672a9a
+# %% ../nbs/13_life.ipynb #4775eaea
 def stage_counts(keep_rate,  # Share of the patches that survive a stage, in (0, 1]; one number or one a stage
                  stages,     # Blocks after which patches leave, 1-based, rising: (4, 7, 10)
                  n_blocks:int, # T
@@ -44,11 +44,12 @@ def stage_counts(keep_rate,  # Share of the patches that survive a stage, in (0,
     require(len(stages) > 0 and whole and stages == sorted(set(stages)), 'stages', stages, f'rising block numbers from 1 to {n_blocks - 1}')
     rates = list(keep_rate) if isinstance(keep_rate, (list, tuple)) else [keep_rate]*len(stages)
     require(len(rates) == len(stages), 'keep_rate', rates, f'one number, or {len(stages)}: one a stage')
-    for r in rates: require(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1, 'keep_rate', r, 'a number in (0, 1]', 'Use 1 to keep every patch.')
+    for r in rates:
+        require(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1, 'keep_rate', r, 'a number in (0, 1]', 'Use 1 to keep every patch.')
     left = [n_patches*math.prod(r for r, s in zip(rates, stages) if s < t) for t in range(1, n_blocks + 1)]
     return [max(1, int(n + 1e-9)) for n in left]
 
-# %% ../nbs/13_life.ipynb #de677cc7
+# %% ../nbs/13_life.ipynb #b541c8e9
 @dataclasses.dataclass(frozen=True)
 class LifePlan:
     "How many patches each block uses, and after which block all lives are predicted."
@@ -60,10 +61,12 @@ class LifePlan:
         object.__setattr__(self, 'counts', n)
         require(len(n) > 1 and all(isinstance(k, int) and k >= 1 for k in n), 'counts', n, 'two or more whole numbers, 1 or more')
         up = next((i for i in range(1, len(n)) if n[i] > n[i - 1]), None)
-        if up: refuse('counts', f'{n[up]} patches in block {up + 1} after {n[up - 1]} in block {up}', 'counts that never rise', 'A removed patch does not come back.')
+        if up: refuse('counts', f'{n[up]} patches in block {up + 1} after {n[up - 1]} in block {up}', 'counts that never rise',
+                      'A removed patch does not come back.')
         require(isinstance(t, int) and 0 <= t < len(n), 't_base', t, f'a block number from 0 to {len(n) - 1}')
         first = next((i for i in range(1, len(n)) if n[i] < n[0]), len(n))
-        require(first >= t, 'stages', f'a removal after block {first}, before t_base = {t}', f'stages from {t} on', 'No life is known before t_base.')
+        require(first >= t, 'stages', f'a removal after block {first}, before t_base = {t}', f'stages from {t} on',
+                'No life is known before t_base.')
 
     @property
     def mu(self)->float: return life_moments(self.counts)[0]
@@ -76,7 +79,7 @@ class LifePlan:
         "What the engine executes: see `life_steps`."
         return Policy(life_steps(self, score, kind), f'life ({kind})')
 
-# %% ../nbs/13_life.ipynb #a4a68914
+# %% ../nbs/13_life.ipynb #ad0ee571
 def life_plan(model,         # A timm ViT with a class token
               keep_rate=.7,  # As for `stage_counts`
               stages=(4, 7, 10), # As for `stage_counts`; the default is the paper's, for 12 blocks
@@ -84,7 +87,8 @@ def life_plan(model,         # A timm ViT with a class token
               )->LifePlan:
     "The schedule of a model for a keep rate."
     L = len(standard_blocks(model))
-    require(getattr(model, 'cls_token', None) is not None, 'model', f'{type(model).__name__} without a class token', 'a ViT with one', 'Lives are similarities with CLS.')
+    require(getattr(model, 'cls_token', None) is not None, 'model', f'{type(model).__name__} without a class token', 'a ViT with one',
+            'Lives are similarities with CLS.')
     counts = stage_counts(keep_rate, stages, L, model.patch_embed.num_patches)
     first = stages if isinstance(stages, int) else stages[0]
     return LifePlan(counts, first if t_base is None else t_base)
