@@ -205,13 +205,17 @@ def save_slim(slim:SlimViT, # The pruned model
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_engine.ipynb #5658200b
+# %% ../nbs/05_engine.ipynb #c6afe2bd
 def _read_config(folder)->dict:
     for f in ('config.json', 'model.safetensors'): require((folder/f).is_file(), 'folder', folder, f'a pruned model, with {f} in it')
     try: return json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except json.JSONDecodeError as e: refuse('config.json', folder, 'valid JSON', str(e))
 
-# %% ../nbs/05_engine.ipynb #3d312ad6
+def _use_data_config(model, data):
+    "Size, mean, std … of the images that a model was saved with, where timm looks for them."
+    model.pretrained_cfg = dict(model.pretrained_cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+# %% ../nbs/05_engine.ipynb #58ef1c3c
 def load_slim(folder,               # What `save_slim` wrote
               mode:str|None=None,   # Another mode than it was saved with
               )->SlimViT:           # In eval mode; `.info` is what was remembered
@@ -221,7 +225,7 @@ def load_slim(folder,               # What `save_slim` wrote
     folder = Path(folder)
     config = _read_config(folder)
     model = create_vit(config['model'], **config['kwargs'])
-    model.pretrained_cfg = dict(model.pretrained_cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in config['data'].items()})
+    _use_data_config(model, config['data'])
     slim = SlimViT(model, Policy.from_dict(config['policy']), mode or config['mode'])
     try: slim.load_state_dict(load_file(folder/'model.safetensors'))
     except (RuntimeError, OSError, SafetensorError) as e: refuse('model.safetensors', folder, 'weights that fit its config.json', str(e).splitlines()[0][:160])
