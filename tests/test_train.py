@@ -5,7 +5,8 @@ import torch
 from conftest import ONE_THREAD, ROOT, start
 from train_script import RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import VitpruneError, sha256
-from vitprune_nb.train import TrainConfig, fit, load_checkpoint, read_log, train_course
+from vitprune_nb.course import train_course
+from vitprune_nb.train import TrainConfig, fit, load_checkpoint, read_log
 from vitprune_nb.vit import create_vit
 
 SCRIPT = 'train_script.py'
