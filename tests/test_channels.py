@@ -221,19 +221,99 @@ def images_folder(root):
     return root
 
 
+SMALL = dict(epochs=1, batch_size=20, layer_decay=1., dtype='fp32')
+
+
 def test_tables_from_an_image_folder(tmp_path):
-    "ImageNet-100 in small: some of the classes of an ImageFolder tree, trained, pruned at two rates, fine-tuned."
+    "ImageNet-100 in small: some of the classes of an ImageFolder tree, trained with the paper's augmentation, pruned at two rates, fine-tuned."
+    from vitprune_nb.channel_tables import channel_table, paper_run
     from vitprune_nb.data import class_subset, load_data
     from vitprune_nb.train import TrainConfig
-    train, test = (class_subset(load_data(images_folder(tmp_path/'tree') if s == 'train' else tmp_path/'tree', s), 10) for s in ('train', 'test'))
-    cfg = TrainConfig(epochs=1, batch_size=20, layer_decay=1., dtype='fp32', **{k: v for k, v in ch.PAPER.items() if k in ('augment', 'lr', 'mixup', 'cutmix')})
-    m = vit()
-    table = lambda: surgery.channel_table(m, train, test, cfg, cfg, (1e-4,), (.2, .6), out=tmp_path/'runs', backbone='tiny', device='cpu')
+    images_folder(tmp_path/'tree')
+    train, test = (class_subset(load_data(tmp_path/'tree', s), 10) for s in ('train', 'test'))
+    assert [len(train.classes), len(train), len(test)] == [10, 40, 40]
+    cfg = TrainConfig(**{**ch.PAPER, **SMALL})
+    run = paper_run(l1s=(1e-4,), ratios=(.2, .6), sparse=cfg, tune=cfg)
+    table = lambda: channel_table(vit(), train, test, tmp_path/'rows.csv', tmp_path/'runs', run, 'tiny', 'cpu')
     dense, *rows = table()
-    assert [(json.loads(r['schedule'])['ratio'], r['recovery']) for r in rows] == [(.2, 'none'), (.2, 'fine-tuned'), (.6, 'none'), (.6, 'fine-tuned')]
-    assert all(r['images'] == 40 and r['method'] == 'vtp' for r in rows) and dense['macs'] > rows[0]['macs'] > rows[2]['macs']
-    assert {p.parent.name for p in (tmp_path/'runs').rglob('checkpoint.pt')} == {'sparse', 'ratio-0.2', 'ratio-0.6'}
-    assert [r['correct'] for r in table()] == [r['correct'] for r in (dense, *rows)], 'nothing is trained twice'
+    said = [(r['method'], json.loads(r['schedule'])['ratio'], r['recovery']) for r in rows]
+    assert said == [(m, ratio, k) for ratio in (.2, .6) for m in ('vtp', 'uniform', 'random') for k in ('none', 'fine-tuned')]
+    assert all(r['images'] == 40 for r in rows) and dense['macs'] > rows[0]['macs'] > rows[6]['macs'] == rows[10]['macs']
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+    assert table() == [dense, *rows], 'nothing is made twice'
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()} == files
+
+
+class Stop(BaseException): "What a kill looks like from inside."
+
+
+def test_a_stopped_table_goes_on(tmp_path, monkeypatch):
+    "Stopped at every possible place, in training and between rows, the table ends with the rows of an undisturbed run."
+    from vitprune_nb import channel_tables as ct, train
+    from vitprune_nb.data import calibration, embedded
+    sets = [calibration(embedded(s), 20) for s in ('train', 'test')]
+    cfg = train.TrainConfig(**dict(SMALL, batch_size=5, save_every=1, lr=1e-2))
+    run = ct.ChannelRun(l1s=(1e-3,), ratios=(.5,), baselines=('random',), start=.5, sparse=cfg, tune=cfg)
+    table = lambda name: ct.channel_table(vit(), *sets, tmp_path/f'{name}.csv', tmp_path/name, run, 'tiny', 'cpu')
+    want = table('calm')
+    calls = dict(left=3)
+    def counted(f):
+        def g(*a, **k):
+            calls['left'] -= 1
+            if calls['left'] < 0: raise Stop
+            return f(*a, **k)
+        return g
+    monkeypatch.setattr(train.Trainer, 'one_step', counted(train.Trainer.one_step))
+    monkeypatch.setattr(ct, 'append_rows', counted(ct.append_rows))
+    for stops in range(20):
+        try: got = table('stopped'); break
+        except Stop: calls['left'] = 3
+    assert 3 < stops < 20
+    plain = lambda rows: [{k: v for k, v in r.items() if k not in ('date', 'commit')} for r in rows]
+    assert plain(got) == plain(want)
+    assert len((tmp_path/'stopped.csv').read_text().splitlines()) == 1 + len(want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('ratio', [.1, .4, .8])
+def test_cost_of_a_plan_and_of_its_baselines(dense, gated, ratio):
+    from vitprune_nb.channel_tables import random_channels, uniform_at, uniform_channels
+    scores = ch.importance(gated)
+    plan = ch.choose(scores, ratio, 3)
+    cost = surgery.plan_cost(dense, plan)
+    sliced = surgery.slice_model(gated, plan)
+    assert cost == (count_macs(sliced), model_params(sliced)) == surgery.plan_cost(gated, plan)
+    chance = surgery.slice_model(gated, random_channels(plan, 3, seed=5))
+    assert (count_macs(chance), model_params(chance)) == cost
+    even = uniform_at(dense, scores, cost[0])
+    assert cost[0] <= surgery.plan_cost(dense, even)[0] <= 1.03*cost[0]
+    shares = [len(k)/even.sizes[n] for n, k in even.keep.items()]
+    assert max(shares) - min(shares) < .05, 'every layer loses the same share, but for the guard of the heads'
+    assert uniform_channels(scores, 0., 3).removed == 0
+
+
+@torch.no_grad()
+def test_patch_slimming_on_a_sliced_model(dense, gated, images, tmp_path):
+    "Plans of patch slimming run on a VTP-pruned model in all modes, and counted MACs are tokens times widths."
+    from vitprune_nb.cost import block_terms, block_widths
+    from vitprune_nb.data import calibration, embedded
+    from vitprune_nb.patch_slimming import top_down
+    from vitprune_nb.plan import KEYS, Plan, ramp_plan
+    sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
+    with torch.enable_grad(): found = top_down(dense, calibration(embedded('train'), 8), eps=.5)
+    N = n_tokens(dense)
+    for plan in (found, ramp_plan(sliced, .3)):
+        for keys in KEYS:
+            both, counts = plan.slim(sliced, keys), plan.counts(keys)
+            check_policy(sliced, plan.policy(keys), images)
+            assert count_macs(both) == model_macs(both, counts, surgery.padding_macs(both, counts))
+            for n, old, new in zip(counts, dense.blocks, sliced.blocks):
+                full, channels, patches, together = (block_terms(*c, block_widths(b)) for c, b in (((N,)*3, old), ((N,)*3, new), (n, old), (n, new)))
+                assert all(together[t]*full[t] == channels[t]*patches[t] for t in full), 'each term is tokens times weights, so what is left multiplies'
+    plan.save(tmp_path/'plan.json')
+    back = surgery.load_sliced(surgery.save_sliced(Plan.load(tmp_path/'plan.json').slim(sliced), tmp_path/'both'))
+    assert torch.equal(back(images), plan.slim(sliced)(images))
+    assert plan.slim(sliced)(images).ne(sliced(images)).any() and sliced(images).ne(dense(images)).any()
 
 
 BAD = {
@@ -245,6 +325,8 @@ BAD = {
     'gates twice': (lambda m: ch.add_gates(ch.add_gates(copy.deepcopy(m))), 'model: got one that has gates'),
     'pruned twice': (lambda m: surgery.prune_channels(surgery.prune_channels(m, .4)[0], .4), 'model: got one whose channels are cut already; allowed: a dense model'),
     'training without images': (lambda m: surgery.prune_channels(m, .4, tune=ch.TrainConfig()), 'train_set: got None'),
+    'ratio as text': (lambda m: surgery.prune_channels(m, '0.4'), 'ratio: got 0.4; allowed: a share in [0, 1)'),
+    'λ is NaN': (lambda m: surgery.prune_channels(m, .4, l1=float('nan')), 'l1: got nan; allowed: a number, 0 or more'),
     'unknown rule': (lambda m: surgery.prune_channels(m, .4, rule='l2'), "rule: got l2; allowed: 'folded', 'gate', 'literal'"),
     'multiple 0': (lambda m: surgery.prune_channels(m, .4, multiple=0), 'multiple: got 0; allowed: a positive integer'),
     'folder without a model': (lambda m: surgery.load_sliced('nowhere'), 'folder: got nowhere; allowed: a sliced model'),
