@@ -1,8 +1,8 @@
 """The command line: each command, its JSON, the effect of every option, and what bad input costs."""
-import json, os, re, signal, subprocess, time
+import json, os, re, shutil, signal, subprocess, time
 
 import pytest, torch
-from vitprune_nb import cli, data, vit
+from vitprune_nb import cli, core, cosine, data, vit
 
 COMMANDS = 'demo train eval cost prune bench'.split()
 
@@ -19,14 +19,27 @@ def shop(tmp_path_factory):
         save_file(m.state_dict(), folder/f'w{seed}.safetensors')
     m.blocks[2].mlp.fc1.weight.data[0, 0] = float('nan')
     save_file(m.state_dict(), folder/'nan.safetensors')
+    for v in (m.blocks[2].mlp.fc1.weight, m.patch_embed.proj.weight, m.pos_embed): v.data.zero_()      # no patch differs from another
+    save_file(m.state_dict(), folder/'flat.safetensors')
+    seen = cosine.collect(cli.open_model('test_vit', folder/'w0.safetensors'), data.calibration(data.embedded('train'), 16))
+    (folder/'labels').write_text(f'{seen.threshold_for(.4)} {seen.threshold_for(.7)}')
     for split, n in (('train', 3), ('test', 1)):
         ds = data.embedded(split)
         for i in [int(j) for k in range(10) for j in (ds.targets == k).nonzero()[0][:n]]:
             p = folder/'tree'/split/ds.classes[ds.targets[i]]/f'{i}.png'
             p.parent.mkdir(parents=True, exist_ok=True)
             ds.image(i).save(p)
-    assert cli.main(['prune', 'test_vit', '--weights', f'{folder}/w0.safetensors', '--method', 'uniform', '--calibration', '8', '--out', f'{folder}/pruned']) == 0
+    for name, how in (('pruned', '--method uniform --calibration 8'), ('cut', '--method vtp --sparse-epochs 0')):
+        assert cli.main(['prune', 'test_vit', '--weights', f'{folder}/w0.safetensors', *how.split(), '--out', f'{folder}/{name}']) == 0
+    shutil.copytree(folder/'cut', folder/'broken')
+    (folder/'broken/model.safetensors').write_bytes(b'no weights')
     return folder
+
+
+def labelled(line, shop):
+    "A command line with cosine thresholds at which this model has labels of both kinds."
+    label, other = (shop/'labels').read_text().split()
+    return line.replace('LABEL', label).replace('OTHER', other)
 
 
 @pytest.fixture
@@ -34,7 +47,7 @@ def ask(shop, capsys):
     "Runs a command line in this process; T stands for the tiny model. ask('cost T') -> the JSON object."
     def run(line, **places):
         tiny = f'test_vit --weights {shop}/w0.safetensors'
-        words = line.replace(' T', f' {tiny}').format(shop=shop, **places).split()
+        words = labelled(line.replace(' T', f' {tiny}').format(shop=shop, **places), shop).split()
         code = cli.main([*words, '--json'])
         out, err = capsys.readouterr()
         assert code == 0, err
@@ -85,6 +98,42 @@ def test_prune_writes_a_model_that_the_others_read(ask, tmp_path):
     assert r['reduction'] == pytest.approx(.45, abs=.03) and sorted(p.name for p in (tmp_path/'p').iterdir()) == ['config.json', 'model.safetensors', 'plan.json']
     assert ask('cost {out}', out=tmp_path/'p')['macs'] == r['macs']
     assert ask('eval {out} --limit 10', out=tmp_path/'p')['macs'] == r['macs']
+
+
+SHORT = {'vtp': '--sparse-epochs 1 --batch 10', 'life': '--predictor-epochs 1 --backbone-epochs 1 --batch 10', 'cosine': '--calibration 8', 'attention': '--calibration 8'}
+DIALS = {'vtp': '--ratio 0.4 --l1 1e-4', 'life': '--keep-rate 0.7 --stages 2,4', 'cosine': '--cosine-threshold LABEL --score-threshold 0.5', 'attention': '--reduction 0.4'}
+
+@pytest.mark.parametrize('method', DIALS)
+def test_methods_by_their_own_dial(vitprune, ask, shop, tmp_path, method):
+    "Each new method in a process of its own; every command reads what it wrote."
+    out = tmp_path/'p'
+    r = vitprune('prune', 'test_vit', '--weights', shop/'w0.safetensors', '--data', shop/'tree', '--method', method, *labelled(DIALS[method], shop).split(), *SHORT[method].split(),
+                 '--out', out, '--json', '--device', 'cpu')
+    assert (r.returncode, r.stderr.rpartition('\r')[2]) == (0, '')
+    record = json.loads(r.stdout.splitlines()[-1])
+    check_record(record)
+    assert record['method'] == method and sorted(p.name for p in tmp_path.iterdir()) == ['p']
+    dial = {'vtp': ('ratio', .4), 'life': ('keep_rate', .7), 'cosine': ('score_threshold', .5)}.get(method)
+    assert dial is None or record[dial[0]] == dial[1]
+    assert method == 'cosine' or .15 < record['reduction'] < .6
+    assert ask('cost {out}', out=out)['macs'] == record['macs']
+    read = ask('eval {out} --limit 10 --data {shop}/tree', out=out)
+    assert read['params'] == record['params'] and (method == 'cosine' or read['macs'] == record['macs'])
+    assert ask('bench {out} --batch 2 --repeats 2 --warmup 1', out=out)['speed_up'] > 0
+
+
+@pytest.mark.parametrize('method', DIALS)
+def test_methods_at_one_budget(ask, tmp_path, method):
+    r = ask(f'prune T --method {method} --reduction 0.3 --data {{shop}}/tree {SHORT[method]} --out {{out}}', out=tmp_path/'p')
+    assert r['reduction'] == pytest.approx(.3, abs=.02) and r['macs'] == ask('cost {out}', out=tmp_path/'p')['macs']
+
+
+def test_two_methods_in_a_row(ask, shop, tmp_path):
+    "Patches of a model whose channels are cut: the reductions multiply."
+    both = ask('prune {shop}/cut --method uniform --calibration 8 --reduction 0.3 --out {out}', out=tmp_path/'p')
+    cut = ask('cost {shop}/cut')
+    assert 1 - both['macs']/cut['macs'] == pytest.approx(.3, abs=.03) and both['reduction'] > cut['reduction']
+    check_record(ask('eval {out} --limit 10', out=tmp_path/'p'))
 
 
 def test_demo(vitprune, tmp_path):
@@ -138,6 +187,30 @@ def test_prune_option_changes_the_policy(ask, tmp_path, option):
     assert policy('a') != policy('b')
 
 
+OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', '--rule gate', '--multiple 8', '--whole-heads', '--sparse-epochs 2', '--lr 0.01', '--batch 15', '--seed 1']),
+           'life': ('--keep-rate 0.7', ['--keep-rate 0.5', '--keep-rate 0.9,0.8,0.7', '--reduction 0.2', '--stages 3,5', '--t-base 1', '--U 3', '--predictor-epochs 2',
+                                        '--backbone-epochs 2', '--lr 0.01', '--batch 15', '--seed 1']),
+           'cosine': ('--cosine-threshold LABEL --score-threshold 0.5', ['--cosine-threshold OTHER', '--score-threshold 0.6', '--reduction 0.2', '--keys kept', '--rounds 1',
+                                                                        '--calibration 9', '--seed 1']),
+           'attention': ('', ['--reduction 0.3', '--keys all', '--calibration 9', '--method uniform'])}
+
+def content(folder):
+    "What a pruned model is, without what is remembered of its making."
+    config = json.loads((folder/'config.json').read_text())
+    return [config.get(k) for k in ('policy', 'shapes')], core.sha256(folder/'model.safetensors')
+
+@pytest.mark.parametrize('method', OPTIONS)
+def test_options_of_a_method_change_the_model(ask, tmp_path, method):
+    "Each of them does; a run without any is repeated to the bit."
+    dial, options = OPTIONS[method]
+    def make(name, more):       # of an option given twice, the second counts
+        ask(f'prune T --method {method} --data {{shop}}/tree {SHORT[method]} {"" if "--reduction" in more else dial} {more} --out {{out}}', out=tmp_path/name)
+        return content(tmp_path/name)
+    first = make('base', '')
+    assert make('again', '') == first
+    for i, more in enumerate(options): assert make(str(i), more) != first, more
+
+
 def test_prune_eps(ask, tmp_path):
     base = 'prune T --calibration 8 --out {out} --eps'
     loose, tight = ask(f'{base} 0.5', out=tmp_path/'a'), ask(f'{base} 0.0001', out=tmp_path/'b')
@@ -161,7 +234,7 @@ def test_prune_recover_trains_the_pruned_model(ask, tmp_path):
     from safetensors.torch import load_file
     base = 'prune T --method uniform --calibration 4 --data {shop}/tree --out {out} --recover'
     weights = {}
-    for name, more in (('a', '0'), ('b', '2'), ('c', '2 --lr 0.01')):
+    for name, more in (('a', '0'), ('b', '2'), ('c', '2 --recover-lr 0.01')):
         r = ask(f'{base} {more}', out=tmp_path/name)
         assert r['recover'] == float(more.split()[0])
         weights[name] = load_file(tmp_path/name/'model.safetensors')
@@ -170,29 +243,32 @@ def test_prune_recover_trains_the_pruned_model(ask, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b', 'c']
 
 
-def test_pipeline_survives_kill_9(shop, tmp_path):
-    "Killed in the search and again in the fine-tuning, then left alone: the model of an undisturbed run, and no traces."
+LONG = {'search and recovery': ('--calibration 8 --eps 0.05 --tune-epochs 30 --recover 120 --recover-lr 0.001', ('search.safetensors', 'recover/checkpoint.pt'), ('0.05', '0.04')),
+        'vtp': ('--method vtp --ratio 0.3 --sparse-epochs 40 --batch 10', ('sparse/checkpoint.pt',), ('40', '41')),
+        'life': ('--method life --keep-rate 0.7 --predictor-epochs 1 --backbone-epochs 40 --batch 10', ('backbone/checkpoint.pt',), ('0.7', '0.6'))}
+
+@pytest.mark.parametrize('case', LONG)
+def test_pipeline_survives_kill_9(shop, tmp_path, case):
+    "Killed in each of its long parts, then left alone: the model of an undisturbed run, and no traces."
     from conftest import BIN, clean_env
-    from safetensors.torch import load_file
-    line = f'prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --calibration 8 --eps 0.05 --tune-epochs 30 --recover 120 --lr 0.001 --device cpu --out'
+    options, signs, change = LONG[case]
+    line = f'prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree {options} --device cpu --out'
     start = lambda out: subprocess.Popen([BIN/'vitprune', *line.split(), str(out)], env=clean_env(OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, work = tmp_path/'p', tmp_path/'p.unfinished'
-    for sign in ('search.safetensors', 'recover/checkpoint.pt'):
+    for sign in signs:
         proc, end = start(out), time.time() + 300
         while not (work/sign).exists() and proc.poll() is None and time.time() < end: time.sleep(.01)
         assert proc.poll() is None, proc.communicate()[1]
         os.kill(proc.pid, signal.SIGKILL)
         proc.communicate()
         assert not out.exists() and (work/sign).is_file()
-    assert cli.main([*line.replace('0.05', '0.04').split(), str(out)]) == 2          # other options: one line, and nothing is touched
-    assert (work/'plan.json').is_file() and not out.exists()
+    assert cli.main([*line.replace(*change).split(), str(out)]) == 2          # other options: one line, and nothing is touched
+    assert (work/signs[-1]).is_file() and not out.exists()
     for folder in (out, tmp_path/'whole'):
         proc = start(folder)
         assert proc.wait(timeout=300) == 0, proc.communicate()[1]
         proc.communicate()
-    a, b = (load_file(f/'model.safetensors') for f in (out, tmp_path/'whole'))
-    assert all(torch.equal(a[k], v) for k, v in b.items())
-    assert (out/'plan.json').read_text() == (tmp_path/'whole'/'plan.json').read_text()
+    assert content(out) == content(tmp_path/'whole')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['p', 'whole']
 
 
@@ -239,7 +315,7 @@ def reached(monkeypatch, target, line):
     ('vitprune_nb.measure.bench', 'bench --batch 2', '--data {tree}', 'x'),
     *(('vitprune_nb.demo.run_demo', 'demo', o, n) for o, n in [('--out x', 'out'), ('--data x', 'data'), ('--reduction 0.3', 'reduction'), ('--images 9', 'images'),
         ('--calibration 9', 'calibration_images'), ('--repeats 9', 'repeats'), ('--batch 9', 'batch'), ('--seed 9', 'seed'), ('--device auto', 'device')]),
-    *(('vitprune_nb.train.train_course', 'train --weights a', o, n) for o, n in [('--weights b', 'weights'), ('--data b', 'data'), ('--out b', 'out'), ('--limit 9', 'test_limit'),
+    *(('vitprune_nb.course.train_course', 'train --weights a', o, n) for o, n in [('--weights b', 'weights'), ('--data b', 'data'), ('--out b', 'out'), ('--limit 9', 'test_limit'),
         ('--epochs 9', 'recipe'), ('--lr 9', 'recipe'), ('--batch 9', 'recipe'), ('--seed 9', 'recipe'), ('--dtype fp32', 'recipe'), ('--device cpu', 'device')]),
 ])
 def test_option_reaches_the_library(monkeypatch, shop, target, line, option, name):
@@ -283,16 +359,46 @@ BAD = {
     'unknown dtype': ('eval --limit 5 --dtype int3', "dtype: got int3; allowed: 'auto', 'fp32' or 'bf16'"),
     'unknown method': ('prune --method magic --out {tmp}/o', 'method: got magic; allowed: patch-slimming'),
     'reduction of everything': ('prune --reduction 1 --out {tmp}/o', 'reduction: got 1.0; allowed: a share in (0, 1)'),
-    'two budgets': ('prune --reduction 0.4 --eps 0.1 --out {tmp}/o', 'either --reduction or --eps'),
+    'two budgets': ('prune --reduction 0.4 --eps 0.1 --out {tmp}/o', 'eps: got 0.1; allowed: either reduction or eps'),
     'tolerated error of zero': ('prune test_vit --eps 0 --out {tmp}/o', 'eps: got 0.0; allowed: a positive relative error'),
     'negative error': ('prune test_vit --eps -0.1 --out {tmp}/o', 'eps: got -0.1'),
     'error that no block can meet': ('prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --calibration 2 --eps 1e-30 --out {tmp}/o', 'even with all its 64 patches'),
-    'no calibration images': ('prune --eps 0.1 --calibration 0 --out {tmp}/o', 'n: got 0; allowed: 1 to'),
+    'no calibration images': ('prune --eps 0.1 --calibration 0 --out {tmp}/o', 'calibration: got 0; allowed: a whole number, 1 or more'),
     'step of no patches': ('prune test_vit --eps 0.1 --step 0 --out {tmp}/o', 'step: got 0'),
-    'tuned blocks without an error': ('prune --tune-epochs 3 --out {tmp}/o', 'tune-epochs: got 3; allowed: 0 with a MAC budget'),
-    'negative tuning': ('prune test_vit --eps 0.1 --tune-epochs -1 --out {tmp}/o', 'tune_epochs: got -1'),
+    'tuned blocks without an error': ('prune --tune-epochs 3 --out {tmp}/o', 'tune_epochs: got 3; allowed: 0 with a MAC budget'),
+    'negative tuning': ('prune --eps 0.1 --tune-epochs -1 --out {tmp}/o', 'tune_epochs: got -1'),
     'negative recovery': ('prune --recover -1 --out {tmp}/o', 'recover: got -1.0'),
-    'rival that searches': ('prune test_vit --method uniform --step 3 --calibration 2 --out {tmp}/o', 'step: got 3'),
+    "option of another method": ('prune --method uniform --step 3 --out {tmp}/o', 'step: got 3.0; allowed: nothing for uniform, which does not read it. It reads'),
+    'VTP with a threshold of cosine': ('prune --method vtp --score-threshold 0.5 --out {tmp}/o', 'allowed: nothing for vtp, which does not read it'),
+    'more calibration images than there are': ('prune T --method attention --calibration 1000 --data {shop}/tree --out {tmp}/o', 'calibration: got 1000; allowed: 1 to 30'),
+    'two dials': ('prune --method vtp --ratio 0.3 --reduction 0.4 --out {tmp}/o', 'ratio: got 0.3; allowed: either reduction or ratio'),
+    'recovery rate without recovery': ('prune --recover-lr 0.1 --out {tmp}/o', 'recover-lr: got 0.1; allowed: nothing without --recover'),
+    'training on other classes': ('prune test_vit --method vtp --out {tmp}/o', 'images of the 1000 classes'),
+    'all channels': ('prune --method vtp --ratio 1 --out {tmp}/o', 'ratio: got 1.0; allowed: a share in [0, 1)'),
+    'a ratio that empties a layer': ('prune T --method vtp --ratio 0.999 --data {shop}/tree --out {tmp}/o', 'ratio: got 0.999; allowed: at most 0.9'),
+    'negative penalty': ('prune --method vtp --l1 -1 --out {tmp}/o', 'l1: got -1.0; allowed: a number, 0 or more'),
+    'unknown rule': ('prune --method vtp --rule best --out {tmp}/o', "rule: got best; allowed: 'folded'"),
+    'channels cut twice': ('prune {shop}/cut --method vtp --out {tmp}/o', 'model: got one whose channels are cut already'),
+    'negative epochs': ('prune --method vtp --sparse-epochs -1 --out {tmp}/o', 'sparse_epochs: got -1.0'),
+    'learning rate of zero': ('prune --method vtp --lr 0 --out {tmp}/o', 'lr: got 0.0; allowed: a number above 0'),
+    'a rate that diverges': ('prune T --method vtp --lr 1e30 --sparse-epochs 2 --batch 10 --data {shop}/tree --out {tmp}/o', 'training stopped at step'),
+    'no patch kept': ('prune --method life --keep-rate 0 --out {tmp}/o', 'keep_rate: got 0.0; allowed: a number in (0, 1]'),
+    'a schedule that rises': ('prune --method life --keep-rate 0.5,1.5 --out {tmp}/o', 'keep_rate: got [0.5, 1.5]; allowed: a number in (0, 1]'),
+    'rates for other stages': ('prune T --method life --keep-rate 0.9,0.8 --stages 1,2,3 --data {shop}/tree --out {tmp}/o', 'keep_rate: got [0.9, 0.8]; allowed: one number, or 3'),
+    'stages that fall': ('prune T --method life --stages 4,2 --data {shop}/tree --out {tmp}/o', 'stages: got [4, 2]; allowed: rising block numbers'),
+    'a stage behind the model': ('prune T --method life --stages 4,6 --data {shop}/tree --out {tmp}/o', 'stages: got [4, 6]; allowed: rising block numbers from 1 to 5'),
+    'a stage before t_base': ('prune T --method life --stages 2,4 --t-base 3 --data {shop}/tree --out {tmp}/o', 'a removal after block 2, before t_base = 3'),
+    'stages that are no numbers': ('prune --method life --stages 4;7 --out {tmp}/o', 'stages: got 4;7; allowed: a number, or several'),
+    'constant scores': ('prune test_vit --weights {shop}/flat.safetensors --method life --predictor-epochs 1 --batch 10 --data {shop}/tree --out {tmp}/o', 'the same score for every patch'),
+    'no steepness': ('prune --method life --U 0 --out {tmp}/o', 'U: got 0.0; allowed: a number above 0'),
+    'a budget out of reach': ('prune T --method life --reduction 0.95 --data {shop}/tree --out {tmp}/o', 'reduction: got 0.95; allowed: at most 0.'),
+    'cosine of 1': ('prune --method cosine --cosine-threshold 1 --out {tmp}/o', 'cosine_threshold: got 1.0; allowed: a number in (0, 1)'),
+    'score of 0': ('prune --method cosine --score-threshold 0 --out {tmp}/o', 'score_threshold: got 0.0; allowed: a number in (0, 1)'),
+    'one class of labels': ('prune T --method cosine --cosine-threshold 0.00001 --score-threshold 0.5 --calibration 4 --out {tmp}/o', 'one that leaves both labels in some block'),
+    'half a round': ('prune --method cosine --rounds 0.5 --out {tmp}/o', "Invalid value for '--rounds'"),
+    'negative rounds': ('prune --method cosine --rounds -1 --out {tmp}/o', 'rounds: got -1'),
+    'keys that cosine has not': ('prune T --method cosine --keys entering --calibration 4 --out {tmp}/o', "keys: got entering; allowed: 'all' or 'kept'"),
+    'damaged cut model': ('eval {shop}/broken', 'a sliced model as save_sliced wrote it'),
     'NaN in the weights': ('prune test_vit --weights {shop}/nan.safetensors --data {shop}/tree --calibration 2 --eps 0.1 --out {tmp}/o', 'NaN or infinite tokens; allowed: finite weights'),
     'recovery on other classes': ('prune test_vit --eps 0.1 --recover 1 --out {tmp}/o', 'images of the 1000 classes'),
     'unknown keys': ('prune test_vit --calibration 2 --keys none --out {tmp}/o', "keys: got none; allowed: 'entering'"),
@@ -307,7 +413,7 @@ BAD = {
 def test_bad_input_costs_one_line(name, tmp_path, shop, capsys):
     line, message = BAD[name]
     (tmp_path/'text.pth').write_text('not weights')
-    code = cli.main(line.format(tmp=tmp_path, shop=shop).split())
+    code = cli.main(line.replace(' T', ' test_vit --weights {shop}/w0.safetensors').format(tmp=tmp_path, shop=shop).split())
     out, err = capsys.readouterr()
     err = err.rpartition('\r')[2]   # what a progress bar wiped
     assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith('vitprune: ') and message in err

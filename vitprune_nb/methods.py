@@ -163,7 +163,7 @@ def cost_of(model,       # Any ViT, pruned or not
     macs = macs_of(model, images)
     return dict(macs=round(macs), params=model_params(model), reduction=1 - macs/model_macs(dense))
 
-# %% ../nbs/25_methods.ipynb #9dbb17cc
+# %% ../nbs/25_methods.ipynb #a7adf44b
 def turn(make,           # Dial -> (model, its MAC reduction); the reduction never falls along the dial
          low:float, high:float, # From the least to the most pruning
          reduction:float,# The wanted one
@@ -172,15 +172,16 @@ def turn(make,           # Dial -> (model, its MAC reduction); the reduction nev
          )->tuple:       # (dial, model, its reduction)
     "The setting of a dial that comes closest to a MAC budget, by bisection."
     from vitprune_nb.core import VitpruneError, require
-    seen = []
+    seen, refused = [], None
     for _ in range(rounds):
         value = (low + high)/2
         try: seen.append((value, *make(value)))
-        except VitpruneError: high = value; continue
+        except VitpruneError as e: refused, high = e, value; continue
         got = seen[-1][2]
         if abs(got - reduction) <= tolerance: break
         low, high = (value, high) if got < reduction else (low, value)
-    most = max((s[2] for s in seen), default=0.)
+    if not seen: raise refused                # no setting is fine: something else is wrong
+    most = max(s[2] for s in seen)
     require(most >= reduction - tolerance, 'reduction', reduction, f'at most {most:.2f} for this model with these options')
     return min(seen, key=lambda s: abs(s[2] - reduction))
 
@@ -342,11 +343,11 @@ def save_pruned(model,  # From `prune`: slim or sliced
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
-# %% ../nbs/25_methods.ipynb #b01f57ba
+# %% ../nbs/25_methods.ipynb #01148c73
 def load_pruned(folder # What `save_pruned` wrote
                 ):     # In eval mode; `.info` is what was remembered, `.plan` its plan if it has one
     "Read a pruned model, slim or sliced."
-    from vitprune_nb.engine import load_slim
+    from vitprune_nb.engine import _use_data_config, load_slim
     from vitprune_nb.plan import Plan
     from vitprune_nb.surgery import load_sliced
     folder = Path(folder)
@@ -356,10 +357,11 @@ def load_pruned(folder # What `save_pruned` wrote
     else:
         model = load_sliced(folder)
         model.info = config['info']
+        _use_data_config(getattr(model, 'model', model), config['data'])
     if (folder/'plan.json').is_file(): model.plan = Plan.load(folder/'plan.json')
     return model
 
-# %% ../nbs/25_methods.ipynb #c873f503
+# %% ../nbs/25_methods.ipynb #e17c0203
 def check_options(name:str,     # One of METHODS
                   options:dict, # What was given
                   )->Method:
@@ -367,9 +369,10 @@ def check_options(name:str,     # One of METHODS
     from vitprune_nb.core import require
     require(name in METHODS, 'method', name, ', '.join(METHODS))
     m = METHODS[name]
+    shown = ', '.join(k for k in m.reads if k not in ('device', 'work'))
     for k, v in options.items():
-        require(k in Options.__dataclass_fields__, 'option', k, ', '.join(m.reads))
-        require(k in m.reads, k, v, f'nothing for {name}, which does not read it', f'It reads {", ".join(m.reads)}.')
+        require(k in Options.__dataclass_fields__, 'option', k, shown)
+        require(k in m.reads, k, v, f'nothing for {name}, which does not read it', f'It reads {shown}.')
     both = m.dial and options.get('reduction') is not None and options.get(m.dial) is not None
     require(not both, m.dial, options.get(m.dial), f'either reduction or {m.dial}', 'A budget is met by turning the dial.')
     require(m.dial or options.get('reduction') is not None, 'reduction', None, f'a share in (0, 1) for {name}, which has no other dial')
