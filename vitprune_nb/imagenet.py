@@ -307,12 +307,12 @@ def fidelity_model(name:str='course', # 'course' or a timm name
         return course_model()
     return create_vit(name, weights, pretrained=weights is None, num_classes=0, **({} if img_size is None else dict(img_size=img_size)))
 
-# %% ../nbs/31_imagenet.ipynb #4de1a132
+# %% ../nbs/31_imagenet.ipynb #28f0fe3d
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.imagenet: fidelity of every label-free method, resumable."
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.imagenet', description='Fidelity of pruned CLS features to the dense ones; what OUT holds already is skipped.')
-    for name, default, kind in (('model', 'course', str), ('weights', None, str), ('img-size', None, int), ('data', 'embedded', str), ('images', None, int), ('calibration', 64, int),
+    for name, default, kind in (('model', 'course', str), ('name', None, str), ('weights', None, str), ('img-size', None, int), ('data', 'embedded', str), ('images', None, int), ('calibration', 64, int),
                                 ('batch-size', 64, int), ('seed', 0, int), ('device', 'auto', str), ('dtype', 'fp32', str)): p.add_argument(f'--{name}', default=default, type=kind)
     p.add_argument('--out', default=None, help='default: data/results/fidelity.csv of the clone')
     p.add_argument('--methods', nargs='+', default=list(LABEL_FREE)); p.add_argument('--reductions', nargs='+', type=float, default=[.2, .35, .45])
@@ -320,7 +320,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     try:
         test, calib = fidelity_sets(o.data, o.calibration, o.images, o.seed)
         net, out = fidelity_model(o.model, o.weights, o.img_size), o.out or data_path('results', 'fidelity.csv')
-        name = o.model if o.img_size is None else f'{o.model} at {o.img_size} px'
+        name = o.name or (o.model if o.img_size is None else f'{o.model} at {o.img_size} px')   # what rows call the model
         n = record_fidelity(Fidelity(net, test, calib, name, o.seed, o.batch_size, str(pick_device(o.device)), o.dtype), out, o.methods, o.reductions)
     except VitpruneError as e: print(f'imagenet: {e}', file=sys.stderr); return 2
     print(f'{n} rows added to {out}')
