@@ -21,7 +21,7 @@ from .measure import bench, peak_memory
 from .results import make_row
 from .vit import create_vit
 
-# %% ../nbs/14b_cosine_claims.ipynb #6919ece6
+# %% ../nbs/14b_cosine_claims.ipynb #a85f6262
 def cosine_rows(model,          # A timm VisionTransformer of standard blocks
                 train:ImageSet, # To train pruners on
                 test:ImageSet,  # To measure on
@@ -36,7 +36,8 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
     def row(name, slim, note=''):
         r = run_slim(slim, test, device=device); kept = r['kept'].sum(-1).float().mean(0)
         words = f"{(P - kept).mean():.1f} of {P} patches skipped per layer, {reentries(r['kept']).sum(1).float().mean():.1f} re-entries an image"
-        schedule = {k: slim.info[k] for k in ('cosine_threshold', 'scale', 'score_threshold', 'keys', 'rounds') if k in slim.info} | dict(skipped=[round(P - v, 2) for v in kept.tolist()])
+        schedule = {k: slim.info[k] for k in ('cosine_threshold', 'scale', 'score_threshold', 'keys', 'rounds') if k in slim.info}
+        schedule['skipped'] = [round(P - v, 2) for v in kept.tolist()]
         return make_row(name, backbone, test, r, device=device, schedule=schedule, note=words + note), kept
     rows = [row('dense', SlimViT(model))[0]]
     for c in thresholds:
@@ -46,7 +47,7 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
             rows += [r, row('random', blind, f', keys of {k}')[0]]
     return rows
 
-# %% ../nbs/14b_cosine_claims.ipynb #2ee7f017
+# %% ../nbs/14b_cosine_claims.ipynb #3cb391e1
 def composites(ds:ImageSet,   # Where the pictures come from
                n:int,         # How many composites
                size:float=.5, # Side of the object, as a share of the image's, in (0, 1]
@@ -86,7 +87,7 @@ def centre_rank(grid:tuple)->torch.Tensor: # (rows, columns) -> (P,) 0 for the p
     y, x = torch.meshgrid(*(torch.arange(n) - (n - 1)/2 for n in grid), indexing='ij')
     return (y**2 + x**2).flatten().argsort(stable=True).argsort()
 
-# %% ../nbs/14b_cosine_claims.ipynb #50063cf6
+# %% ../nbs/14b_cosine_claims.ipynb #f43fd9bd
 def overlap_rows(kept:torch.Tensor,   # (n, L, P) bool
                  scores:torch.Tensor, # (n, L, P), higher means keep
                  target:torch.Tensor, # (n, P) bool: the object's patches
@@ -106,12 +107,13 @@ def overlap_rows(kept:torch.Tensor,   # (n, L, P) bool
                          pointing_random=target.float().mean().item(), pointing_centre=target[:, centre.argmin()].float().mean().item()))
     return rows
 
-# %% ../nbs/14b_cosine_claims.ipynb #411cc28a
+# %% ../nbs/14b_cosine_claims.ipynb #950e01bb
 class PaddedViT(nn.Module):
     "The same policy with every image filled up to the longest of its batch: the usual way, for comparison."
     def __init__(self, slim:SlimViT): # With steps of fate 'idle' at 'queries' or 'before'
         super().__init__()
-        require(all(s.fate == 'idle' and s.at in ('queries', 'before') for s in slim.policy.steps.values()), 'slim', slim.policy, "steps of fate 'idle' at 'queries' or 'before'")
+        fits = all(s.fate == 'idle' and s.at in ('queries', 'before') for s in slim.policy.steps.values())
+        require(fits, 'slim', slim.policy, "steps of fate 'idle' at 'queries' or 'before'")
         self.slim = slim
 
     def forward(self, images):
@@ -143,7 +145,7 @@ class GivenSkips(CosineScore):
         s, now = super().forward(t)[:, t.n_prefix:], slice(self.first, self.first + len(t.x))
         return F.pad(0*s + (self.kept[now, None] > self.rank[now]).to(s.device), (t.n_prefix, 0), value=1.)
 
-# %% ../nbs/14b_cosine_claims.ipynb #ec35259f
+# %% ../nbs/14b_cosine_claims.ipynb #c19fc41d
 def given_policy(shares:torch.Tensor, # (images, L) share of the patches kept
                  batch:int,     # How many images
                  dim:int,       # D of the model to time
@@ -153,7 +155,8 @@ def given_policy(shares:torch.Tensor, # (images, L) share of the patches kept
     "The skip rates of real images, for a model of any size; images are repeated when the batch is larger."
     kept = (shares*n_patches).round().int()[torch.arange(batch) % len(shares)]
     at = 'queries' if keys == 'all' else 'before'
-    return Policy({l: Step(at, 'idle', score=GivenSkips(dim, k, n_patches, l), threshold=.5) for l, k in enumerate(kept.T) if (k < n_patches).any()}, f'given, keys of {keys}')
+    steps = {l: Step(at, 'idle', score=GivenSkips(dim, k, n_patches, l), threshold=.5) for l, k in enumerate(kept.T) if (k < n_patches).any()}
+    return Policy(steps, f'given, keys of {keys}')
 
 # %% ../nbs/14b_cosine_claims.ipynb #4cc466bb
 class LoopViT(nn.Module):
