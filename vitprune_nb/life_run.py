@@ -54,7 +54,7 @@ def frozen(*parts): # Modules whose parameters stay as they are within the `with
     finally:
         for p, flag in was: p.requires_grad_(flag)
 
-# %% ../nbs/13b_life_run.ipynb #5d812e61
+# %% ../nbs/13b_life_run.ipynb #dbc75e49
 def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place
               train_set,          # An `ImageSet`
               first:TrainConfig,  # The predictor's recipe
@@ -62,7 +62,8 @@ def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place
               out=None,           # Folder for both runs' checkpoints and logs; None keeps nothing
               **kw)->tuple:       # kw: further arguments of `fit`; returns the two logs
     "Train the predictor alone, then the backbone alone (life regression, Algorithm 1)."
-    require(soft.mode == 'mask' and soft.policy.name == 'life (soft)', 'soft', f'{soft.policy} in mode {soft.mode!r}', "a SlimViT with LifePlan.policy(score, 'soft') in mode 'mask'")
+    require(soft.mode == 'mask' and soft.policy.name == 'life (soft)', 'soft', f'{soft.policy} in mode {soft.mode!r}',
+            "a SlimViT with LifePlan.policy(score, 'soft') in mode 'mask'")
     folder = lambda name: None if out is None else f'{out}/{name}'
     with frozen(soft.model): a = fit(soft, train_set, first, out=folder('predictor'), **kw)
     with frozen(soft.scorers): b = fit(soft, train_set, second, out=folder('backbone'), **kw)
@@ -76,7 +77,7 @@ def life_recipe(lr:float,     # Of all that is trained, the same in every block
     paper = dict(epochs=1, batch_size=128, layer_decay=1., head_lr_scale=1., label_smoothing=0.)
     return TrainConfig(**{**paper, **changes}, lr=lr)
 
-# %% ../nbs/13b_life_run.ipynb #f98185f8
+# %% ../nbs/13b_life_run.ipynb #01031110
 def train_life(model,             # A trained timm ViT; its weights change in place
                train_set,         # An `ImageSet`
                keep_rate=.7, stages=(4, 7, 10), t_base=None, # As for `life_plan`
@@ -90,16 +91,18 @@ def train_life(model,             # A trained timm ViT; its weights change in pl
     plan = life_plan(model, keep_rate, stages, t_base)
     score = plan.score(model.embed_dim, U, seed)
     size = min(128, len(train_set))
-    two_stage(SlimViT(model, plan.policy(score, 'soft'), 'mask'), train_set, first or life_recipe(1e-3, batch_size=size), second or life_recipe(1e-5, batch_size=size), out, **kw)
+    first, second = first or life_recipe(1e-3, batch_size=size), second or life_recipe(1e-5, batch_size=size)
+    two_stage(SlimViT(model, plan.policy(score, 'soft'), 'mask'), train_set, first, second, out, **kw)
     return SlimViT(model, plan.policy(score)).eval()
 
-# %% ../nbs/13b_life_run.ipynb #604a25f3
+# %% ../nbs/13b_life_run.ipynb #e0a29aad
 class StagePredictor(Scorer):
     "A predictor of the size of DynamicViT's (Rao et al., 2021, section 3.2) with random weights: for timing."
     def __init__(self, dim:int): # D
         super().__init__()
         self.inner = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.outer = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(), nn.Linear(dim//4, 2), nn.LogSoftmax(-1))
+        self.outer = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(),
+                                   nn.Linear(dim//4, 2), nn.LogSoftmax(-1))
     def forward(self, t:Tokens):
         local, whole = self.inner(t.x).chunk(2, -1)
         w = torch.ones_like(whole[..., :1]) if t.present is None else t.present[..., None].to(whole.dtype)
@@ -134,7 +137,7 @@ def decide(policy:Policy,  # Steps with score and count, fate 'remove'
         t = dataclasses.replace(t, x=t.x.gather(1, idx[..., None].expand(-1, -1, x.shape[-1])), pos=t.pos.gather(1, idx), block=i)
     return t.x
 
-# %% ../nbs/13b_life_run.ipynb #bca053fd
+# %% ../nbs/13b_life_run.ipynb #e828d7d5
 def rivals(model,        # A timm ViT
            keep_rate=.7, # Share of the patches that survive a stage
            stages=(4, 7, 10), # Blocks after which patches leave
@@ -144,8 +147,9 @@ def rivals(model,        # A timm ViT
     heads = model.blocks[0].attn.num_heads
     cuts = {i: k for i, k in enumerate(plan.counts) if i and k < plan.counts[i - 1]}
     every = lambda name, make: Policy({i: Step(score=make(), count=k) for i, k in cuts.items()}, name)
-    return {'no decision': Policy({i: Step(keep=tuple(range(k))) for i, k in cuts.items()}, 'no decision'), 'life': plan.policy(plan.score(D)),
-            'predictor per stage': every('predictor', lambda: StagePredictor(D)), 'attention per stage': every('attention', lambda: StageAttention(D, heads))}
+    return {'no decision': Policy({i: Step(keep=tuple(range(k))) for i, k in cuts.items()}, 'no decision'),
+            'life': plan.policy(plan.score(D)), 'predictor per stage': every('predictor', lambda: StagePredictor(D)),
+            'attention per stage': every('attention', lambda: StageAttention(D, heads))}
 
 # %% ../nbs/13b_life_run.ipynb #8264c513
 def _contestants(net, plans, n_prefix):
@@ -163,7 +167,7 @@ def _deciding_macs(net, plans, n_tokens):
     score = lambda s, n: 0 if s.score is None else s.score.macs(n, net.embed_dim)
     return {name: sum(score(s, n) for s, n in zip(q.steps.values(), present)) for name, q in plans.items()}, counts
 
-# %% ../nbs/13b_life_run.ipynb #455db9e8
+# %% ../nbs/13b_life_run.ipynb #9939368d
 def bench_life(batch:int=32,     # Images at once
                repeats:int=7,    # Timed rounds
                model_name:str='deit_small_patch16_224', device='cpu',
@@ -179,7 +183,8 @@ def bench_life(batch:int=32,     # Images at once
     nets, alone = _contestants(net, plans, net.num_prefix_tokens)
     price, counts = _deciding_macs(net, plans, n_tokens(net))
     macs = lambda n: model_macs(net) if n == 'dense' else model_macs(net, counts, price[n.split(',')[0]])
-    row = lambda r, m, note: make_row(r['name'], model_name, timing=r, macs=m, schedule=list(stages), note=f'keep rate {keep_rate}; {note}; random weights and images')
+    row = lambda r, m, note: make_row(r['name'], model_name, timing=r, macs=m, schedule=list(stages),
+                                      note=f'keep rate {keep_rate}; {note}; random weights and images')
     with torch.inference_mode():
         rows = [row(r, macs(r['name']), 'whole network') for r in bench(nets, x, repeats=repeats, device=device)]
         nn.ModuleList(s.score for q in plans.values() for s in q.steps.values() if s.score is not None).to(device)
