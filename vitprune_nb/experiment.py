@@ -69,7 +69,7 @@ def _known(keys, allowed, where):
         close = difflib.get_close_matches(k, allowed, 1)
         require(k in allowed, where, k, ', '.join(allowed), f'Did you mean {close[0]}?' if close else '')
 
-# %% ../nbs/25b_experiment.ipynb #7cf36cea
+# %% ../nbs/25b_experiment.ipynb #15b21a48
 def _check_values(e):
     number = lambda v: type(v) in (int, float)
     for r in e.reductions: require(number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
@@ -81,6 +81,7 @@ def _check_values(e):
     require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results, 'a file that ends in .csv')
     require(not (e.weights and e.dense), 'dense', e.dense, 'either weights or dense', 'A finished dense model needs no other start.')
 
+# %% ../nbs/25b_experiment.ipynb #733061cf
 def _check_recipes(e):
     for where in ('train', 'recover'):
         table = getattr(e, where)
@@ -93,12 +94,13 @@ def _check_recipes(e):
         Options(**table)
     for m in e.methods: check_options(m, method_options(e, m, e.reductions[0]))
 
+# %% ../nbs/25b_experiment.ipynb #0f7b8fb9
 def method_options(e, method:str, reduction:float)->dict: # One of METHODS; share of MACs
     "What `prune` is told; a method that looks at no calibration images is not told how many."
     general = dict(calibration=e.calibration) if 'calibration' in METHODS[method].reads else {}
     return {**general, **e.options.get(method, {}), 'reduction': float(reduction)}
 
-# %% ../nbs/25b_experiment.ipynb #7b6936f7
+# %% ../nbs/25b_experiment.ipynb #f3b25d0b
 def parse_change(text:str # 'test_images=500', 'recover.epochs=0.5', 'methods=life,vtp' or 'dense=FILE'
                  )->tuple: # (the parts of the key, the value)
     "A change to a configuration as the command line gives it; the value is TOML, or text."
@@ -111,6 +113,7 @@ def parse_change(text:str # 'test_images=500', 'recover.epochs=0.5', 'methods=li
         with contextlib.suppress(tomllib.TOMLDecodeError): return parts, tomllib.loads(f'v = {v}')['v']
     return parts, [w.strip() for w in value.split(',')] if is_list else value
 
+# %% ../nbs/25b_experiment.ipynb #7176a495
 def apply_change(values:dict, # Keys of a TOML file; changed in place
                  text:str,    # As for `parse_change`
                  ):
@@ -139,7 +142,7 @@ def read_experiment(path,       # A TOML file
     _known(values, [f.name for f in dataclasses.fields(Experiment)], 'config')
     return Experiment(**dict(dict(name=file.stem), **values))
 
-# %% ../nbs/25b_experiment.ipynb #c0ae2309
+# %% ../nbs/25b_experiment.ipynb #9a98b191
 class Unit(NamedTuple):
     "One model of an experiment: a method at a budget with a seed."
     method: str      # 'dense', or one of METHODS
@@ -155,13 +158,14 @@ def units(e:Experiment # What shall be done
     "The models of an experiment, in the order in which they are made."
     return [Unit('dense', 0., e.seeds[0])] + [Unit(m, float(r), s) for r in e.reductions for s in e.seeds for m in e.methods]
 
+# %% ../nbs/25b_experiment.ipynb #6cf667fe
 def stages(e:Experiment, # What shall be done
            unit:Unit,    # One of its models
            )->list:      # 'none' and, where there is recovery, 'recovered'
     "The rows that a unit leaves."
     return ['none'] + ['recovered']*bool(e.recover and (unit.method != 'dense' or e.control))
 
-# %% ../nbs/25b_experiment.ipynb #3da1c633
+# %% ../nbs/25b_experiment.ipynb #5a88ed9f
 def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
                     n_train:int, # Training images
                     keep:float=1., # Share of the MACs that is left
@@ -169,6 +173,7 @@ def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
     "The work of a fine-tuning; a backward pass counts as two forward ones."
     return 3*keep*n_train*TrainConfig(**recipe).epochs if recipe else 0.
 
+# %% ../nbs/25b_experiment.ipynb #5902b539
 SHARED = {'vtp': 'sparse'}   # what of a method's work is the same for every budget, and so is done once
 
 def method_passes(e:Experiment, unit:Unit, n_train:int)->float: # As for `unit_passes`
@@ -179,6 +184,7 @@ def method_passes(e:Experiment, unit:Unit, n_train:int)->float: # As for `unit_p
     epochs = 0. if is_lent else sum(getattr(o, k) or 0 for k in reads if k.endswith('_epochs') and k != 'tune_epochs')
     return 3*epochs*n_train + 20*o.calibration*('calibration' in reads)
 
+# %% ../nbs/25b_experiment.ipynb #415cbb95
 def unit_passes(e:Experiment, # What shall be done
                 unit:Unit,    # One of its models
                 n_train:int,  # Training images
@@ -191,12 +197,13 @@ def unit_passes(e:Experiment, # What shall be done
     after = training_passes(e.recover, n_train, keep) + n_test*keep if len(stages(e, unit)) > 1 else 0
     return making + n_test*keep + timing + after
 
-# %% ../nbs/25b_experiment.ipynb #548584ad
+# %% ../nbs/25b_experiment.ipynb #53d7df0a
 def in_time(seconds:float # 0 or more
             )->str:       # '40 s', '12 min', '3.5 h'
     "A duration as one says it."
     return f'{seconds:.0f} s' if seconds < 99 else f'{seconds/60:.0f} min' if seconds < 99*60 else f'{seconds/3600:.1f} h'
 
+# %% ../nbs/25b_experiment.ipynb #1a76b2a1
 def plan_text(e:Experiment,   # What shall be done
               macs:float,     # MACs of the dense model
               speed:float,    # Dense forward passes a second
@@ -215,7 +222,7 @@ def plan_text(e:Experiment,   # What shall be done
     n = sum(len(stages(e, u)) for u in units(e))
     return '\n'.join(lines + [f'{n} rows, about {in_time(total)} to go at {speed:.0f} dense images/s, a rough estimate.'])
 
-# %% ../nbs/25b_experiment.ipynb #3b79a6f8
+# %% ../nbs/25b_experiment.ipynb #87105415
 def module_hash(source:str # Python code
                 )->str:    # 12 hex digits
     "A hash that comments, docstrings and line breaks do not change."
@@ -225,6 +232,7 @@ def module_hash(source:str # Python code
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant): body[0].value.value = ''
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
+# %% ../nbs/25b_experiment.ipynb #c2166426
 def imported(source:str # Python code of a module of this package
              )->set:    # Names of the modules of this package that it imports
     "Which other modules of the package decide what this one does."
@@ -248,13 +256,14 @@ def code_hashes(roots=('methods', 'train', 'measure', 'results'), # Modules that
         out[name] = module_hash(source); todo += imported(source)
     return dict(sorted(out.items()))
 
-# %% ../nbs/25b_experiment.ipynb #842c3b70
+# %% ../nbs/25b_experiment.ipynb #14979b68
 def flat(d:dict, prefix='')->dict: # {'a': {'b': 1}} -> {'a.b': 1}
     "A nested dict with dotted keys."
     out = {}
     for k, v in d.items(): out.update(flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
     return out
 
+# %% ../nbs/25b_experiment.ipynb #99650bb6
 GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'results', 'workers')
 
 def fingerprint(e:Experiment, # What shall be done

@@ -6,13 +6,13 @@
 __all__ = ['TIMED', 'PAIRS', 'open_sets', 'keep_classes', 'start_model', 'processes', 'together', 'Run', 'dense_model',
            'copy_folder', 'own_folder', 'prune_step', 'recover_step', 'spread_answers', 'all_answers', 'timed',
            'recovery_text', 'old_timing', 'finish_row', 'keep_model', 'do_unit', 'report', 'pair_rows', 'write_pairs',
-           'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'run_config']
+           'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'open_run', 'run_config']
 
 # %% ../nbs/26_run.ipynb #0c24939e
 import contextlib, copy, csv, dataclasses, datetime, json, os, shutil, time, warnings
 from pathlib import Path
 
-# %% ../nbs/26_run.ipynb #2aa427ec
+# %% ../nbs/26_run.ipynb #d3b74137
 import numpy as np
 import torch
 from .core import VitpruneError, environment, refuse, require, set_seed, sha256, write_atomic
@@ -23,7 +23,7 @@ from .experiment import (SHARED, Experiment, Ledger, Unit, fingerprint, hold_to,
 from .measure import bench, time_reduction
 from .methods import METHODS, cost_of, load_pruned, prune, recover, save_pruned
 from .results import answers, make_row, paired_difference
-from .train import TrainConfig, fit
+from .train import Batches, TrainConfig, fit
 from .vit import COURSE, course_model, create_vit, wilson_interval
 
 # %% ../nbs/26_run.ipynb #e579a189
@@ -59,7 +59,7 @@ def keep_classes(model,        # A timm ViT with an ImageNet-1k head; changed in
         setattr(model, name, new)
     model.num_classes = len(rows)
 
-# %% ../nbs/26_run.ipynb #ba91e07e
+# %% ../nbs/26_run.ipynb #084928c6
 def _head_rows(file):
     "Classes of the head in a checkpoint; None without one."
     from timm.models import load_state_dict
@@ -68,6 +68,7 @@ def _head_rows(file):
     except Exception as err: refuse('weights', file, 'a readable .safetensors or .pth checkpoint of a ViT', f'({type(err).__name__})')
     return None if head is None else len(head)
 
+# %% ../nbs/26_run.ipynb #b59d64da
 def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, train
                 classes:list, # Of the images
                 )->torch.nn.Module:
@@ -87,7 +88,7 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
     if model.num_classes != len(classes): keep_classes(model, classes)
     return model
 
-# %% ../nbs/26_run.ipynb #c33d5b21
+# %% ../nbs/26_run.ipynb #07c05994
 def processes(device='auto' # 'auto', 'cpu', 'cuda' or 'mps'
               ):            # An `accelerate.Accelerator`
     "This process among all; patient enough for a search that only the first one does."
@@ -96,6 +97,7 @@ def processes(device='auto' # 'auto', 'cpu', 'cuda' or 'mps'
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     return Accelerator(cpu=pick_device(device).type == 'cpu', mixed_precision='no', kwargs_handlers=[patience])
 
+# %% ../nbs/26_run.ipynb #d6c76575
 def together(acc,   # From `processes`
              work,  # A function without arguments
              first_only:bool=False, # Only the first process works, the others wait
@@ -171,7 +173,7 @@ def copy_folder(source, target):
         os.replace(new, target)
     finally: shutil.rmtree(new, ignore_errors=True)
 
-# %% ../nbs/26_run.ipynb #67dfd388
+# %% ../nbs/26_run.ipynb #f6c8f1db
 def own_folder(run:Run, unit:Unit): # -> the folder that this process works in
     "The first process works in the unit's folder, with what was lent to it; the others in copies."
     folder, part = run.work(unit), SHARED.get(unit.method)
@@ -184,6 +186,7 @@ def own_folder(run:Run, unit:Unit): # -> the folder that this process works in
     run.acc.wait_for_everyone()
     return own
 
+# %% ../nbs/26_run.ipynb #7258979d
 def prune_step(run:Run, unit:Unit): # -> the pruned model
     "Make a pruned model, or go on making it, or read the finished one."
     folder, part = run.work(unit), SHARED.get(unit.method)
@@ -244,11 +247,12 @@ def timed(run:Run, model, unit:Unit)->tuple: # (what `bench` says, what the note
     r = time_reduction(rows, 'dense')[1]
     return rows[1], dict(speed_up=[r['speed_up'], 1/(1 - r['time_reduction_low']), 1/(1 - r['time_reduction_high'])])
 
-# %% ../nbs/26_run.ipynb #341fb806
+# %% ../nbs/26_run.ipynb #39772e9d
 def recovery_text(e:Experiment, stage:str)->str: # e.g. 'epochs 0.5, lr 0.0001'
     "What a row says about its recovery."
     return 'none' if stage == 'none' else ', '.join(f'{k} {v}' for k, v in e.recover.items())
 
+# %% ../nbs/26_run.ipynb #079ecb39
 TIMED = 'latency_ms latency_low latency_high throughput throughput_low throughput_high batch repeats dtype threads device'.split()
 
 def old_timing(row:dict # Of the same model before recovery
@@ -257,6 +261,7 @@ def old_timing(row:dict # Of the same model before recovery
     known = {} if row['latency_ms'] is None else {k: row[k] for k in TIMED}
     return known, {k: v for k, v in json.loads(row['note']).items() if k == 'speed_up'}
 
+# %% ../nbs/26_run.ipynb #9edc70a8
 def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or 'recovered'; seconds that the step took
     "Measure a model and write its row."
     cost = cost_of(model, calibration(run.test, min(256, len(run.test))))
@@ -273,7 +278,7 @@ def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or
     run.ledger.add(f'{unit.key}-{stage}', row)
     run.note('row', unit=unit.key, stage=stage, seconds=seconds, top1=row['top1'])
 
-# %% ../nbs/26_run.ipynb #7a35ef17
+# %% ../nbs/26_run.ipynb #be3c06c4
 def keep_model(run:Run, unit:Unit, model=None): # None: the pruned model of the working folder
     "Put the finished model of a unit into OUT/models, once."
     place, source = run.out/'models'/unit.key, run.work(unit)/'pruned'
@@ -282,6 +287,7 @@ def keep_model(run:Run, unit:Unit, model=None): # None: the pruned model of the 
     if model is not None: save_pruned(model, place)
     elif source.is_dir(): os.replace(source, place)
 
+# %% ../nbs/26_run.ipynb #bb35d233
 def do_unit(run:Run, unit:Unit):
     "Whatever is missing of a unit; of a finished one, nothing but tidying up."
     for stage in run.todo(unit):
@@ -324,7 +330,7 @@ def write_pairs(run:Run):
     with write_atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, PAIRS, lineterminator='\n'); w.writeheader(); w.writerows(pair_rows(run))
 
-# %% ../nbs/26_run.ipynb #76b42b54
+# %% ../nbs/26_run.ipynb #1b106268
 @contextlib.contextmanager
 def only_one(folder # The folder of the run
              ):
@@ -337,6 +343,7 @@ def only_one(folder # The folder of the run
         except OSError: refuse('out', folder, 'a folder in which no run is going on', 'Wait for the other one, or use another folder (--out).')
         yield
 
+# %% ../nbs/26_run.ipynb #c1f673df
 def sweep(out # The folder of the run
           ):
     "Remove what a kill in the middle of a write left behind."
@@ -348,7 +355,7 @@ def dense_speed(model, device, dtype:str)->float: # Images a second
     x = torch.zeros(8, *data_config(model)['input_size'])
     return bench({'dense': model}, x, warmup=1, repeats=2, device=device, dtype=dtype)[0]['throughput']
 
-# %% ../nbs/26_run.ipynb #0665da4b
+# %% ../nbs/26_run.ipynb #4566dd09
 def do_units(run:Run)->dict: # {unit: why it failed}
     "All units; one that is refused is noted and the others go on. Without a dense model there is nothing to go on with."
     failed = {}
@@ -367,22 +374,22 @@ def do_units(run:Run)->dict: # {unit: why it failed}
         if left := run.left(): run.say(f'        {left}')
     return failed
 
-def check_sizes(e:Experiment, train, test): # The images
+# %% ../nbs/26_run.ipynb #145071cb
+def check_sizes(e:Experiment, train, test, world:int=1): # The images; the number of processes
     "Refuse before the first second of work what would be refused hours later."
     for k in ('weights', 'dense'): require(not getattr(e, k) or Path(getattr(e, k)).is_file(), k, getattr(e, k), 'an existing checkpoint file')
     require(e.time_batch <= len(test), 'time_batch', e.time_batch, f'at most {len(test)}, the test images')
     looks = max(method_options(e, m, .5).get('calibration', 0) for m in e.methods)
     require(looks <= len(train), 'calibration', looks, f'at most {len(train)}, the training images')
-    for k in ('train', 'recover'):
-        n = getattr(e, k).get('batch_size', TrainConfig.batch_size) if k == 'train' else e.recover.get('batch_size', 1)
-        require(not getattr(e, k) or n <= len(train), f'{k}.batch_size', n, f'at most {len(train)}, the training images')
+    for recipe in (e.train, dict(dict(batch_size=min(64, len(train))), **e.recover)):
+        if recipe: Batches(train, TrainConfig(**recipe), world=world)
 
 def found(e:Experiment, train, test, device)->dict: # For `fingerprint`
     "What only the running machine knows."
     env = environment(device)
     return dict(train_hash=train.digest, test_hash=test.digest, **{k: env[k] for k in ('torch', 'timm', 'device', 'device_name', 'threads')})
 
-# %% ../nbs/26_run.ipynb #91642b8a
+# %% ../nbs/26_run.ipynb #f5789a75
 def dry(e:Experiment, out, train, test, device)->dict: # plan, macs, speed
     "Print what a run would do; nothing is written."
     check_sizes(e, train, test)
@@ -394,6 +401,19 @@ def dry(e:Experiment, out, train, test, device)->dict: # plan, macs, speed
     print(f'{e.name}: {e.model} on {train!r} and {test!r}\n{plan}')
     return dict(name=e.name, plan=plan, macs=macs, speed=speed)
 
+def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False)->Run: # As in `Run` and `run_config`
+    "Tidy up, hold the run to its settings, open its ledger; refuse before anything is added."
+    csv_file, settings = Path(e.results or out/'results.csv'), fingerprint(e, **found(e, train, test, acc.device))
+    if acc.is_main_process: sweep(out)
+    together(acc, lambda: hold_to(out/'settings.json', settings, accept_code), first_only=True)
+    together(acc, lambda: Ledger(out/'rows', csv_file), first_only=True)
+    run = Run(e, out, acc, train, test, Ledger(out/'rows', csv_file, write=acc.is_main_process), model)
+    done, n = len(run.ledger.keys()), sum(len(stages(e, u)) for u in units(e))
+    run.say(f'{e.name}: {n} rows' + (f', {done} of them finished before' if done else '')
+            + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to {csv_file}')
+    return run
+
+# %% ../nbs/26_run.ipynb #15cae5ce
 def run_config(path,           # A TOML file: see `Experiment`
                data=None,      # Instead of its `data`
                weights=None,   # Instead of its `weights`
@@ -412,16 +432,11 @@ def run_config(path,           # A TOML file: see `Experiment`
     require(not out.exists() or out.is_dir(), 'out', out, 'a folder, or a name that is still free')
     acc = processes(e.device)
     if dry_run: return dry(e, out, train, test, acc.device) if acc.is_main_process else {}
-    check_sizes(e, train, test)
-    start, csv_file, model = time.perf_counter(), Path(e.results or out/'results.csv'), together(acc, lambda: start_model(e, train.classes))
+    check_sizes(e, train, test, acc.num_processes)
+    model = together(acc, lambda: start_model(e, train.classes))
     with only_one(out) if acc.is_main_process else contextlib.nullcontext():
-        print_of = fingerprint(e, **found(e, train, test, acc.device))
-        if acc.is_main_process: sweep(out)
-        together(acc, lambda: hold_to(out/'settings.json', print_of, accept_code), first_only=True)
-        together(acc, lambda: Ledger(out/'rows', csv_file), first_only=True)
-        run = Run(e, out, acc, train, test, Ledger(out/'rows', csv_file, write=acc.is_main_process), model)
-        done, n = len(run.ledger.keys()), sum(len(stages(e, u)) for u in units(e))
-        run.say(f'{e.name}: {n} rows' + (f', {done} of them finished before' if done else '') + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to {csv_file}')
+        run = open_run(e, out, acc, train, test, model, accept_code)
         failed = do_units(run)
-        run.note('end', failed=failed, seconds=time.perf_counter() - start)
-        return dict(name=e.name, rows=run.ledger.rows(), failed=failed, results=str(csv_file), seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - run.start
+        run.note('end', failed=failed, seconds=seconds)
+        return dict(name=e.name, rows=run.ledger.rows(), failed=failed, results=str(run.ledger.csv), seconds=seconds)
