@@ -112,15 +112,16 @@ def collect(model,          # A timm VisionTransformer of standard blocks
     before, cosine, growth, context = zip(*([torch.cat(c) for c in zip(*block)] for block in zip(*parts)))
     return Seen(list(before), torch.stack(cosine), torch.stack(growth), list(context))
 
-# %% ../nbs/14_cosine.ipynb #2858a1db
+# %% ../nbs/14_cosine.ipynb #373d6a4b
 def join(*seen:Seen # Of the same model
          )->Seen:   # All images
     "Several captures as one."
-    require(len(seen) > 0 and len({(len(s.before), *s.before[0].shape[1:]) for s in seen}) == 1, 'seen', f'{len(seen)} captures', 'one or more captures of one model')
+    shapes = {(len(s.before), *s.before[0].shape[1:]) for s in seen}
+    require(len(shapes) == 1, 'seen', f'{len(seen)} captures', 'one or more captures of one model')
     return Seen([torch.cat(b) for b in zip(*(s.before for s in seen))], torch.cat([s.cosine for s in seen], 1),
                 torch.cat([s.growth for s in seen], 1), [torch.cat(c) for c in zip(*(s.context for s in seen))])
 
-# %% ../nbs/14_cosine.ipynb #537a5c35
+# %% ../nbs/14_cosine.ipynb #0a2db5b4
 @register_scorer('cosine')
 class CosineScore(Scorer):
     "The report's pruner of one block (section 5.2): token -> probability that the block still turns it; higher means keep."
@@ -143,7 +144,8 @@ class CosineScore(Scorer):
 
     def forward(self, t:Tokens):
         x = t.x[:, t.n_prefix:]
-        require(x.shape[-1] == self.dim, 'pruner', f'one for tokens of width {self.dim}', f'one of width {x.shape[-1]}, as the model has', 'Train one on this model.')
+        require(x.shape[-1] == self.dim, 'pruner', f'one for tokens of width {self.dim}', f'one of width {x.shape[-1]}, as the model has',
+                'Train one on this model.')
         c, last = None, t.memory.get('looked')
         if self.context:
             computed = torch.ones_like(x[..., 0], dtype=torch.bool) if last is None else (x != last).any(-1)
@@ -191,7 +193,7 @@ def _fit_one(net, x, c, y, epochs, lr, batch_size):
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
     with torch.no_grad(): net.fc2.bias += math.log(share/(1 - share))
 
-# %% ../nbs/14_cosine.ipynb #3a2863cd
+# %% ../nbs/14_cosine.ipynb #8b88900e
 def fit_pruner(seen:Seen,              # From `collect`
                cosine_threshold:float=.95, # In (0, 1)
                scale:str='scaled',     # 'scaled' or 'raw'
@@ -204,11 +206,12 @@ def fit_pruner(seen:Seen,              # From `collect`
                seed:int=0,             # Of weights and order
                )->Pruner:
     "Train the report's MLPs on captured tokens (section 5.2, steps 2 to 4)."
-    require(isinstance(seen, Seen) and len(seen.before) > 0 and seen.cosine.numel() > 0, 'seen', type(seen).__name__ if not isinstance(seen, Seen) else 'no tokens',
-            'captured tokens of at least one image', 'Make them with collect(model, images).')
+    require(isinstance(seen, Seen) and len(seen.before) > 0 and seen.cosine.numel() > 0, 'seen',
+            'no tokens' if isinstance(seen, Seen) else type(seen).__name__, 'captured tokens of at least one image', 'Make them with collect(model, images).')
     keep = keep_labels(seen.cosine, cosine_threshold, scale).flatten(1).float()     # (L, patches)
     share, top = keep.mean(1).tolist(), float(SCALES[scale](seen.cosine.double()).max())
-    require(any(0 < s < 1 for s in share) or (shared and len(set(share)) > 1), 'cosine_threshold', cosine_threshold, 'one that leaves both labels in some block',
+    both = any(0 < s < 1 for s in share) or (shared and len(set(share)) > 1)
+    require(both, 'cosine_threshold', cosine_threshold, 'one that leaves both labels in some block',
             f'Here every block has a single class of labels; the largest {scale} cosine is {top:.3f}. seen.threshold_for(0.2) finds one.')
     set_seed(seed)
     L, D, P = len(seen.before), seen.before[0].shape[-1], seen.cosine.shape[-1]
@@ -267,7 +270,7 @@ def cosine_policy(pruner:Pruner,  # From `fit_pruner`
         steps[l] = Step(at, 'idle', score=copy.deepcopy(score) if pruner.shared else score, **budget)
     return Policy(steps, f'cosine {pruner.cosine_threshold:.3g}, keys of {keys}')
 
-# %% ../nbs/14_cosine.ipynb #b59a6fef
+# %% ../nbs/14_cosine.ipynb #0cbb7fe0
 def random_policy(kept,          # Mean number of patches kept in each block, L numbers; rounded up
                   n_patches:int, # P
                   keys:str='all',# As in `cosine_policy`
@@ -276,7 +279,8 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
     "The baseline at no fewer MACs: as many patches in each block, chosen blindly, anew in every block."
     at = 'queries' if keys == 'all' else 'before'
     counts = [math.ceil(k - 1e-6) for k in kept]
-    return Policy({l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k) for l, k in enumerate(counts) if k < n_patches}, f'random, keys of {keys}')
+    steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k) for l, k in enumerate(counts) if k < n_patches}
+    return Policy(steps, f'random, keys of {keys}')
 
 # %% ../nbs/14_cosine.ipynb #0e705756
 def reentries(kept:torch.Tensor # (B, L, P) bool, from `SlimViT.kept` or `run_slim`
