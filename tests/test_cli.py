@@ -4,7 +4,7 @@ import json, os, re, shutil, signal, subprocess, time
 import pytest, torch
 from vitprune_nb import cli, core, cosine, data, vit
 
-COMMANDS = 'demo train eval cost prune bench'.split()
+COMMANDS = 'demo train eval cost prune bench run'.split()
 
 
 @pytest.fixture(scope='module')
@@ -187,7 +187,7 @@ def test_prune_option_changes_the_policy(ask, tmp_path, option):
     assert policy('a') != policy('b')
 
 
-OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', '--rule gate', '--multiple 8', '--whole-heads', '--sparse-epochs 2', '--lr 0.01', '--batch 15', '--seed 1']),
+OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', '--rule gate', '--multiple 8', '--whole-heads', '--sparse-epochs 2', '--lr 0.01', '--batch 6', '--seed 1']),
            'life': ('--keep-rate 0.7', ['--keep-rate 0.5', '--keep-rate 0.9,0.8,0.7', '--reduction 0.2', '--stages 3,5', '--t-base 1', '--U 3', '--predictor-epochs 2',
                                         '--backbone-epochs 2', '--lr 0.01', '--batch 15', '--seed 1']),
            'cosine': ('--cosine-threshold LABEL --score-threshold 0.5', ['--cosine-threshold OTHER', '--score-threshold 0.6', '--reduction 0.2', '--keys kept', '--rounds 1',
