@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'FIGURES', 'Subject', 'subject_row', 'figure_table', 'similarity_rows', 'draw_similarity', 'keep_best',
            'one_block_answers', 'score_tables', 'block_rows', 'paired_curves', 'draw_blocks', 'three_blocks',
-           'score_rows', 'draw_scores', 'eps_rows', 'draw_eps', 'draw_pyramid', 'equal_rows', 'recorded',
-           'record_figures', 'named_subject', 'widest', 'draw_run']
+           'score_rows', 'draw_scores', 'eps_rows', 'draw_eps', 'draw_pyramid', 'whole_first', 'equal_rows', 'recorded',
+           'record_figures', 'named_subject', 'widest', 'draw_run', 'lone_losses']
 
 # %% ../nbs/11b_patch_figures.ipynb #0588715b
 import dataclasses, functools, json, os
@@ -274,18 +274,28 @@ def draw_pyramid(table,   # From `figure_table` of 'Figure 4'
     t = table.dropna(subset=['eps'])
     return layer_curve({f'ε {e:g}': p for e, p in zip(t.eps, t.patches)}, 'patches kept', ax=ax)
 
-# %% ../nbs/11b_patch_figures.ipynb #e1a22413
+# %% ../nbs/11b_patch_figures.ipynb #231afbb7
+def whole_first(plan:Plan # Any plan
+                )->Plan:
+    "The same plan with every patch in block 1."
+    return dataclasses.replace(plan, method='patch slimming, block 1 whole', keep=[tuple(range(plan.n_patches)), *plan.keep[1:]])
+
 def equal_rows(s:Subject,         # Model and images
                plan:Plan|None=None, # The learned plan; None searches one
                reduction:float=.4,# Its wanted MAC reduction, when it is searched
                draws:int=1,       # Random pyramids
                scores=None,       # From `score_tables`, for the uniform plan; None: the plan's own kind
+               variants:bool=False, # Add two other searches: one judged by CLS at the end (eq. 3), one that leaves block 1 whole
                **search,          # step, keys, error: see `patch_slimming.for_budget`
-               )->list:           # Rows of 'dense', 'patch slimming', 'uniform' and 'random'
+               )->list:           # Rows of 'dense', 'patch slimming', 'uniform', 'random' and, if asked, of the variants
     "Table 3: learned, uniform and random plans at equal MACs, without fine-tuning; 'ours_*' is learned minus this one."
-    plan = plan or for_budget(s.model, s.calib, reduction, seed=s.seed, device=s.device, **search)
+    found = lambda share, **how: for_budget(s.model, s.calib, share, seed=s.seed, device=s.device, **{**search, **how})
+    plan = plan or found(reduction)
     kind = plan.info.get('scores', 'shortcut')
     rivals = [uniform_plan(s.model, (scores or score_tables(s, (kind,)))[kind], plan.reduction(s.model), plan.info.get('keys', 'entering')), *(random_plan(plan, s.seed + d) for d in range(draws))]
+    if variants:
+        share = plan.reduction(s.model)
+        rivals += [dataclasses.replace(found(share, error='cls'), method='patch slimming, CLS error'), whole_first(found(2*share - whole_first(plan).reduction(s.model)))]
     ours = s.answers(plan.slim(s.model))
     rows = [s.row('Table 3', 'dense', s.dense, macs=model_macs(s.model), patches=[plan.n_patches]*len(plan.keep)), _plan_row(s, 'Table 3', plan, ours, eps=plan.info.get('eps'))]
     for p in rivals:
@@ -357,3 +367,12 @@ def draw_run(rows:list, # Rows of one model and one data set
     for ax in axes.flat[n:]: ax.axis('off')
     fig.suptitle(title)
     return axes
+
+# %% ../nbs/11b_patch_figures.ipynb #c3f5e694
+def lone_losses(table,         # Rows of Figure 6, from `figure_table`
+                patches,       # Patches that each block keeps, L integers
+                n_patches:int, # P
+                )->np.ndarray: # (L,) change of top-1, as a share
+    "What each block of a plan would cost alone, interpolated between the rates of Figure 6."
+    p = table.pivot(index='block', columns='rate', values='difference').sort_index()
+    return np.array([np.interp(1 - k/n_patches, [0, *p.columns], [0, *p.loc[b]]) for b, k in enumerate(patches, 1)])
