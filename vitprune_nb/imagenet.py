@@ -307,7 +307,7 @@ def fidelity_model(name:str='course', # 'course' or a timm name
         return course_model()
     return create_vit(name, weights, pretrained=weights is None, num_classes=0, **({} if img_size is None else dict(img_size=img_size)))
 
-# %% ../nbs/31_imagenet.ipynb #28f0fe3d
+# %% ../nbs/31_imagenet.ipynb #65ea15a1
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.imagenet: fidelity of every label-free method, resumable."
@@ -323,7 +323,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
         name = o.name or (o.model if o.img_size is None else f'{o.model} at {o.img_size} px')   # what rows call the model
         n = record_fidelity(Fidelity(net, test, calib, name, o.seed, o.batch_size, str(pick_device(o.device)), o.dtype), out, o.methods, o.reductions)
     except VitpruneError as e: print(f'imagenet: {e}', file=sys.stderr); return 2
-    print(f'{n} rows added to {out}')
+    print(f'{n} rows added to {Path(out).name}')
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -356,7 +356,7 @@ def life_speeds(table # From `timing_table`
             out.append(dict(backbone=shown, device=r.device, batch=r.batch, dtype=r.dtype, engine=r.engine, printed=round(life/dense, 2), measured=round(1/(1 - r.time_reduction), 2), macs=round(1/(1 - r.mac_reduction), 2)))
     return out
 
-# %% ../nbs/32_timing.ipynb #6098688f
+# %% ../nbs/32_timing.ipynb #adb7c3c4
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.timing: the whole grid, resumable."
@@ -373,7 +373,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
         out, o['shares'] = o.pop('out') or data_path('results', 'timing.csv'), course_shares() if shares == 'course' else None
         n = sum(1 for _ in timing_grid(out, **o, **({} if size is None else dict(img_size=size))))
     except VitpruneError as e: print(f'timing: {e}', file=sys.stderr); return 2
-    print(f'{n} rows added to {out}')
+    print(f'{n} rows added to {Path(out).name}')
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
