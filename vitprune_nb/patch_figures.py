@@ -195,11 +195,11 @@ def paired_curves(table,      # From `figure_table`, with difference, low and hi
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.4))
         for i, (v, label) in enumerate(names.items()):
             g = 100*table[table[by] == v].groupby(x)[['difference', 'low', 'high']].mean()
-            aside = .008*np.ptp(table[x])*(i - (len(names) - 1)/2)             # so that intervals stand side by side
+            aside = .02*np.ptp(table[x])*(i - (len(names) - 1)/2)             # so that intervals stand side by side
             ax.errorbar(g.index + aside, g.difference, [g.difference - g.low, g.high - g.difference], label=label, color=colors[label],
                         marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.2, capsize=2)
         ax.axhline(0, color='k', lw=.6); ax.legend(fontsize=9)
-        ax.set(xlabel=xlabel, ylabel='top-1 minus dense (points)', title=title)
+        ax.set(xlabel=xlabel, ylabel='top-1 minus dense (points)', title=title, xticks=sorted(set(table[x])))
     return ax
 
 def draw_blocks(table,   # From `figure_table`
@@ -231,8 +231,10 @@ def draw_scores(table,    # From `figure_table`
                 ):        # The axes
     "Figure 7: one panel a block, one curve a score, over the rate."
     import matplotlib.pyplot as plt
+    from vitprune_nb.viz import style
     blocks = sorted(set(table.block))
-    if axes is None: axes = plt.subplots(1, len(blocks), figsize=(4*len(blocks), 3.2), sharey=True, layout='constrained')[1]
+    if axes is None:
+        with style(): axes = plt.subplots(1, len(blocks), figsize=(4*len(blocks), 3.2), sharey=True)[1]
     for ax, b in zip(np.ravel(axes), blocks):
         paired_curves(table[table.block == b], 'rate', 'method', 'share of patches dropped', ax, f'block {b}', lambda k: SCORES.get(k, k))
         if b != blocks[0]: ax.get_legend().remove(); ax.set_ylabel('')

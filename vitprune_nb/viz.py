@@ -179,6 +179,7 @@ def heatmap(values,      # (rows, columns)
     im = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, aspect='equal' if v.shape[0] == v.shape[1] else 'auto', interpolation='nearest')
     step = math.ceil(v.shape[0]/12)
     ax.set_yticks(range(0, v.shape[0], step), range(first_row, v.shape[0] + first_row, step))
+    if v.shape[0] == v.shape[1]: ax.set_xticks(range(0, v.shape[1], step), range(first_row, v.shape[1] + first_row, step))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title); ax.grid(False)
     ax.figure.colorbar(im, ax=ax, label=clabel, shrink=.9)
     if fmt:
