@@ -287,7 +287,7 @@ def _add_patches(self, node, eps, tune_epochs, lr):
         k = min(k + self.step, self.n_patches)
         error = _try(self, node, k, eps, tune_epochs, lr)
     require(error <= eps, 'eps', eps, f'at least {error:.2g} for this model and these images',
-            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches" + ('; choose a larger eps or fewer tune_epochs.' if self.tuned else '.'))
+            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches" + ('; choose a larger eps, a smaller lr or fewer tune_epochs.' if self.tuned else '.'))
     return k, error
 
 # %% ../nbs/11_patch_slimming.ipynb #af5f5e66
@@ -360,18 +360,19 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
 def time_search(images:int=256,    # Calibration images, from the embedded training set
                 eps:float=.02,     # As for `top_down`
                 tune_epochs:int=0, # As for `top_down`
+                lr:float=1e-5,     # As for `top_down`
                 batch_size:int=16, # Images at once
                 side:int=224,      # Of the images, in pixels: 224 gives the 197 tokens of DeiT-S
                 device='cpu',      # Where to compute
-                )->dict:           # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps and tune_epochs as JSON
+                )->dict:           # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps, tune_epochs and lr as JSON
     "Time one search on the course model at DeiT-S's shape."
     from vitprune_nb.results import make_row
     file = data_path('model', json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))['file'])
     model = create_vit(COURSE['model'], file, **dict(COURSE['kwargs'], img_size=side, patch_size=16))
     cal, start = calibration(embedded('train'), images), time.perf_counter()
     search, cached = Search(model, cal, batch_size=batch_size, device=device), time.perf_counter() - start
-    plan = search.run(eps, tune_epochs)
-    note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1), passes=search.passes, eps=eps, tune_epochs=tune_epochs,
+    plan = search.run(eps, tune_epochs, lr)
+    note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1), passes=search.passes, eps=eps, tune_epochs=tune_epochs, lr=lr,
                 mac_reduction=round(plan.reduction(model), 4))
     return make_row('patch slimming search', f"{COURSE['model']} at {side} px", ds=cal, schedule=[len(k) for k in plan.keep], batch=batch_size,
                     dtype='fp32', device=pick_device(device).type, note=json.dumps(note))
