@@ -1,4 +1,4 @@
-"""What README.md and nbs/index.ipynb show between markers, made from the notebooks and from data/results/demo.csv.
+"""What README.md and nbs/index.ipynb show between markers, made from the notebooks and from data/results/*.csv.
 
 python tests/readme.py                    fill in the blocks
 python tests/readme.py --measured demo    first take over results.csv and kept.png of a demo, and run the quickstart
@@ -77,6 +77,33 @@ def engine_block():
     return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
 
 
+def cifar100_block():
+    "Table 3 of patch slimming on CIFAR-100, from data/results/patch_figures.csv."
+    from vitprune_nb.results import markdown_table, read_rows
+    rows = [r for r in read_rows(ROWS.with_name('patch_figures.csv')) if r['data'] == 'cifar100' and json.loads(r['schedule'])['figure'] == 'Table 3']
+    rows = [r for r in rows if r['images'] == max(r['images'] for r in rows)]
+    dense = next(r for r in rows if r['method'] == 'dense')
+    columns = {'method': 'method', 'MACs (G)': lambda r: f"{r['macs']/1e9:.3f}", 'MACs saved': lambda r: f"{1 - r['macs']/dense['macs']:.1%}",
+               'top-1 in % (95% interval)': lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})"}
+    return markdown_table(rows, columns) + f"\n\n{dense['images']:,} test images; {dense['device_name']}, {dense['threads']} threads; commit `{dense['commit']}`, {dense['date'][:10]}."
+
+
+def speed_block():
+    "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 10b, 12c and 13b."
+    from vitprune_nb.results import markdown_table, read_rows
+    lines = []
+    def line(method, dense, r):
+        saved, time = 1 - r['macs']/dense['macs'], 1 - r['latency_ms']/dense['latency_ms']
+        lines.append({'method': method, 'shape': r['backbone'].split('_patch')[0].replace('_', ' ').replace('deit', 'DeiT'), 'batch': r['batch'], 'MACs saved': f'{saved:.1%}', 'time saved': f'{time:.1%}',
+                      'time saved / MACs saved': f'{time/saved:.2f}'})
+    for name, keep, label in (('patch_times', lambda r: r['method'] == 'keys entering', lambda r: 'patch slimming'),
+                              ('channels_speed', lambda r: r['method'] == 'vtp', lambda r: f"VTP, {json.loads(r['schedule'])['channels']}"),
+                              ('life_speed', lambda r: r['method'] == 'life' and r['batch'] == 32 and 'whole' in r['note'], lambda r: 'life regression')):
+        rows = read_rows(ROWS.with_name(f'{name}.csv'))
+        for r in filter(keep, rows): line(label(r), next(d for d in rows if d['method'] == 'dense' and (d['backbone'], d['batch']) == (r['backbone'], r['batch'])), r)
+    return markdown_table(lines, {c: c for c in lines[0]})
+
+
 def model_block():
     "The course model in a sentence, from data/model/course.json."
     m = json.loads((ROOT/'data/model/course.json').read_text(encoding='utf-8'))
@@ -86,7 +113,7 @@ def model_block():
 
 def blocks():
     "All blocks of the README that can be made again without measuring anything."
-    return dict(measured_blocks(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
+    return dict(measured_blocks(), cifar100=cifar100_block(), speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
 
 
 def update_index():

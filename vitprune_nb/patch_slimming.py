@@ -8,6 +8,7 @@ __all__ = ['run_rows', 'run_masked', 'patch_step', 'calibration_loader', 'layer_
 
 # %% ../nbs/11_patch_slimming.ipynb #1beecf54
 import copy, hashlib, json, math, tempfile, time
+from operator import truediv
 from pathlib import Path
 
 # %% ../nbs/11_patch_slimming.ipynb #1a2683f9
@@ -196,6 +197,12 @@ def _error(self, b, masks, l):
     right = self.tokens[b][stop].to(self.device)[:, wanted]
     return (x[:, wanted[present]] - right).square().sum(), right.square().sum()
 
+def _drift(self, b, mask, l):
+    "The same of the kept rows of block l itself: what the block in front of it is judged by."
+    x, present = _after(self, b, mask, l)
+    right = self.tokens[b][l + 1].to(self.device)[:, mask]
+    return (x[:, mask[present]] - right).square().sum(), right.square().sum()
+
 # %% ../nbs/11_patch_slimming.ipynb #411960f7
 @torch.no_grad()
 def search_measure(self:Search, # Cached inputs and what was measured
@@ -224,18 +231,22 @@ def tune_block(self:Search,     # Cached inputs and what was measured
                node:dict,       # A state
                k:int,           # Patches that block node['l'] - 1 keeps
                epochs:int=3,    # Passes over the calibration images
-               lr:float=1e-4)->float: # AdamW's learning rate; returns the error afterwards
+               lr:float=1e-4,   # AdamW's learning rate
+               eps:float|None=None)->float: # Hold the tuned block's own output within this error too; None: as in the paper. Returns the error afterwards
     "Fine-tune a copy of block node['l'] - 1 on the error it is judged by (Algorithm 1, line 7)."
     l, before, masks = node['l'] - 1, search_measure(self, node, k), search_child(self, node, k)['masks']
-    old = self.blocks[l]
+    old, held = self.blocks[l], eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
     _use(self, node, copy.deepcopy(old).requires_grad_(True))
     params = list(self.blocks[l].parameters())
     opt = torch.optim.AdamW(params, lr, weight_decay=0.)
     for epoch in progress(range(epochs), f'tune block {l + 1} with {k} patches', unit='epoch'):
         for b in torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(fold_seed(l, k, epoch))).tolist():
-            wrong, total = _error(self, b, masks, l)
-            opt.zero_grad(); (wrong/total).backward(inputs=params); opt.step()
-    if not search_measure(self, node, k) < before: _use(self, node, old)
+            loss = truediv(*_error(self, b, masks, l)) + (truediv(*_drift(self, b, masks[l], l)) if held else 0)
+            opt.zero_grad(); loss.backward(inputs=params); opt.step()
+    better = search_measure(self, node, k) < before
+    if held and better:
+        with torch.no_grad(): better = truediv(*map(sum, zip(*(_drift(self, b, masks[l], l) for b in range(len(self.tokens)))))) <= eps
+    if not better: _use(self, node, old)
     return search_measure(self, node, k)
 
 Search.tune = tune_block
@@ -277,7 +288,7 @@ def _try(self, node, k, eps, tune_epochs, lr):
         _use(self, node, self.model.blocks[node['l'] - 1])
         if self.measure(node, k) > error: _use(self, node, tuned)
         error = self.measure(node, k)
-    return self.tune(node, k, tune_epochs, lr) if tune_epochs and error > eps else error
+    return self.tune(node, k, tune_epochs, lr, eps) if tune_epochs and error > eps else error
 
 def _add_patches(self, node, eps, tune_epochs, lr):
     "Lines 4 to 9 for block node['l'] - 1: (patches kept, error)."
@@ -287,7 +298,7 @@ def _add_patches(self, node, eps, tune_epochs, lr):
         k = min(k + self.step, self.n_patches)
         error = _try(self, node, k, eps, tune_epochs, lr)
     require(error <= eps, 'eps', eps, f'at least {error:.2g} for this model and these images',
-            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches" + ('; choose a larger eps, a smaller lr or fewer tune_epochs.' if self.tuned else '.'))
+            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches" + ('.'))
     return k, error
 
 # %% ../nbs/11_patch_slimming.ipynb #af5f5e66
@@ -360,7 +371,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
 def time_search(images:int=256,    # Calibration images, from the embedded training set
                 eps:float=.02,     # As for `top_down`
                 tune_epochs:int=0, # As for `top_down`
-                lr:float=1e-5,     # As for `top_down`
+                lr:float=1e-4,     # As for `top_down`
                 batch_size:int=16, # Images at once
                 side:int=224,      # Of the images, in pixels: 224 gives the 197 tokens of DeiT-S
                 device='cpu',      # Where to compute
