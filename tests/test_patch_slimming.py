@@ -6,7 +6,7 @@ from patch_slimming_script import images, run, tiny_vit
 from vitprune_nb import patch_slimming
 from vitprune_nb.core import VitpruneError
 from vitprune_nb.engine import load_slim, save_slim
-from vitprune_nb.patch_slimming import Plan, top_down
+from vitprune_nb.patch_slimming import Plan, Search, top_down
 from vitprune_nb.plan import weights_hash
 
 SCRIPT = 'patch_slimming_script.py'
@@ -75,6 +75,22 @@ def test_tuned_weights_reach_the_saved_model_and_nothing_else(tmp_path, monkeypa
         plan.save(tmp_path/'plan.json')
         assert torch.equal(Plan.load(tmp_path/'plan.json').slim(model)(x), want)
         assert not torch.equal(Plan(**{**vars(plan), 'weights': None}).slim(model)(x), want)
+
+
+@pytest.mark.parametrize('keys', ['entering', 'all'])
+def test_the_block_in_front_of_a_tuned_one_can_meet_eps(keys):
+    "With all its patches it loses nothing but what the tuned block moved."
+    def front(eps):
+        s = Search(tiny_vit(), images(), batch_size=2, keys=keys)
+        state = s.child(s.root, 0)
+        before, after = s.measure(state, 1), s.tune(state, 1, 3, 3e-5, eps)
+        return bool(s.tuned), after < before, s.measure(s.child(state, 1), s.n_patches)
+    literal = front(None)
+    assert literal[:2] == (True, True) and literal[2] > 0
+    for eps in (2*literal[2], literal[2]/2, literal[2]/1000):
+        tuned, better, error = front(eps)
+        assert error <= eps and tuned == better
+    assert not tuned                      # nothing so close to the dense block was found
 
 
 def _transform(model):
