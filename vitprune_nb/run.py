@@ -410,7 +410,7 @@ def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=F
     run = Run(e, out, acc, train, test, Ledger(out/'rows', csv_file, write=acc.is_main_process), model)
     done, n = len(run.ledger.keys()), sum(len(stages(e, u)) for u in units(e))
     run.say(f'{e.name}: {n} rows' + (f', {done} of them finished before' if done else '')
-            + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to {csv_file}')
+            + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to {csv_file if e.results else Path(out.name)/csv_file.name}')
     return run
 
 # %% ../nbs/26_run.ipynb #15cae5ce
