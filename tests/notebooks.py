@@ -2,8 +2,9 @@
 
 python tests/notebooks.py          as tests (nbdev_test); exit code 1 when one fails, none is found or the time is up
 python tests/notebooks.py --keep [NAME …]   in a kernel, top to bottom, outputs kept and execution counts dropped
+python tests/notebooks.py --record [NAME …]   the same for the notebooks with slow cells, and those cells too: the rows of data/results/ are measured again
 """
-import os, re, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +15,11 @@ WORKERS, LIMIT = 2, 20*60   # processes; seconds for all notebooks together
 def notebooks():
     "All notebooks, in reading order."
     return sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not p.name.startswith(('_', '.')) and '.ipynb_checkpoints' not in p.parts)
+
+
+def read_cells(path):
+    "(kind, source) of each cell of a notebook."
+    return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
 
 
 def environment(workers):
@@ -39,32 +45,36 @@ def test(workers=WORKERS, limit=LIMIT):
     return 0 if rc == 0 and done == len(files) > 0 else 1
 
 
-SLOW = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags
+FLAGGED = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags
+SLOW = re.compile(r'^#\s*\|\s*slow\b', re.M)
 
 
-def execute(path):
-    "Run one notebook in a kernel and keep its outputs; cells flagged slow or cuda keep the outputs they have."
+def execute(path, slow=False):
+    "Run one notebook in a kernel and keep its outputs; cells flagged cuda, and slow unless it is asked for, keep the outputs they have."
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     for c in nb.cells:
-        if c.cell_type == 'code' and SLOW.search(c.source): c.metadata['tags'] = ['flagged']
-    NotebookClient(nb, timeout=900, kernel_name='python3', resources=dict(metadata=dict(path=path.parent)),
+        if c.cell_type == 'code' and FLAGGED.search(c.source) and not (slow and SLOW.search(c.source)): c.metadata['tags'] = ['flagged']
+    NotebookClient(nb, timeout=None if slow else 900, kernel_name='python3', resources=dict(metadata=dict(path=path.parent)),
                    skip_cells_with_tag='flagged', coalesce_streams=True).execute()
     for c in nb.cells: c.metadata.pop('tags', None)
     nbformat.write(nb, path)
 
 
-def keep(names):
-    "Execute all notebooks (or those whose path holds one of `names`) in place, in reading order; the first error stops."
+def keep(names, slow=False):
+    "Execute all notebooks (or those whose path holds one of `names`) in place, in reading order; the first error stops. `slow`: only notebooks with slow cells, and these cells too."
     os.environ.update(environment(1))
     del os.environ['MPLBACKEND']   # the kernel's own backend puts figures into the notebook
     for p in notebooks():
-        if names and not any(n in str(p) for n in names): continue
+        if names and not any(n in str(p) for n in names) or slow and not SLOW.search('\n'.join(s for _, s in read_cells(p))): continue
         start = time.monotonic()
-        execute(p)
+        execute(p, slow)
         print(f'{p.relative_to(ROOT)}: done after {time.monotonic() - start:.0f} s', flush=True)
     return subprocess.run([BIN/'nbdev_clean'], cwd=ROOT).returncode
 
 
-if __name__ == '__main__': sys.exit(keep([a for a in sys.argv[1:] if a != '--keep']) if '--keep' in sys.argv[1:] else test())
+if __name__ == '__main__':
+    how, names = sys.argv[1:2], sys.argv[2:]
+    if how not in ([], ['--keep'], ['--record']): sys.exit(__doc__)
+    sys.exit(keep(names, how == ['--record']) if how else test())

@@ -9,12 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README, INDEX, ROWS, PICTURE = ROOT/'README.md', ROOT/'nbs'/'index.ipynb', ROOT/'data'/'results'/'demo.csv', ROOT/'nbs'/'images'/'kept.png'
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import notebooks
-
-
-def read_cells(path):
-    "(kind, source) of each cell of a notebook."
-    return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+from notebooks import notebooks, read_cells
 
 
 def lesson(path):
