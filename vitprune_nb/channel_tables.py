@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'ROWS', 'VARIANTS', 'random_channels', 'uniform_channels', 'uniform_at', 'channel_row', 'ChannelRun',
-           'run_recipe', 'run_cases', 'channel_table', 'course_table', 'course_rows', 'paper_run', 'uniform_cost',
+           'run_recipe', 'run_cases', 'channel_table', 'record_table', 'recorded_tables', 'paper_run', 'uniform_cost',
            'speed_models', 'speed_rows', 'record_speed']
 
 # %% ../nbs/12c_channel_tables.ipynb #1c9e2d96
@@ -17,7 +17,7 @@ import torch
 from .channels import PAPER, ChannelPlan, add_gates, choose, gated_layers, gates, importance, train_gates
 from .core import VitpruneError, data_path, require
 from .cost import Widths, model_macs, model_params
-from .data import calibration, data_config, embedded
+from .data import calibration, data_config, load_data
 from .measure import bench, time_reduction
 from .plan import weights_hash
 from .results import append_rows, make_row, read_rows
@@ -177,22 +177,25 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
     return [r for (m, s, _), r in table.rows.items() if (m, s) in wanted]
 
 # %% ../nbs/12c_channel_tables.ipynb #bfabd84c
-def course_table(path=None,  # The CSV; None: data/results/channels.csv
-                 work='runs/channels', # Folder for checkpoints
-                 images:int=2000, test_images:int=800, # How many of the embedded ones
+def record_table(model=None,       # None: the course model
+                 backbone:str='course', # What rows call it
+                 data=None,        # As for `load_data`
+                 images:int=2000, test_images:int=800, # How many, balanced over the classes
                  run:ChannelRun|None=None, # None: the quick recipe
-                 model=None, # None: the course model
+                 path=None,        # The CSV; None: data/results/channels.csv
+                 work='runs/channels', # Folder for checkpoints, one part a backbone
                  device='auto')->list: # Rows of the whole table
-    "The record of VTP on the embedded images."
-    train_set, test_set = calibration(embedded('train'), images), calibration(embedded('test'), test_images)
-    return channel_table(model or course_model(), train_set, test_set, path or data_path('results', 'channels.csv'), work, run, 'course', device)
+    "The record of VTP for one model and one data set."
+    train_set, test_set = (calibration(load_data(data, s), n) for s, n in (('train', images), ('test', test_images)))
+    return channel_table(model or course_model(), train_set, test_set, path or data_path('results', 'channels.csv'), Path(work)/backbone, run, backbone, device)
 
 # %% ../nbs/12c_channel_tables.ipynb #4f760111
-def course_rows(path=None # None: data/results/channels.csv
-                )->list:  # Rows of the course model; none if there is no record
-    "The recorded table of the course model."
-    path = Path(path or data_path('results', 'channels.csv'))
-    return [r for r in read_rows(path) if r['backbone'] == 'course'] if path.is_file() else []
+def recorded_tables(path=None # None: data/results/channels.csv
+                    )->dict:  # {(backbone, data): its rows}; empty if there is no record
+    "The recorded tables, one for each model and data set."
+    path, tables = Path(path or data_path('results', 'channels.csv')), {}
+    for r in read_rows(path) if path.is_file() else []: tables.setdefault((r['backbone'], r['data']), []).append(r)
+    return tables
 
 # %% ../nbs/12c_channel_tables.ipynb #5a043cf0
 def paper_run(**changes # Other fields of `ChannelRun`
