@@ -72,15 +72,21 @@ def engine_block():
     return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
 
 
-def cifar100_block():
-    "Table 3 of patch slimming on CIFAR-100, from data/results/patch_figures.csv."
+def cifar100_blocks():
+    "Every method on CIFAR-100 at three budgets, from data/results/cifar100.csv: (before recovery, after it, what was measured)."
     from vitprune_nb.results import markdown_table, read_rows
-    rows = [r for r in read_rows(ROWS.with_name('patch_figures.csv')) if r['data'] == 'cifar100' and json.loads(r['schedule'])['figure'] == 'Table 3']
-    rows = [r for r in rows if r['images'] == max(r['images'] for r in rows)]
-    dense = next(r for r in rows if r['method'] == 'dense')
-    columns = {'method': 'method', 'MACs (G)': lambda r: f"{r['macs']/1e9:.3f}", 'MACs saved': lambda r: f"{1 - r['macs']/dense['macs']:.1%}",
-               'top-1 in % (95% interval)': lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})"}
-    return markdown_table(rows, columns) + f"\n\n{dense['images']:,} test images; {dense['device_name']}, {dense['threads']} threads; commit `{dense['commit']}`, {dense['date'][:10]}."
+    rows = [dict(r, **json.loads(r['note'])) for r in read_rows(ROWS.with_name('cifar100.csv'))]
+    dense, targets = rows[0], sorted({r['target'] for r in rows if r['target']})
+    said = lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})" if r else ''
+    def table(recovered):
+        chosen = {(r['method'], r['target']): r for r in rows if (r['recovery'] != 'none') == recovered}
+        methods = [m for m in dict.fromkeys(r['method'] for r in rows) if m != 'dense']
+        lines = [{'method': m} | {f'{t:.0%} fewer MACs': said(chosen.get((m, t))) for t in targets} for m in methods]
+        return f"Dense: {said(chosen.get(('dense', 0.)))}\n\n" + markdown_table(lines, {c: c for c in lines[0]})
+    recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
+    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {dense['backbone']} at 112 px; "
+            f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit `{dense['commit']}`, {dense['date'][:10]}.")
+    return table(False), table(True), text
 
 
 def speed_block():
@@ -108,7 +114,8 @@ def model_block():
 
 def blocks():
     "All blocks of the README that can be made again without measuring anything."
-    return dict(measured_blocks(), cifar100=cifar100_block(), speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
+    before, after, cifar100 = cifar100_blocks()
+    return dict(measured_blocks(), **{'cifar100-before': before, 'cifar100-after': after, 'cifar100': cifar100}, speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
 
 
 def update_index():

@@ -21,7 +21,7 @@ from .cost import model_macs
 from .data import ImageSet
 from .engine import Policy, SlimViT, Step, Tokens, attn_branch, mlp_branch, select
 from .measure import bench, peak_memory
-from .patch_figures import Subject, named_subject
+from .patch_figures import Subject
 from .results import append_rows, make_row, read_rows
 from .vit import create_vit
 
