@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from .core import pick_device, require
-from .cosine import CosineScore, collect, prune_cosine, random_policy, reentries, run_slim
+from .cosine import CosineScore, collect, keep_labels, prune_cosine, random_policy, reentries, run_slim
 from .cost import model_macs
 from .data import ImageSet
 from .engine import Policy, SlimViT, Step, Tokens, attn_branch, mlp_branch, select
@@ -57,11 +57,11 @@ def record_cosine(s:Subject, # Model, test images, and `calib` to train pruners 
                   thresholds=(.95, .9), # Cosine thresholds: the report's
                   labelled=(40/196, 68/196), # Shares of all patches; thresholds that label so many 'skip' are added, () adds none
                   **kwargs)->list: # For `cosine_rows`; returns the rows added: none when `out` has them already
-    "Both tables for one model and one data set, recorded once."
+    "Both tables for one model and one data set, recorded once. A threshold that no patch reaches skips nothing: it has no row."
     rows = read_rows(out) if Path(out).is_file() else []
     if any((r['weights'], r['data_hash']) == (s.weights, s.ds.digest) for r in rows): return []
-    seen = collect(s.model, s.calib, device=s.device) if labelled else None
-    cosines = [*thresholds, *(round(seen.threshold_for(v), 4) for v in labelled)]
+    seen = collect(s.model, s.calib, device=s.device)
+    cosines = [c for c in (*thresholds, *(round(seen.threshold_for(v), 4) for v in labelled)) if not keep_labels(seen.cosine, c).all()]
     rows = [dict(r, weights=s.weights, seed=s.seed) for r in cosine_rows(s.model, s.calib, s.ds, cosines, backbone=s.name, device=s.device, seed=s.seed, **kwargs)]
     append_rows(out, rows)
     return rows
