@@ -74,7 +74,9 @@ def engine_block():
 
 def cifar100_blocks():
     "Every method on CIFAR-100 at three budgets, from data/results/cifar100.csv: (before recovery, after it, what was measured)."
+    from vitprune_nb.experiment import read_experiment
     from vitprune_nb.results import markdown_table, read_rows
+    plan = read_experiment(ROOT/'configs'/'cifar100_cpu.toml')
     rows = [dict(r, **json.loads(r['note'])) for r in read_rows(ROWS.with_name('cifar100.csv'))]
     dense, targets = rows[0], sorted({r['target'] for r in rows if r['target']})
     said = lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})" if r else ''
@@ -84,13 +86,14 @@ def cifar100_blocks():
         lines = [{'method': m} | {f'{t:.0%} fewer MACs': said(chosen.get((m, t))) for t in targets} for m in methods]
         return f"Dense: {said(chosen.get(('dense', 0.)))}\n\n" + markdown_table(lines, {c: c for c in lines[0]})
     recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
-    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {dense['backbone']} at 112 px; "
+    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images for whatever trains, "
+            f"{dense['backbone']} at {plan.model_args['img_size']} px; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit `{dense['commit']}`, {dense['date'][:10]}.")
     return table(False), table(True), text
 
 
 def speed_block():
-    "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 10b, 12c and 13b."
+    "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 11c, 12c and 13b."
     from vitprune_nb.results import markdown_table, read_rows
     lines = []
     def line(method, dense, r):

@@ -102,7 +102,7 @@ def test_workers_and_evaluation_change_nothing():
 
 
 def test_a_pruned_model_trains(tmp_path):
-    engine = pytest.importorskip('vitprune_nb.engine')
+    from vitprune_nb import engine
     model = engine.SlimViT(tiny_vit(), engine.Policy({1: engine.Step(keep=tuple(range(8)))}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = fit(model, train_set(), TrainConfig(**dict(RANDOM, epochs=.3, patch_drop=())), test_set=train_set().subset(range(16)), out=tmp_path)

@@ -7,7 +7,6 @@ __all__ = ['cosine_rows', 'record_cosine', 'composites', 'object_patches', 'iou'
            'GivenSkips', 'given_policy', 'LoopViT', 'bench_cosine']
 
 # %% ../nbs/14b_cosine_claims.ipynb #ed79d78f
-import json
 from pathlib import Path
 
 import numpy as np

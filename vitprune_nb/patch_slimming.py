@@ -298,7 +298,7 @@ def _add_patches(self, node, eps, tune_epochs, lr):
         k = min(k + self.step, self.n_patches)
         error = _try(self, node, k, eps, tune_epochs, lr)
     require(error <= eps, 'eps', eps, f'at least {error:.2g} for this model and these images',
-            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches" + ('.'))
+            f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches.")
     return k, error
 
 # %% ../nbs/11_patch_slimming.ipynb #af5f5e66
