@@ -31,7 +31,7 @@ test-notebooks: $(DEV)
 	$(BIN)/python tests/notebooks.py
 
 test-suite: $(DEV)
-	$(BIN)/python -m pytest -q --durations=10 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 tests
 
 lab: $(DEV)
 	$(BIN)/jupyter lab nbs/index.ipynb

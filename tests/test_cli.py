@@ -187,7 +187,7 @@ def test_prune_option_changes_the_policy(ask, tmp_path, option):
     assert policy('a') != policy('b')
 
 
-OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', '--rule gate', '--multiple 8', '--whole-heads', '--sparse-epochs 2', '--lr 0.01', '--batch 6', '--seed 1']),
+OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', '--gate-start 0.01', '--rule gate', '--multiple 8', '--whole-heads', '--sparse-epochs 2', '--lr 0.01', '--batch 6', '--seed 1']),
            'life': ('--keep-rate 0.7', ['--keep-rate 0.5', '--keep-rate 0.9,0.8,0.7', '--reduction 0.2', '--stages 3,5', '--t-base 1', '--U 3', '--predictor-epochs 2',
                                         '--backbone-epochs 2', '--lr 0.01', '--batch 15', '--seed 1']),
            'cosine': ('--cosine-threshold LABEL --score-threshold 0.5', ['--cosine-threshold OTHER', '--score-threshold 0.6', '--reduction 0.2', '--keys kept', '--rounds 1',
@@ -379,6 +379,7 @@ BAD = {
     'negative penalty': ('prune --method vtp --l1 -1 --out {tmp}/o', 'l1: got -1.0; allowed: a number, 0 or more'),
     'unknown rule': ('prune --method vtp --rule best --out {tmp}/o', "rule: got best; allowed: 'folded'"),
     'channels cut twice': ('prune {shop}/cut --method vtp --out {tmp}/o', 'model: got one whose channels are cut already'),
+    'gates that start at nothing': ('prune --method vtp --gate-start 0 --out {tmp}/o', 'gate_start: got 0.0'),
     'negative epochs': ('prune --method vtp --sparse-epochs -1 --out {tmp}/o', 'sparse_epochs: got -1.0'),
     'learning rate of zero': ('prune --method vtp --lr 0 --out {tmp}/o', 'lr: got 0.0; allowed: a number above 0'),
     'a rate that diverges': ('prune T --method vtp --lr 1e30 --sparse-epochs 2 --batch 10 --data {shop}/tree --out {tmp}/o', 'training stopped at step'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP', 'Reduction',
-           'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'Rule', 'Multiple',
-           'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor', 'Backbone',
+           'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart', 'Rule',
+           'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor', 'Backbone',
            'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'explain', 'main', 'finish',
            'fit_kwargs', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
            'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed', 'prune_options',
@@ -297,6 +297,7 @@ Step = option('step', float, 'N|SHARE', 'patch-slimming: patches that a pass of 
 Tune = option('tune_epochs', int, 'N', 'with --eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper')
 Ratio = option('ratio', float, 'SHARE', 'vtp: share of all channels to remove, in [0, 1), instead of --reduction')
 L1 = option('l1', float, 'LAMBDA', 'vtp: weight of the penalty on the gates')
+GateStart = option('gate_start', float, 'VALUE', 'vtp: where the gates start; small ones close within a short training')
 Rule = option('rule', str, 'NAME', "vtp: what is ranked, 'folded', 'gate' or 'literal'")
 Multiple = option('multiple', int, 'N', 'vtp: round the channels of each layer to a multiple')
 WholeHeads = option('whole_heads', bool, '', 'vtp: attention outputs go by whole heads')
@@ -375,7 +376,7 @@ def what_is_left(model # From `methods.prune`
 @app.command('prune', short_help='prune a model and save it', help=HELP['prune'])
 def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to write')], model:Model='course',
               method:Annotated[str, typer.Option(metavar='NAME', help='; '.join(METHODS))]='patch-slimming', reduction:Reduction=None,
-              eps:Eps=None, keys:Keys=None, step:Step=None, tune_epochs:Tune=None, ratio:Ratio=None, l1:L1=None, rule:Rule=None, multiple:Multiple=None,
+              eps:Eps=None, keys:Keys=None, step:Step=None, tune_epochs:Tune=None, ratio:Ratio=None, l1:L1=None, gate_start:GateStart=None, rule:Rule=None, multiple:Multiple=None,
               whole_heads:WholeHeads=None, sparse_epochs:Sparse=None, keep_rate:KeepRate=None, stages:Stages=None, t_base:TBase=None, U:Steepness=None,
               predictor_epochs:Predictor=None, backbone_epochs:Backbone=None, cosine_threshold:CosineThreshold=None, score_threshold:ScoreThreshold=None,
               rounds:Rounds=None, calibration:Calibration=None, batch_size:BatchSize=None, lr:Lr=None, recover:Recover=0., recover_lr:RecoverLr=None,

@@ -82,15 +82,15 @@ def train_life(model,             # A trained timm ViT; its weights change in pl
                train_set,         # An `ImageSet`
                keep_rate=.7, stages=(4, 7, 10), t_base=None, # As for `life_plan`
                U:float=1.5,       # Steepness of the soft weights
-               first:TrainConfig|None=None,  # The predictor's recipe; None: life_recipe(1e-3)
-               second:TrainConfig|None=None, # The backbone's recipe; None: life_recipe(1e-5)
+               first:TrainConfig|None=None,  # The predictor's recipe; None: life_recipe(1e-3), in batches that give it 200 steps if the images suffice
+               second:TrainConfig|None=None, # The backbone's recipe; None: life_recipe(1e-5), in the same batches
                out=None,          # Folder for checkpoints and logs, resumed if it is there
                seed:int=0,        # Of the predictor's random weights
                **kw)->SlimViT:    # kw: further arguments of `fit`; returns policy 'count', mode 'gather', in eval mode
     "Prune a ViT by life regression: plan, predictor, two stages of training."
     plan = life_plan(model, keep_rate, stages, t_base)
     score = plan.score(model.embed_dim, U, seed)
-    size = min(128, len(train_set))
+    size = min(max(8, min(128, len(train_set)//200)), len(train_set))
     first, second = first or life_recipe(1e-3, batch_size=size), second or life_recipe(1e-5, batch_size=size)
     two_stage(SlimViT(model, plan.policy(score, 'soft'), 'mask'), train_set, first, second, out, **kw)
     return SlimViT(model, plan.policy(score)).eval()

@@ -24,6 +24,7 @@ class Options:
     tune_epochs: int = 0         # with eps: passes of fine-tuning over each block
     ratio: float|None = None     # VTP's dial: share of all channels to remove, in [0, 1); None: 0.4
     l1: float = 1e-4             # λ of the gates, 0 or more
+    gate_start: float = 1.       # where the gates start, above 0; small ones close within a short training
     rule: str = 'folded'         # what is ranked: 'folded', 'gate' or 'literal'
     multiple: int = 1            # round the channels of each layer to a multiple
     whole_heads: bool = False    # attention outputs go by whole heads
@@ -63,7 +64,7 @@ def _blocks(v): return len(v) > 0 and all(map(_blocks, v)) if isinstance(v, (lis
 CHECKS = [
     ('reduction', lambda v: _number(v) and 0 < v < 1, 'a share in (0, 1), e.g. 0.4'),
     ('eps', lambda v: _number(v) and v > 0, 'a positive relative error, e.g. 0.02'),
-    ('U lr', lambda v: _number(v) and v > 0, 'a number above 0'),
+    ('U lr gate_start', lambda v: _number(v) and v > 0, 'a number above 0'),
     ('ratio', lambda v: _number(v) and 0 <= v < 1, 'a share in [0, 1)'),
     ('l1 sparse_epochs predictor_epochs backbone_epochs', lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
     ('cosine_threshold score_threshold', lambda v: _number(v) and 0 < v < 1, 'a number in (0, 1)'),
@@ -245,7 +246,7 @@ def _batch(o, own, train_set): return o.batch_size or max(1, min(own, len(train_
 def _part(o, name): return Path(o.work)/name if o.work else None
 
 # %% ../nbs/25_methods.ipynb #71f432b2
-@method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)', 'ratio l1 rule multiple whole_heads sparse_epochs batch_size lr dtype', trains=True, dial='ratio')
+@method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)', 'ratio l1 gate_start rule multiple whole_heads sparse_epochs batch_size lr dtype', trains=True, dial='ratio')
 def build_vtp(model, train_set, o): # As `Method.build`
     "VTP: train with gates, rank, slice."
     from vitprune_nb.channels import PAPER, add_gates, choose, importance, l1_penalty, train_gates
@@ -254,11 +255,11 @@ def build_vtp(model, train_set, o): # As `Method.build`
     heads, ratio, dense = model.blocks[0].attn.num_heads, .4 if o.ratio is None else o.ratio, macs_of(model)
     pick = lambda m, r: choose(importance(m, o.rule), r, heads, o.multiple, o.whole_heads)
     l1_penalty(o.l1)
-    gated = add_gates(copy.deepcopy(model))
+    gated = add_gates(copy.deepcopy(model), o.gate_start)
     pick(gated, 0. if o.reduction else ratio)
     if o.sparse_epochs:
         cfg = dict(PAPER, epochs=o.sparse_epochs, lr=o.lr or 1e-4, batch_size=_batch(o, 64, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
-        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, out=_part(o, 'sparse'), accelerator=_accelerator(o.device))
+        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, o.gate_start, out=_part(o, 'sparse'), accelerator=_accelerator(o.device))
     def cut(ratio):
         sliced = slice_model(gated, pick(gated, ratio))
         return sliced, 1 - macs_of(sliced)/dense
@@ -296,7 +297,8 @@ def build_life(model, train_set, o): # As `Method.build`
     rate, plan = _life_plan(model, o)
     score = plan.score(model.embed_dim, o.U, o.seed)
     soft = SlimViT(model, plan.policy(score, 'soft'), 'mask')
-    same = dict(batch_size=_batch(o, 128, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
+    steady = max(8, min(128, int(len(train_set)*o.predictor_epochs)//200))   # 200 steps of the predictor, where the images suffice
+    same = dict(batch_size=_batch(o, steady, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
     for part, epochs, lr, still in (('predictor', o.predictor_epochs, 1e-3, model), ('backbone', o.backbone_epochs, o.lr or 1e-5, score)):
         if epochs:
             with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=_accelerator(o.device))
