@@ -122,7 +122,7 @@ def key_bias(size,      # (B, n) how many tokens each stands for; None: one
 # %% ../nbs/04c_attention.ipynb #f4665bd2
 CACHED = 2**19   # logits of one image, all heads, that stay in a core's cache: 2 MB in fp32
 
-def _image_attention(q, k, v, scale, bias):
+def _image_attention(q, k, v, bias, scale):
     "One image: q (H, nq, d), k and v (H, nkv, d) -> (nq, H, d)."
     small = q.device.type == 'cpu' and v.dtype == torch.float32 and len(q)*q.shape[1]*k.shape[1] <= CACHED
     if not small: return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scale)[0].transpose(0, 1)
@@ -149,5 +149,8 @@ def ragged_attention(attn, # timm's Attention
     q, k, v = (_heads(attn, t) for t in _project_qkv(attn, xq, xkv))      # (H, total, d)
     q, k = attn.q_norm(q).split(qlens, 1), attn.k_norm(k).split(kvlens, 1)
     bias = [None]*len(qlens) if size is None else [key_bias(s[None], None, v.dtype) for s in size.split(kvlens)]
-    out = [_image_attention(*parts[:3], attn.scale, parts[3]) for parts in zip(q, k, v.split(kvlens, 1), bias, strict=True)]   # (n, H, d)
-    return _finish(attn, torch.cat(out).flatten(1), xq)
+    each = (_image_attention(*parts, attn.scale) for parts in zip(q, k, v.split(kvlens, 1), bias, strict=True))   # (n, H, d)
+    if torch.is_grad_enabled(): return _finish(attn, torch.cat(list(each)).flatten(1), xq)
+    out = v.new_empty(len(xq), attn.num_heads, v.shape[-1])              # one piece of memory, and no copy of all at the end
+    for part, o in zip(out.split(qlens), each): part.copy_(o)
+    return _finish(attn, out.flatten(1), xq)
