@@ -192,7 +192,7 @@ class LoopViT(nn.Module):
 def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, from real images
                  batches=(1, 8, 32, 128), # Batch sizes
                  model_name:str='deit_small_patch16_224', # timm name; weights are random
-                 repeats:int|None=None, # Timed rounds; None: 480 images' worth, but 3 to 20
+                 repeats:int|None=None, # Timed rounds; None: 768 images' worth, but 3 to 24
                  device='cpu',    # Where to time
                  )->list:         # Rows for data/results/cosine_speed.csv
     "Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak memory is in the note."
@@ -207,7 +207,7 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
             cost = model_macs(net, slim.trace(x).counts, sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
             calls |= kinds; macs |= dict.fromkeys(kinds, cost)
         on = x.to(pick_device(device))
-        for r in bench(calls, x, warmup=1, repeats=repeats or min(20, max(3, 480//batch)), device=device):
+        for r in bench(calls, x, warmup=1, repeats=repeats or min(24, max(3, 768//batch)), device=device):
             mb = peak_memory(lambda: calls[r['name']](on), device)/1e6
             rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']], note=f'{note}; peak memory {mb:.0f} MB'))
     return rows

@@ -18,7 +18,7 @@ from .life import LifeScore, life_plan
 from .life_run import frozen, life_recipe
 from .methods import macs_of, prune
 from .patch_figures import Subject, figure_table, named_subject, recorded
-from .results import append_rows, paired_difference
+from .results import append_rows, paired_difference, read_rows
 from .train import fit
 
 # %% ../nbs/13c_life_tables.ipynb #bc2a92c8
@@ -173,7 +173,6 @@ def life_table(rows # Result rows of `record_life`, of one model and one data se
 def recorded_life(path=None # None: data/results/life.csv
                   )->dict:  # {(backbone, data): table}; empty if there is no record
     "The recorded tables, one for each model and data set."
-    from vitprune_nb.results import read_rows
     path, found = Path(path or data_path('results', 'life.csv')), {}
     for r in read_rows(path) if path.is_file() else []: found.setdefault((r['backbone'], r['data']), []).append(r)
     return {k: life_table(rows) for k, rows in found.items()}
