@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LIFE_CASES', 'RIVALS', 'FIGURE', 'LifeCase', 'train_case', 'RandomLife', 'rival', 'record_life',
-           'save_predictor', 'load_predictor', 'life_table', 'recorded_life']
+           'save_predictor', 'load_predictor', 'recorded_life']
 
 # %% ../nbs/13c_life_tables.ipynb #be70d106
 import copy, dataclasses, functools, json
@@ -12,13 +12,14 @@ from pathlib import Path
 
 # %% ../nbs/13c_life_tables.ipynb #d3b101bd
 import torch
+from .channel_tables import recorded_tables
 from .core import data_path, require
 from .engine import SlimViT
 from .life import LifeScore, life_plan
 from .life_run import frozen, life_recipe
 from .methods import macs_of, prune
-from .patch_figures import Subject, figure_table, named_subject, recorded
-from .results import append_rows, paired_difference, read_rows
+from .patch_figures import Subject, figure_table, recorded
+from .results import append_rows, paired_difference
 from .train import fit
 
 # %% ../nbs/13c_life_tables.ipynb #bc2a92c8
@@ -29,7 +30,7 @@ PUBLISHED = {'Table III': {.9: 79.7, .8: 79.5, .7: 79.3},                       
 # %% ../nbs/13c_life_tables.ipynb #095d723a
 @dataclasses.dataclass(frozen=True)
 class LifeCase:
-    "What decides a row of life regression's tables."
+    "What decides a row of life regression's tables (sections IV-A and IV-C)."
     keep_rate: float = .7       # share of the patches that survive a stage
     U: float = 1.5              # steepness of the soft weights
     lr: float = 1e-3            # of the predictor
@@ -57,7 +58,7 @@ def train_case(model,         # A trained timm ViT; left as it is
                out=None,      # Folder for checkpoints, resumed if it is there; None keeps nothing
                seed:int=0,    # Of the predictor and the order of the images
                device:str='cpu'): # Where the models live afterwards
-    "Yields (what was trained, pruned model): 'predictor', then 'two stages'; or 'single stage'. One model, which goes on changing."
+    "Yields (what was trained, pruned model): 'predictor', then 'two stages'; or 'single stage' (life regression, Algorithm 1 and Table IV). One model, which goes on changing."
     net = copy.deepcopy(model)
     plan = life_plan(net, case.keep_rate, stages)
     score = plan.score(net.embed_dim, case.U, seed)
@@ -125,7 +126,7 @@ def record_life(s:Subject, # Model, test images, and `calib` to train on
                 work='runs/life', # Folder for checkpoints, a part for each model
                 keep=None, # File for the predictor of the paper's own setting, `LifeCase()`; None: not kept
                 )->list:   # All rows of this model and these images
-    "Life regression by keep rate, way of training and steepness, with its rivals at equal MACs."
+    "Life regression by keep rate, way of training and steepness (Tables III to V), with its rivals at equal MACs."
     record = _Record(s, out or data_path('results', 'life.csv'))
     record.add('dense', {}, s.model)
     @functools.cache
@@ -165,14 +166,7 @@ def load_predictor(path,  # What `save_predictor` wrote
     return score
 
 # %% ../nbs/13c_life_tables.ipynb #9d5b599e
-def life_table(rows # Result rows of `record_life`, of one model and one data set
-               ):   # pandas.DataFrame
-    "The recorded rows with everything that they know in columns of their own."
-    return figure_table(rows, FIGURE)
-
 def recorded_life(path=None # None: data/results/life.csv
                   )->dict:  # {(backbone, data): table}; empty if there is no record
     "The recorded tables, one for each model and data set."
-    path, found = Path(path or data_path('results', 'life.csv')), {}
-    for r in read_rows(path) if path.is_file() else []: found.setdefault((r['backbone'], r['data']), []).append(r)
-    return {k: life_table(rows) for k, rows in found.items()}
+    return {k: figure_table(rows, FIGURE) for k, rows in recorded_tables(path or data_path('results', 'life.csv')).items()}

@@ -292,13 +292,13 @@ def _life_plan(model, o):
 def build_life(model, train_set, o): # As `Method.build`
     "Life regression: schedule, predictor, two stages of training (Algorithm 1)."
     from vitprune_nb.engine import SlimViT
-    from vitprune_nb.life_run import frozen, life_recipe
+    from vitprune_nb.life_run import frozen, life_batch, life_recipe
     from vitprune_nb.train import fit
     rate, plan = _life_plan(model, o)
     score = plan.score(model.embed_dim, o.U, o.seed)
     soft = SlimViT(model, plan.policy(score, 'soft'), 'mask')
-    steady = max(8, min(128, int(len(train_set)*o.predictor_epochs)//200))   # 200 steps of the predictor, where the images suffice
-    same = dict(batch_size=_batch(o, steady, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
+    own = life_batch(len(train_set), o.predictor_epochs or o.backbone_epochs)
+    same = dict(batch_size=_batch(o, own, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
     for part, epochs, lr, still in (('predictor', o.predictor_epochs, 1e-3, model), ('backbone', o.backbone_epochs, o.lr or 1e-5, score)):
         if epochs:
             with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=_accelerator(o.device))
