@@ -19,7 +19,7 @@ from .cosine import CosineScore, collect, keep_labels, prune_cosine, random_poli
 from .cost import model_macs
 from .data import ImageSet
 from .engine import Policy, SlimViT, Step, Tokens, attn_branch, mlp_branch, select
-from .measure import bench, peak_memory
+from .measure import bench, peak_memory, time_reduction
 from .patch_figures import Subject
 from .results import append_rows, make_row, read_rows
 from .vit import create_vit
@@ -194,7 +194,8 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
                  model_name:str='deit_small_patch16_224', # timm name; weights are random
                  repeats:int|None=None, # Timed rounds; None: 768 images' worth, but 3 to 24
                  device='cpu',    # Where to time
-                 )->list:         # Rows for data/results/cosine_speed.csv
+                 ways=('packed', 'padding', 'loop'), # What to time beside the dense model
+                 )->list:         # Rows for data/results/cosine_speed.csv; the schedule has the time reduction with its paired 95% interval
     "Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak memory is in the note."
     net, rows, note = create_vit(model_name), [], 'random weights, skip rates of the course model on real images'
     P, dim = net.patch_embed.num_patches, net.embed_dim
@@ -203,11 +204,13 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
         calls, macs = {'dense': net}, {'dense': model_macs(net)}
         for keys in ('all', 'kept'):
             slim = SlimViT(net, given_policy(shares, batch, dim, P, keys), 'packed')
-            kinds = {f'{k}, keys of {keys}': f.eval() for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim)))}
+            kinds = {f'{k}, keys of {keys}': f.eval() for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim))) if k in ways}
             cost = model_macs(net, slim.trace(x).counts, sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
             calls |= kinds; macs |= dict.fromkeys(kinds, cost)
         on = x.to(pick_device(device))
-        for r in bench(calls, x, warmup=1, repeats=repeats or min(24, max(3, 768//batch)), device=device):
+        timed = bench(calls, x, warmup=1, repeats=repeats or min(24, max(3, 768//batch)), device=device)
+        for r, saved in zip(timed, time_reduction(timed, 'dense'), strict=True):
             mb = peak_memory(lambda: calls[r['name']](on), device)/1e6
-            rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']], note=f'{note}; peak memory {mb:.0f} MB'))
+            rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']], note=f'{note}; peak memory {mb:.0f} MB',
+                                 schedule={k: v for k, v in saved.items() if k.startswith('time_reduction')}))
     return rows
