@@ -190,7 +190,25 @@ def test_changed_code_is_refused_unless_accepted(short, tmp_path):
     file.write_text(json.dumps(dict(settings, code=dict(settings['code'], plan='0123456789ab'))))
     with pytest.raises(VitpruneError, match='Changed since: plan. .* --accept-code'): run_config(short, out=tmp_path/'out')
     again = run_config(short, out=tmp_path/'out', accept_code=True)
-    assert len(again['rows']) == 3 and json.loads(file.read_text())['before'][0]['plan'] == '0123456789ab'
+    assert len(again['rows']) == 3 and json.loads(file.read_text())['before'][0]['code']['plan'] == '0123456789ab'
+
+
+def test_a_method_with_other_options_is_done_again_and_nothing_else(short, tmp_path):
+    out, two = tmp_path/'out', 'methods=uniform,random'
+    first = run_config(short, out=out, changes=[two])
+    change = [two, 'options.uniform.keys=kept']
+    with pytest.raises(VitpruneError, match='or say --redo to make the rows of uniform again'): run_config(short, out=out, changes=change)
+    with pytest.raises(VitpruneError, match='Changed: dtype was'): run_config(short, out=out, changes=[*change, 'dtype=bf16'], redo=True)
+    assert read_rows(first['results']) == first['rows'], 'a refusal drops nothing'
+    again = run_config(short, out=out, changes=change, redo=True)
+    stay = [r for r in first['rows'] if r['method'] != 'uniform']
+    assert again['rows'][:len(stay)] == stay and len(again['rows']) == len(first['rows'])
+    assert {json.loads(r['schedule'])['keys'] for r in again['rows'] if r['method'] == 'uniform'} == {'kept'}
+    assert sorted(read_rows(again['results']), key=str) == sorted(again['rows'], key=str)
+    assert json.loads((out/'settings.json').read_text())['before'][0]['options'] == {}
+    whole = {p: p.read_bytes() for p in out.rglob('*') if p.is_file() and p.name not in ('log.jsonl', '.lock')}
+    assert run_config(short, out=out, changes=change, redo=True)['rows'] == again['rows'], 'nothing is done twice'
+    assert {p: p.read_bytes() for p in whole} == whole
 
 
 def test_an_experiment_may_grow(short, tmp_path):

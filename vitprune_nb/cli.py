@@ -510,10 +510,11 @@ def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small
             set_:Annotated[Optional[list[str]], typer.Option('--set', metavar='KEY=VALUE', help='change a setting of CONFIG; may be repeated')]=None,
             dry_run:Annotated[bool, typer.Option('--dry-run', help='print the plan and stop')]=False,
             accept_code:Annotated[bool, typer.Option('--accept-code', help='go on although the code changed since the run began')]=False,
+            redo:Annotated[bool, typer.Option('--redo', help='make the rows of methods again whose options changed since')]=False,
             device:Annotated[Optional[str], typer.Option(metavar='NAME', help="'auto', 'cpu', 'cuda' or 'mps'")]=None, json_:Json=False):
     "Run an experiment; --data, --weights, --results and --device win over CONFIG."
     from vitprune_nb.run import run_config
-    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code)
+    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code, redo)
     first = int(os.environ.get('RANK', 0)) == 0      # of several processes one speaks
     for unit, why in r.get('failed', {}).items() if first else (): print(f'vitprune: {unit} failed: {why}', file=sys.stderr)
     record = finish(r, json_ and first)

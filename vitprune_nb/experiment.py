@@ -19,7 +19,7 @@ except ImportError: import tomli as tomllib   # Python 3.10
 # %% ../nbs/25b_experiment.ipynb #a31e0553
 from .core import refuse, require, sha256, write_atomic
 from .methods import COMMON, METHODS, Options, check_options
-from .results import append_rows, read_rows
+from .results import FIELDS, append_rows, read_rows, to_csv
 from .train import TrainConfig
 
 # %% ../nbs/25b_experiment.ipynb #d8bef6fb
@@ -277,23 +277,31 @@ def fingerprint(e:Experiment, # What shall be done
 # %% ../nbs/25b_experiment.ipynb #a06c6fb3
 def hold_to(file,                  # settings.json of a run; made when missing
             new:dict,              # From `fingerprint`
-            accept_code:bool=False, # Go on although the code changed; its new hashes are kept beside the old ones
-            ):
+            accept_code:bool=False, # Go on although the code changed; what it was before is kept in the file, too
+            redo:bool=False,       # Go on although the options of methods changed: their rows will be made again
+            write:bool=True,       # False: only look
+            )->list:               # Methods whose options changed
     "Refuse to go on with other settings than a run began with."
-    file = Path(file)
+    file, remade = Path(file), []
     if file.is_file():
         old = json.loads(file.read_text(encoding='utf-8'))
         before = old.pop('before', [])
         a, b = flat(old), flat(new)
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         code = [k.removeprefix('code.') for k in changed if k.startswith('code.')]
-        shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in changed if not k.startswith('code.'))
-        require(not shown, 'out', file.parent, 'the settings that its rows were made with', f'Changed: {shown}. Use another folder (--out).')
+        options = [k for k in changed if k.startswith('options.')]
+        remade = sorted({k.split('.')[1] for k in options})
+        hard = [k for k in changed if not k.startswith('code.') and not (redo and k in options)]
+        shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in hard)
+        or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard == options else ''
+        require(not shown, 'out', file.parent, 'the settings that its rows were made with', f'Changed: {shown}. Use another folder (--out){or_redo}.')
         require(not code or accept_code, 'out', file.parent, 'the code that its rows were made with',
                 f'Changed since: {", ".join(code)}. Use another folder (--out), or say --accept-code if you know that the change alters no number.')
-        if not code: return
-        new = dict(new, before=[*before, old['code']])
-    with write_atomic(file) as tmp: tmp.write_text(json.dumps(new, indent=1) + '\n', encoding='utf-8')
+        if not code and not remade: return []
+        new = dict(new, before=[*before, {k: old[k] for k in ('code', 'options')}])
+    if write:
+        with write_atomic(file) as tmp: tmp.write_text(json.dumps(new, indent=1) + '\n', encoding='utf-8')
+    return remade
 
 # %% ../nbs/25b_experiment.ipynb #63ec37f3
 class Ledger:
@@ -316,8 +324,16 @@ class Ledger:
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`
         "Keep a finished row; a second one with the same key is refused."
         require(key not in self.keys(), 'key', key, 'a row that is not finished yet')
-        with write_atomic(self.folder/f'{len(self.files()) + 1:04}-{key}.json') as tmp: tmp.write_text(json.dumps(row), encoding='utf-8')
+        last = max((int(f.name.partition('-')[0]) for f in self.files()), default=0)
+        with write_atomic(self.folder/f'{last + 1:04}-{key}.json') as tmp: tmp.write_text(json.dumps(row), encoding='utf-8')
         self.sync()
+
+    def drop(self, method:str): # All its rows
+        "Forget the rows of a method, in the CSV first: after a kill between, they are all there again."
+        rows = [r for r in self.rows() if r['method'] != method]
+        with write_atomic(self.csv) as tmp: tmp.write_text(','.join(FIELDS) + '\n' + to_csv(rows), encoding='utf-8', newline='\n')
+        for f, r in zip(self.files(), self.rows(), strict=True):
+            if r['method'] == method: f.unlink()
 
     def sync(self):
         "Append to the CSV what it does not have yet."

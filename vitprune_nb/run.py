@@ -6,7 +6,8 @@
 __all__ = ['TIMED', 'PAIRS', 'open_sets', 'keep_classes', 'start_model', 'processes', 'together', 'Run', 'dense_model',
            'copy_folder', 'own_folder', 'prune_step', 'recover_step', 'spread_answers', 'all_answers', 'timed',
            'recovery_text', 'old_timing', 'finish_row', 'keep_model', 'do_unit', 'report', 'pair_rows', 'write_pairs',
-           'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'open_run', 'run_config']
+           'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'settle', 'open_run',
+           'run_config']
 
 # %% ../nbs/26_run.ipynb #0c24939e
 import contextlib, copy, csv, dataclasses, datetime, json, os, shutil, time, warnings
@@ -401,12 +402,21 @@ def dry(e:Experiment, out, train, test, device)->dict: # plan, macs, speed
     print(f'{e.name}: {e.model} on {train!r} and {test!r}\n{plan}')
     return dict(name=e.name, plan=plan, macs=macs, speed=speed)
 
-def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False)->Run: # As in `Run` and `run_config`
+def settle(out:Path, csv_file:Path, settings:dict, accept_code:bool, redo:bool): # As in `run_config`
+    "Hold a run to its settings; where a method's options may change, forget all that it did with the old ones."
+    remade = hold_to(out/'settings.json', settings, accept_code, redo, write=False)
+    book = Ledger(out/'rows', csv_file)
+    for m in remade:
+        book.drop(m)
+        for left in [p for kind in ('answers', 'models', 'shared', 'work') for p in (out/kind).glob(f'{m}-*[0-9]*')]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    hold_to(out/'settings.json', settings, accept_code, redo)
+
+def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False, redo:bool=False)->Run: # As in `Run` and `run_config`
     "Tidy up, hold the run to its settings, open its ledger; refuse before anything is added."
     csv_file, settings = Path(e.results or out/'results.csv'), fingerprint(e, **found(e, train, test, acc.device))
     if acc.is_main_process: sweep(out)
-    together(acc, lambda: hold_to(out/'settings.json', settings, accept_code), first_only=True)
-    together(acc, lambda: Ledger(out/'rows', csv_file), first_only=True)
+    together(acc, lambda: settle(out, csv_file, settings, accept_code, redo), first_only=True)
     run = Run(e, out, acc, train, test, Ledger(out/'rows', csv_file, write=acc.is_main_process), model)
     done, n = len(run.ledger.keys()), sum(len(stages(e, u)) for u in units(e))
     run.say(f'{e.name}: {n} rows' + (f', {done} of them finished before' if done else '')
@@ -423,6 +433,7 @@ def run_config(path,           # A TOML file: see `Experiment`
                changes=(),     # 'KEY=VALUE', as for `parse_change`
                device=None,    # Instead of its `device`
                accept_code:bool=False, # Go on although the code changed since the run began
+               redo:bool=False, # Make the rows of methods again whose options changed since
                )->dict:        # name, rows, failed, results, seconds; with `dry_run`: name, plan, macs, speed
     "Do an experiment, or what is left of it."
     given = {k: str(v) for k, v in dict(data=data, weights=weights, results=results, device=device).items() if v is not None}
@@ -435,7 +446,7 @@ def run_config(path,           # A TOML file: see `Experiment`
     check_sizes(e, train, test, acc.num_processes)
     model = together(acc, lambda: start_model(e, train.classes))
     with only_one(out) if acc.is_main_process else contextlib.nullcontext():
-        run = open_run(e, out, acc, train, test, model, accept_code)
+        run = open_run(e, out, acc, train, test, model, accept_code, redo)
         failed = do_units(run)
         seconds = time.perf_counter() - run.start
         run.note('end', failed=failed, seconds=seconds)
