@@ -131,7 +131,6 @@ class CosineScore(Scorer):
                  ):
         super().__init__()
         self.dim, self.hidden, self.context = dim, hidden, context
-        self.holds = context
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, 1)
         self.fc_context = nn.Linear(dim, hidden, bias=False) if context else None

@@ -299,7 +299,7 @@ class _Pack(_Sparse):
     def __init__(self, x, n_prefix, sized=False, *args):
         super().__init__(x, n_prefix, sized, *args)
         self.view, self.lens = Mask(x, n_prefix, sized), [x.shape[1]]*len(x)
-        self.view.memory, self.own = self.memory, False      # own: nobody else has `x`
+        self.view.memory = self.memory
         self.x, self.pos, self.size = (None if t is None else t.flatten(0, 1) for t in (self.x, self.pos, self.size))
 
     def padded(self):
@@ -318,11 +318,7 @@ class _Pack(_Sparse):
 class _PackVerbs(_Pack):
     def count(self, idx=None): return self.lens if idx is None else idx.lens
     def take(self, v, idx): return v if v is None or idx is None else v.index_select(0, idx.rows)
-    def put(self, idx, x):
-        old = self.x if self.own and not torch.is_grad_enabled() else self.x.clone()
-        self.own = True
-        return old.index_copy_(0, idx.rows, x)
-
+    def put(self, idx, x): return self.x.index_copy(0, idx.rows, x)
     def shrink(self, idx, x): self.x, self.pos, self.size, self.lens = x, self.take(self.pos, idx), self.take(self.size, idx), idx.lens
     def result(self): return self.padded().result()
     def enter(self, step):
@@ -331,7 +327,6 @@ class _PackVerbs(_Pack):
     def pick(self, i, block, step):
         v = self.padded()
         keep, scores = _choose(v, i, block, step)
-        self.own &= not getattr(step.score, 'holds', True)
         return _Rows(keep[v.there()].nonzero().squeeze(1), keep.sum(1).tolist(), keep), scores
 
     def meet(self, step, idx, scores):

@@ -80,7 +80,6 @@ def register_scorer(name:str): # What a saved policy calls it
 class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ''                        # 'cls_row' to be given CLS attention (only at='middle')
-    holds = True                      # may keep `t.x` after the call; where False, mode 'packed' writes into it later
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
     def macs(self, n:float, dim:int)->float: return 0. # cost of scoring n tokens of width dim
 
@@ -88,14 +87,12 @@ class Scorer(nn.Module):
 @register_scorer('norm')
 class NormScore(Scorer):
     "L2 norm of the token: the simplest score that looks at the image."
-    holds = False
     def forward(self, t:Tokens): return t.x.float().norm(dim=-1)
 
 # %% ../nbs/04b_policy.ipynb #d8016cd5
 @register_scorer('random')
 class RandomScore(Scorer):
     "A fixed random number for each position: the baseline every score must beat."
-    holds = False
     def __init__(self, seed:int=0, size:int=4096):
         super().__init__()
         self.seed, self.size = seed, size
