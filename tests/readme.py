@@ -82,13 +82,13 @@ def cifar100_blocks():
     said = lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})" if r else ''
     def table(recovered):
         chosen = {(r['method'], r['target']): r for r in rows if (r['recovery'] != 'none') == recovered}
-        methods = [m for m in dict.fromkeys(r['method'] for r in rows) if m != 'dense']
-        lines = [{'method': m} | {f'{t:.0%} fewer MACs': said(chosen.get((m, t))) for t in targets} for m in methods]
+        lines = [{'method': m} | {f'{t:.0%} fewer MACs': said(chosen.get((m, t))) for t in targets} for m in plan.methods]
         return f"Dense: {said(chosen.get(('dense', 0.)))}\n\n" + markdown_table(lines, {c: c for c in lines[0]})
     recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
+    made = dict.fromkeys(f'`{r["commit"]}` ({r["date"][:10]})' for r in rows)
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images for whatever trains, "
             f"{dense['backbone']} at {plan.model_args['img_size']} px; "
-            f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit `{dense['commit']}`, {dense['date'][:10]}.")
+            f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
     return table(False), table(True), text
 
 
