@@ -335,12 +335,12 @@ def draw_methods(table,        # From `timing_table`, of one device, dtype, engi
     from vitprune_nb.viz import style
     t = table[(table.method != 'dense') & (table.batch == batch)]
     require(len(t) > 0, 'batch', batch, f'one of {sorted(set(table.batch))}')
-    wide = t.pivot_table(index='method', columns='backbone', values='realised', sort=False)
+    wide = t.pivot_table(index='method', columns='backbone', values='realised', sort=False)[t.groupby('backbone').macs.max().sort_values().index]
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6.5, .8 + .5*len(wide)))
         wide.plot.barh(ax=ax, color=['#0072B2', '#E69F00', '#009E73', '#606060'][:wide.shape[1]], width=.75)
         ax.invert_yaxis(); ax.axvline(1, color='.3', lw=.8)
-        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel=''); ax.legend(fontsize=8)
+        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel=''); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/32_timing.ipynb #ae6dbfd8
