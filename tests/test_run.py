@@ -4,6 +4,7 @@ import json, random, socket, subprocess, sys
 import numpy as np, pytest
 from conftest import ONE_THREAD, ROOT
 from PIL import Image
+from vitprune_nb.cli import main
 from vitprune_nb.core import VitpruneError
 from vitprune_nb.methods import load_pruned
 from vitprune_nb.results import FIELDS, read_rows
@@ -209,6 +210,10 @@ def test_a_method_with_other_options_is_done_again_and_nothing_else(short, tmp_p
     whole = {p: p.read_bytes() for p in out.rglob('*') if p.is_file() and p.name not in ('log.jsonl', '.lock')}
     assert run_config(short, out=out, changes=change, redo=True)['rows'] == again['rows'], 'nothing is done twice'
     assert {p: p.read_bytes() for p in whole} == whole
+    assert load_pruned(out/'models/uniform-0.25-s0').info['keys'] == 'kept', 'the old model must not stay'
+    assert main(['run', str(short), '--out', str(out), '--set', two, '--set', 'options.uniform.keys=all']) == 2
+    assert main(['run', str(short), '--out', str(out), '--set', two, '--set', 'options.uniform.keys=all', '--redo']) == 0
+    assert load_pruned(out/'models/uniform-0.25-s0').info['keys'] == 'all'
 
 
 def test_an_experiment_may_grow(short, tmp_path):

@@ -514,7 +514,7 @@ def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small
             device:Annotated[Optional[str], typer.Option(metavar='NAME', help="'auto', 'cpu', 'cuda' or 'mps'")]=None, json_:Json=False):
     "Run an experiment; --data, --weights, --results and --device win over CONFIG."
     from vitprune_nb.run import run_config
-    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code, redo)
+    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code=accept_code, redo=redo)
     first = int(os.environ.get('RANK', 0)) == 0      # of several processes one speaks
     for unit, why in r.get('failed', {}).items() if first else (): print(f'vitprune: {unit} failed: {why}', file=sys.stderr)
     record = finish(r, json_ and first)

@@ -19,7 +19,7 @@ except ImportError: import tomli as tomllib   # Python 3.10
 # %% ../nbs/25b_experiment.ipynb #a31e0553
 from .core import refuse, require, sha256, write_atomic
 from .methods import COMMON, METHODS, Options, check_options
-from .results import FIELDS, append_rows, read_rows, to_csv
+from .results import append_rows, read_rows
 from .train import TrainConfig
 
 # %% ../nbs/25b_experiment.ipynb #d8bef6fb
@@ -278,11 +278,10 @@ def fingerprint(e:Experiment, # What shall be done
 def hold_to(file,                  # settings.json of a run; made when missing
             new:dict,              # From `fingerprint`
             accept_code:bool=False, # Go on although the code changed; what it was before is kept in the file, too
-            redo:bool=False,       # Go on although the options of methods changed: their rows will be made again
-            write:bool=True,       # False: only look
-            )->list:               # Methods whose options changed
+            forget=None,           # Called with the methods whose options changed, so that their rows are made again; None: such a change is refused
+            ):
     "Refuse to go on with other settings than a run began with."
-    file, remade = Path(file), []
+    file = Path(file)
     if file.is_file():
         old = json.loads(file.read_text(encoding='utf-8'))
         before = old.pop('before', [])
@@ -291,17 +290,16 @@ def hold_to(file,                  # settings.json of a run; made when missing
         code = [k.removeprefix('code.') for k in changed if k.startswith('code.')]
         options = [k for k in changed if k.startswith('options.')]
         remade = sorted({k.split('.')[1] for k in options})
-        hard = [k for k in changed if not k.startswith('code.') and not (redo and k in options)]
+        hard = [k for k in changed if not k.startswith('code.') and not (forget and k in options)]
         shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in hard)
         or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard == options else ''
         require(not shown, 'out', file.parent, 'the settings that its rows were made with', f'Changed: {shown}. Use another folder (--out){or_redo}.')
         require(not code or accept_code, 'out', file.parent, 'the code that its rows were made with',
                 f'Changed since: {", ".join(code)}. Use another folder (--out), or say --accept-code if you know that the change alters no number.')
-        if not code and not remade: return []
+        if not changed: return
+        if remade: forget(remade)      # first: a kill in between must not leave old rows under new settings
         new = dict(new, before=[*before, {k: old[k] for k in ('code', 'options')}])
-    if write:
-        with write_atomic(file) as tmp: tmp.write_text(json.dumps(new, indent=1) + '\n', encoding='utf-8')
-    return remade
+    with write_atomic(file) as tmp: tmp.write_text(json.dumps(new, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/25b_experiment.ipynb #63ec37f3
 class Ledger:
@@ -329,11 +327,11 @@ class Ledger:
         self.sync()
 
     def drop(self, method:str): # All its rows
-        "Forget the rows of a method, in the CSV first: after a kill between, they are all there again."
-        rows = [r for r in self.rows() if r['method'] != method]
-        with write_atomic(self.csv) as tmp: tmp.write_text(','.join(FIELDS) + '\n' + to_csv(rows), encoding='utf-8', newline='\n')
-        for f, r in zip(self.files(), self.rows(), strict=True):
-            if r['method'] == method: f.unlink()
+        "Forget the rows of a method. The CSV goes first and is made again from the files, after a kill by the restart."
+        gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] == method]
+        self.csv.unlink(missing_ok=True)
+        for f in gone: f.unlink()
+        self.sync()
 
     def sync(self):
         "Append to the CSV what it does not have yet."

@@ -403,14 +403,14 @@ def dry(e:Experiment, out, train, test, device)->dict: # plan, macs, speed
     return dict(name=e.name, plan=plan, macs=macs, speed=speed)
 
 def settle(out:Path, csv_file:Path, settings:dict, accept_code:bool, redo:bool): # As in `run_config`
-    "Hold a run to its settings; where a method's options may change, forget all that it did with the old ones."
-    remade = hold_to(out/'settings.json', settings, accept_code, redo, write=False)
-    book = Ledger(out/'rows', csv_file)
-    for m in remade:
-        book.drop(m)
-        for left in [p for kind in ('answers', 'models', 'shared', 'work') for p in (out/kind).glob(f'{m}-*[0-9]*')]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    hold_to(out/'settings.json', settings, accept_code, redo)
+    "Hold a run to its settings and bring its CSV up to date; where a method's options may change, forget all that it did with the old ones."
+    def forget(methods):
+        book = Ledger(out/'rows', csv_file)
+        for m in methods:
+            book.drop(m)
+            for left in [*out.glob(f'*/{m}-[0-9]*'), *out.glob(f'shared/{m}-s[0-9]*')]: shutil.rmtree(left) if left.is_dir() else left.unlink()
+    hold_to(out/'settings.json', settings, accept_code, forget if redo else None)
+    Ledger(out/'rows', csv_file)
 
 def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False, redo:bool=False)->Run: # As in `Run` and `run_config`
     "Tidy up, hold the run to its settings, open its ledger; refuse before anything is added."
