@@ -197,6 +197,7 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
                  ways=('packed', 'padding', 'loop'), # What to time beside the dense model
                  )->list:         # Rows for data/results/cosine_speed.csv; the schedule has the time reduction with its paired 95% interval
     "Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak memory is in the note."
+    require(len(ways) > 0 and set(ways) <= {'packed', 'padding', 'loop'}, 'ways', ways, "some of 'packed', 'padding', 'loop'")
     net, rows, note = create_vit(model_name), [], 'random weights, skip rates of the course model on real images'
     P, dim = net.patch_embed.num_patches, net.embed_dim
     for batch in batches:

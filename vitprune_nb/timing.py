@@ -293,7 +293,7 @@ def timing_table(rows:list # From `timing_grid`
                  ):        # pandas.DataFrame, one row a measurement; what stands in schedule and note has columns of its own
     "Recorded times with everything that they know."
     import pandas as pd
-    keys = 'method backbone device device_name threads dtype batch latency_ms throughput macs'.split()
+    keys = 'method backbone device device_name threads dtype batch repeats latency_ms throughput macs'.split()
     return pd.DataFrame([{**{k: r[k] for k in keys}, **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget')}, **json.loads(r['note'])} for r in rows],
                         columns=[*keys, 'engine', 'budget', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb'])
 
