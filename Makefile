@@ -52,7 +52,7 @@ results: $(DEV)
 	$(BIN)/vitprune demo --out demo
 	$(BIN)/python tests/readme.py --measured demo
 
-# Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER DENSE=FILE adds the run on CIFAR-100, PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
+# Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER WEIGHTS=FILE adds the run on CIFAR-100 (DENSE=FILE: from that dense model), PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
 TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
 record: $(DEV)
 	$(BIN)/python tests/notebooks.py --record
@@ -63,7 +63,8 @@ record: $(DEV)
 	$(TIMING) --backbones deit_small_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 5
 	$(TIMING) --backbones deit_small_patch16_224 --batches 1 32 --dtypes bf16 --engines eager --repeats 5
 	$(TIMING) --backbones deit_tiny_patch16_224 --batches 128 --dtypes fp32 --engines eager --repeats 3
-	$(if $(CIFAR100),$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(DENSE))
+	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
+	$(if $(CIFAR100),$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS))
 	$(MAKE) results
 
