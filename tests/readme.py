@@ -87,7 +87,7 @@ def cifar100_blocks():
     recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
     made = dict.fromkeys(f'`{r["commit"]}` ({r["date"][:10]})' for r in rows)
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images for whatever trains, "
-            f"{dense['backbone']} at {plan.model_args['img_size']} px; "
+            f"{dense['backbone']} at {plan.model_args['img_size']} px, evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
     return table(False), table(True), text
 

@@ -81,7 +81,7 @@ def test_kill_9_at_random_moments_loses_and_doubles_nothing(config, tmp_path):
     rows = read_rows(tmp_path/'run/results.csv')
     dense = next(r for r in rows if r['method'] == 'dense')
     for r in rows:
-        assert r['images'] == 36 and r['batch'] == 4 and r['latency_ms'] > 0 and r['correct'] <= 36 and json.loads(r['note'])['processes'] == 1
+        assert r['images'] == 36 and r['batch'] == 4 and r['latency_ms'] > 0 and r['correct'] <= 36 and json.loads(r['note'])['processes'] == 1 and json.loads(r['note'])['dtype'] == 'fp32'
         assert r['method'] == 'dense' or abs(1 - r['macs']/dense['macs'] - .25) < .08
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from .core import VitpruneError, data_path, refuse, require, set_seed, sha256, write_atomic
 from .cost import model_macs, model_params
 from .data import calibration, load_data
+from .measure import dtype_name
 from .results import answers, append_rows, make_row, paired_difference, read_rows
 from .train import TrainConfig, fit, pick_accelerator
 from .vit import create_vit, load_weights, wilson_interval
@@ -82,7 +83,7 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
     return [*files, out/'dense.safetensors']
 
 # %% ../nbs/29_dense.ipynb #22942b8c
-def _dense_row(model, name, file, what, right, test_set, device, note):
+def _dense_row(model, name, file, what, right, test_set, device, **note):
     "The row of one file."
     low, high = wilson_interval(int(right.sum()), len(right))
     result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low, top1_high=high)
@@ -99,16 +100,17 @@ def measure_dense(model,        # A ViT that the files fit
                   name:str='',  # What rows call the model
                   batch_size:int=100, # Images at once
                   device='cpu', # Where to compute
+                  dtype='auto', # 'auto' (bf16 where it is native), 'fp32' or 'bf16'; the row's note says which it was
                   )->list:      # One row a file; those that `out` holds already when it holds them all
     "Top-1 of each stage and of their mean, with the paired difference to the file before."
     tags, rows, last = [_tag(f) for f in files], [], None
     old = {r['weights']: r for r in read_rows(out) if r['data_hash'] == test_set.digest} if Path(out).is_file() else {}
     if set(tags) <= set(old): return [old[t] for t in tags]
     for file in files:
-        right = answers(load_weights(model, file), test_set, batch_size, device)
+        right = answers(load_weights(model, file), test_set, batch_size, device, dtype)
         stage = (recipe_of(file) or [{}])[-1]
         what = 'mean of the stages' if file == files[-1] and len(files) > 1 else {k: stage[k] for k in ('epochs', 'lr', 'patch_drop', 'seed') if k in stage}
-        rows.append(_dense_row(model, name, file, what, right, test_set, device, {} if last is None else paired_difference(last, right)))
+        rows.append(_dense_row(model, name, file, what, right, test_set, device, dtype=dtype_name(dtype, device), **({} if last is None else paired_difference(last, right))))
         last = right
     append_rows(out, [r for r in rows if r['weights'] not in old])
     return rows

@@ -21,7 +21,7 @@ from .cost import model_macs
 from .data import ImageSet, calibration, class_subset, data_config, eval_transform, load_data
 from .experiment import (SHARED, Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
                                     read_experiment, stages, unit_passes, units)
-from .measure import bench, time_reduction
+from .measure import bench, dtype_name, time_reduction
 from .methods import METHODS, cost_of, load_pruned, prune, recover, save_pruned
 from .results import answers, make_row, paired_difference
 from .train import Batches, TrainConfig, fit
@@ -272,7 +272,7 @@ def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or
     timing, extra = old_timing(same) if same.get('macs') == cost['macs'] else timed(run, model, unit)
     low, high = wilson_interval(int(right.sum()), len(right))
     result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low, top1_high=high)
-    note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1), processes=run.acc.num_processes, **extra)
+    note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1), processes=run.acc.num_processes, dtype=dtype_name(run.e.dtype, run.acc.device), **extra)
     with write_atomic(run.out/'answers'/f'{unit.key}-{stage}.npy') as tmp, open(tmp, 'wb') as f: np.save(f, right)
     row = make_row(unit.method, run.e.model, run.test, result, timing, run.acc.device, macs=cost['macs'], params=cost['params'], seed=unit.seed, weights=run.weights,
                    recovery=recovery_text(run.e, stage), schedule=getattr(model, 'info', {}), note=json.dumps(note))
