@@ -6,11 +6,11 @@
 __all__ = ['FREE', 'SLICES', 'PLANS', 'TIMED', 'DEIT', 'THROUGHPUT', 'fixed_time', 'saved_time', 'operator_calls', 'Contestant',
            'patch_contestant', 'life_contestant', 'channel_contestants', 'even_shares', 'skip_policy',
            'cosine_contestant', 'course_shares', 'contestants', 'Case', 'compile_error', 'cannot', 'all_cases',
-           'time_case', 'timing_grid', 'timing_table', 'no_gain', 'draw_realised', 'draw_methods', 'life_speeds',
-           'main']
+           'time_case', 'timing_grid', 'short_name', 'timing_table', 'no_gain', 'draw_realised', 'draw_methods',
+           'life_speeds', 'main']
 
 # %% ../nbs/32_timing.ipynb #87d68224
-import argparse, functools, itertools, json, sys
+import argparse, functools, itertools, json, re, sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,19 +289,29 @@ def timing_grid(out=None,       # A CSV file; None keeps no rows
     return run()
 
 # %% ../nbs/32_timing.ipynb #e39c95ff
+def short_name(device:str # As a processor calls itself
+               )->str:    # Maker and family
+    "A device's name, for a plot."
+    return ' '.join(re.sub(r'\((R|TM)\)|\b(CPU|Processor)\b|@.*', ' ', device).split())
+
 def timing_table(rows:list # From `timing_grid`
                  ):        # pandas.DataFrame, one row a measurement; what stands in schedule and note has columns of its own
     "Recorded times with everything that they know."
     import pandas as pd
     keys = 'method backbone device device_name threads dtype batch repeats latency_ms throughput macs'.split()
-    return pd.DataFrame([{**{k: r[k] for k in keys}, **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget')}, **json.loads(r['note'])} for r in rows],
-                        columns=[*keys, 'engine', 'budget', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb'])
+    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget')}, **json.loads(r['note'])} for r in rows],
+                        columns=[*keys, 'machine', 'engine', 'budget', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb'])
 
 # %% ../nbs/32_timing.ipynb #09c6029e
 def no_gain(table # From `timing_table`
             ):    # Its rows whose interval of the time reduction holds 0 or less
     "Where pruning did not pay."
     return table[table.time_reduction_low <= 0]
+
+def _one_setting(t, *more):
+    "Refuse rows that one plot would mix up."
+    lone = [k for k in (*more, 'device', 'device_name', 'threads', 'dtype', 'engine', 'budget') if t[k].nunique() > 1]
+    require(not lone, 'table', f'rows with several values of {", ".join(lone)}', 'rows of one setting', 'Draw one plot each.')
 
 def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype, engine and budget
                   ax=None, # Axes to draw on; None makes a figure
@@ -311,8 +321,7 @@ def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype
     from vitprune_nb.viz import MARKERS, method_colors, style
     t = table[table.method != 'dense']
     require(len(t) > 0, 'table', 'no pruned rows', 'the rows of at least one case')
-    lone = [k for k in ('backbone', 'device', 'device_name', 'threads', 'dtype', 'engine', 'budget') if t[k].nunique() > 1]
-    require(not lone, 'table', f'rows with several values of {", ".join(lone)}', 'rows of one setting', 'Draw one plot each.')
+    _one_setting(t, 'backbone')
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8))
         colors = method_colors(dict.fromkeys(t.method))
@@ -321,7 +330,7 @@ def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype
             low, high = g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction
             ax.errorbar(g.batch, g.realised, yerr=[(g.realised - low).clip(lower=0), (high - g.realised).clip(lower=0)], label=m, color=colors[m], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3)
         ax.axhline(1, color='.5', lw=.8); ax.set_xscale('log', base=2); ax.set_xticks(sorted(t.batch.unique()), sorted(t.batch.unique()))
-        ax.set(xlabel='batch size (images)', ylabel='saved time / saved MACs', title=f'{t.backbone.iloc[0]}, {t.device.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}')
+        ax.set(xlabel='batch size (images)', ylabel='saved time / saved MACs', title=f'{t.backbone.iloc[0]}\n{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}')
         ax.legend(fontsize=8)
     return ax
 
@@ -335,12 +344,13 @@ def draw_methods(table,        # From `timing_table`, of one device, dtype, engi
     from vitprune_nb.viz import style
     t = table[(table.method != 'dense') & (table.batch == batch)]
     require(len(t) > 0, 'batch', batch, f'one of {sorted(set(table.batch))}')
+    _one_setting(t)
     wide = t.pivot_table(index='method', columns='backbone', values='realised', sort=False)[t.groupby('backbone').macs.max().sort_values().index]
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6.5, .8 + .5*len(wide)))
         wide.plot.barh(ax=ax, color=['#0072B2', '#E69F00', '#009E73', '#606060'][:wide.shape[1]], width=.75)
         ax.invert_yaxis(); ax.axvline(1, color='.3', lw=.8)
-        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel=''); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel='', title=f'{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}'); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/32_timing.ipynb #ae6dbfd8
@@ -348,12 +358,12 @@ THROUGHPUT = {('deit_small_patch16_224', 'DeiT-S'): (503.9, 704.8), ('deit_base_
               ('deit_small_patch16_224', 'ViT-S'): (504.7, 723.3), ('deit_base_patch16_224', 'ViT-B'): (187.1, 256.0)}   # images/s dense and at keep rate 0.7, as printed
 
 def life_speeds(table # From `timing_table`
-                )->list: # Dicts: backbone, device, batch, dtype, engine, printed, measured, macs; all three are speed-ups
+                )->list: # Dicts: backbone, machine, batch, dtype, engine, printed, measured, macs; all three are speed-ups
     "Life regression's throughput column as speed-ups, beside ours at the same keep rate."
     out = []
     for (name, shown), (dense, life) in THROUGHPUT.items():
         for r in table[(table.method == 'life') & (table.backbone == name) & (table.budget == 'paper')].itertuples():
-            out.append(dict(backbone=shown, device=r.device, batch=r.batch, dtype=r.dtype, engine=r.engine, printed=round(life/dense, 2), measured=round(1/(1 - r.time_reduction), 2), macs=round(1/(1 - r.mac_reduction), 2)))
+            out.append(dict(backbone=shown, machine=r.machine, batch=r.batch, dtype=r.dtype, engine=r.engine, printed=round(life/dense, 2), measured=round(1/(1 - r.time_reduction), 2), macs=round(1/(1 - r.mac_reduction), 2)))
     return out
 
 # %% ../nbs/32_timing.ipynb #adb7c3c4
