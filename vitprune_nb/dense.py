@@ -6,7 +6,7 @@
 __all__ = ['DENSE_STAGES', 'mean_model', 'keep_end', 'recipe_of', 'train_dense', 'measure_dense', 'main']
 
 # %% ../nbs/29_dense.ipynb #b36fddbe
-import argparse, copy, dataclasses, json, sys
+import argparse, copy, dataclasses, json, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/29_dense.ipynb #a2dde7c8
@@ -134,7 +134,9 @@ def main(args:list|None=None # Words of the command line; None takes them from t
         require(Path(o.weights).is_file(), 'weights', o.weights, 'an existing checkpoint file')
         train, test = (load_data(o.data, split, limit=o.limit) for split in ('train', 'test'))
         set_seed(o.seed)
-        model = create_vit(o.model, o.weights, img_size=o.img_size, num_classes=len(train.classes))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.*it has no head that fits')   # stage 1 trains it
+            model = create_vit(o.model, o.weights, img_size=o.img_size, num_classes=len(train.classes))
         stages = [dict(s, **({} if o.epochs is None else dict(epochs=o.epochs))) for s in DENSE_STAGES]
         files = train_dense(model, train, test, o.out, stages, o.seed, _tag(o.weights), o.device)
         acc = pick_accelerator(o.device)

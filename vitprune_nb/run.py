@@ -84,7 +84,7 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
     if is_course and not file and not fresh: model = course_model()
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='.*its head is for other classes')
+            warnings.filterwarnings('ignore', message='.*it has no head that fits')
             model = create_vit(name, weights=file, pretrained=e.pretrained, **{**args, **({'num_classes': n} if n else {})})
     if model.num_classes != len(classes): keep_classes(model, classes)
     return model

@@ -36,7 +36,7 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
         k = next(k for k in wrong if k not in head)
         refuse('weights', file, f'a checkpoint with the shapes of this {type(model).__name__}',
                f'{len(wrong)} tensors do not fit; {k}, say, is {shape(state, k)} in the file and {shape(own, k)} in the model.')
-    if any(k in own for k in head): warnings.warn(f'{file}: its head is for other classes, so the head of the model stays untrained')
+    if any(k in own for k in head): warnings.warn(f'{file}: it has no head that fits, so the head of the model stays untrained')
     model.load_state_dict({k: state[k] for k in own if k not in wrong}, strict=False)
     return model
 
