@@ -46,6 +46,7 @@ def keep_end(model,       # A ViT
     from safetensors.torch import save_file
     with write_atomic(file) as tmp: save_file({k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}, tmp, metadata=dict(recipe=json.dumps(recipe)))
 
+# %% ../nbs/29_dense.ipynb #6158f24f
 def recipe_of(file)->list|None: # As `keep_end` was told; None: nothing is known
     "How the weights of a file were made."
     from safetensors import SafetensorError, safe_open

@@ -308,11 +308,13 @@ def no_gain(table # From `timing_table`
     "Where pruning did not pay."
     return table[table.time_reduction_low <= 0]
 
+# %% ../nbs/32_timing.ipynb #09c60231
 def _one_setting(t, *more):
     "Refuse rows that one plot would mix up."
     lone = [k for k in (*more, 'device', 'device_name', 'threads', 'dtype', 'engine', 'budget') if t[k].nunique() > 1]
     require(not lone, 'table', f'rows with several values of {", ".join(lone)}', 'rows of one setting', 'Draw one plot each.')
 
+# %% ../nbs/32_timing.ipynb #09c60232
 def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype, engine and budget
                   ax=None, # Axes to draw on; None makes a figure
                   ):       # The axes
