@@ -10,6 +10,7 @@ from vitprune_nb import channels as ch, surgery
 from vitprune_nb.core import VitpruneError, set_seed
 from vitprune_nb.cost import count_macs, model_macs, model_params, n_tokens
 from vitprune_nb.engine import Policy, SlimViT, Step, check_policy
+from vitprune_nb.significance import capture_once
 from vitprune_nb.vit import capture, create_vit
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
@@ -217,8 +218,9 @@ def test_attention_of_a_sliced_block_is_the_one_of_timm(gated, seed):
 def test_whoever_watches_a_sliced_block_sees_all_of_it(gated, images):
     sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
     want, seen = sliced(images), []
-    with capture(sliced) as cap: assert torch.allclose(sliced(images), want, atol=1e-5)
-    assert len(cap.attention) == 3 and all(torch.allclose(a.sum(-1), torch.ones(())) for a in cap.attention)
+    for watch in (capture, capture_once):
+        with watch(sliced) as cap: assert torch.allclose(sliced(images), want, atol=1e-5)
+        assert len(cap.attention) == 3 and all(torch.allclose(a.sum(-1), torch.ones(())) for a in cap.attention)
     hooks = [b.attn.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for b in sliced.blocks]
     sliced(images); SlimViT(sliced, Policy({1: Step(keep=(1, 4, 9))}))(images)
     assert len(seen) >= 5

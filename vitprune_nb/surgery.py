@@ -75,7 +75,7 @@ class SlicedQKV(nn.Linear):
 class SlicedAttention(Attention):
     "timm's attention for a `SlicedQKV`, without the copy that joins q, k and v."
     def forward(self, x, attn_mask=None, is_causal=False):
-        if is_causal: return super().forward(x, attn_mask, is_causal)
+        if is_causal or not self.fused_attn: return super().forward(x, attn_mask, is_causal)   # unfused, `attn_drop` is called, and may be watched
         return attend(self, x, x, attn_mask)
 
 # %% ../nbs/12b_surgery.ipynb #8e045e0e
