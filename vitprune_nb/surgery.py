@@ -73,8 +73,9 @@ class SlicedQKV(nn.Linear):
 
 # %% ../nbs/12b_surgery.ipynb #4b751931
 class SlicedAttention(Attention):
-    "timm's attention for a `SlicedQKV`, without the copy that joins q, k and v."
-    def forward(self, x, attn_mask=None, is_causal=False):
+    "timm's attention for a `SlicedQKV` (VTP, section 2.2), without the copy that joins q, k and v."
+    def forward(self, x,   # (B, N, channels that `qkv` reads)
+                attn_mask=None, is_causal=False): # As in timm; returns (B, N, D)
         if is_causal or not self.fused_attn: return super().forward(x, attn_mask, is_causal)   # unfused, `attn_drop` is called, and may be watched
         return attend(self, x, x, attn_mask)
 
