@@ -3,13 +3,15 @@ import copy, json
 
 import pytest
 import torch
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from vitprune_nb import channels as ch, surgery
 from vitprune_nb.core import VitpruneError, set_seed
 from vitprune_nb.cost import count_macs, model_macs, model_params, n_tokens
 from vitprune_nb.engine import Policy, SlimViT, Step, check_policy
-from vitprune_nb.vit import create_vit
+from vitprune_nb.significance import capture_once
+from vitprune_nb.vit import capture, create_vit
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
 ZOO = {'deit': {}, 'registers, LayerScale': dict(name='vit_small_patch14_reg4_dinov2', init_values=.1), 'distilled': dict(name='deit_tiny_distilled_patch16_224'),
@@ -196,6 +198,34 @@ def test_a_sliced_model_learns(gated, images):
     sliced(images).square().mean().backward()
     for n, p in sliced.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, n
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_attention_of_a_sliced_block_is_the_one_of_timm(gated, seed):
+    torch.manual_seed(seed)
+    scores = {n: torch.rand(len(g)) for n, g in ch.gates(gated).items()}
+    attn = surgery.slice_model(gated, ch.choose(scores, .5, 3)).blocks[seed % 3].attn
+    assert isinstance(attn, surgery.SlicedAttention)
+    x = torch.randn(2, 17, attn.qkv.in_features, requires_grad=True)
+    for kwargs in ({}, dict(attn_mask=torch.rand(17, 17) > .3), dict(attn_mask=torch.randn(2, 1, 17, 17)), dict(is_causal=True)):
+        ours, timms = attn(x, **kwargs), Attention.forward(attn, x, **kwargs)
+        assert torch.allclose(ours, timms, atol=1e-5)
+        back = [torch.autograd.grad(y.square().sum(), (x, attn.qkv.weight, attn.proj.weight)) for y in (ours, timms)]
+        for a, b in zip(*back): assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_whoever_watches_a_sliced_block_sees_all_of_it(gated, images):
+    sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
+    want, seen = sliced(images), []
+    for watch in (capture, capture_once):
+        with watch(sliced) as cap: assert torch.allclose(sliced(images), want, atol=1e-5)
+        assert len(cap.attention) == 3 and all(torch.allclose(a.sum(-1), torch.ones(())) for a in cap.attention)
+    hooks = [b.attn.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for b in sliced.blocks]
+    sliced(images); SlimViT(sliced, Policy({1: Step(keep=(1, 4, 9))}))(images)
+    assert len(seen) == 6
+    for h in hooks: h.remove()
+    assert torch.equal(sliced(images), want)
 
 
 def test_slicing_leaves_the_model_alone(gated, images):

@@ -18,8 +18,9 @@ from torch import nn
 def _project_qkv(attn, xq, xkv):
     "q (…, Nq, H·d) and k, v (…, Nkv, H·d) through timm's one qkv layer; one product when queries and keys are the same tokens."
     w, b, A = attn.qkv.weight, attn.qkv.bias, attn.num_heads*attn.head_dim
+    watched = attn.qkv._forward_hooks or attn.qkv._forward_pre_hooks    # whoever watches `qkv` must see it called
+    if hasattr(attn.qkv, 'project') and not (watched and xq is xkv): return attn.qkv.project(xq, xkv)   # cut channels: V has fewer rows than Q and K
     if xq is xkv: return attn.qkv(xq).chunk(3, -1)
-    if hasattr(attn.qkv, 'project'): return attn.qkv.project(xq, xkv)   # cut channels: V has fewer rows than Q and K
     q = F.linear(xq, w[:A], None if b is None else b[:A])
     return (q, *F.linear(xkv, w[A:], None if b is None else b[A:]).chunk(2, -1))
 

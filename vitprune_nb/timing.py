@@ -101,7 +101,7 @@ def life_contestant(net,         # A timm ViT
     return Contestant(OneSort(SlimViT(net, policy)), macs, dict(keep_rate=round(1 - gone, 4)))
 
 # %% ../nbs/32_timing.ipynb #873f56e1
-SLICES = {'vtp': {}, 'vtp, multiples of 16': dict(multiple=16)}   # {name: options of `choose`}
+SLICES = {'vtp': {}, 'vtp, multiples of 16': dict(multiple=16), 'vtp, whole heads': dict(whole_heads=True, multiple=16)}   # {name: options of `choose`}
 
 def channel_contestants(backbone:str, # A timm name
                         share=None,   # MACs to save; None: the paper's 40% of all channels

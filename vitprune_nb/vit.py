@@ -83,7 +83,7 @@ def standard_blocks(model # A timm VisionTransformer
     allowed = "a timm VisionTransformer whose blocks are timm's standard Block (ViT, DeiT)"
     require(isinstance(blocks, (torch.nn.Sequential, torch.nn.ModuleList)), 'model', f'{type(model).__name__}, which has no list of blocks', allowed)
     for i, b in enumerate(blocks):
-        odd = b if type(b) is not Block else b.attn if type(b.attn) is not Attention else None
+        odd = b if type(b) is not Block else b.attn if not isinstance(b.attn, Attention) else None
         if odd is not None: refuse('model', f'{type(model).__name__}, whose blocks[{i}] holds a {type(odd).__module__}.{type(odd).__name__}', allowed)
     return blocks
 
