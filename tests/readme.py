@@ -86,7 +86,7 @@ def cifar100_blocks():
         return f"Dense: {said(chosen.get(('dense', 0.)))}\n\n" + markdown_table(lines, {c: c for c in lines[0]})
     recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
     made = dict.fromkeys(f'`{r["commit"]}` ({r["date"][:10]})' for r in rows)
-    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images for whatever trains, "
+    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
             f"{dense['backbone']} at {plan.model_args['img_size']} px, evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
     return table(False), table(True), text
