@@ -60,11 +60,13 @@ record: $(DEV)
 	$(TIMING) --batches 8 --dtypes fp32 --engines eager --repeats 5
 	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 32 --dtypes fp32 --engines eager --repeats 30
 	$(TIMING) --backbones deit_base_patch16_224 --batches 32 --dtypes fp32 --engines eager --repeats 5
-	$(TIMING) --backbones deit_small_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 5
+	$(TIMING) --backbones deit_small_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 30
+	$(TIMING) --backbones deit_small_patch16_224 --batches 32 --dtypes fp32 --engines compile --repeats 5
 	$(TIMING) --batches 1 --dtypes bf16 --engines eager --repeats 30
 	$(TIMING) --batches 8 32 --dtypes bf16 --engines eager --repeats 10
-	$(TIMING) --backbones deit_tiny_patch16_224 --batches 128 --dtypes fp32 --engines eager --repeats 3
 	$(TIMING) --backbones deit_tiny_patch16_224 --batches 128 --dtypes bf16 --engines eager --repeats 5
+	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 128 --dtypes fp32 bf16 --engines eager --repeats 3
+	$(TIMING) --backbones deit_base_patch16_224 --batches 128 --dtypes bf16 --engines eager --repeats 3
 	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
 	$(if $(CIFAR100),$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS))

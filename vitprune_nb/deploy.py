@@ -76,6 +76,8 @@ def logit_gap(onnx_model, # An `OnnxModel`
     "Largest difference of logits between the file and the model."
     with torch.no_grad(): return (onnx_model(images) - model(images)).abs().max().item()
 
+
+# %% ../nbs/33_deploy.ipynb #df20577c
 def _stable_sort(x, dim=-1, descending=False, stable=True):
     "ONNX's TopK over the whole axis: on equal values the lower index comes first, as a stable sort wants it."
     from onnxscript import opset18 as op

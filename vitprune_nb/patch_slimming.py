@@ -17,6 +17,7 @@ from .core import data_path, fold_seed, pick_device, progress, refuse, require, 
 from .data import ImageSet, calibration, data_config, embedded, eval_transform, loader
 from .engine import attn_branch, mlp_branch
 from .plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
+from .results import make_row
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
 from .vit import COURSE, attention_rows, capture, create_vit, standard_blocks
 
@@ -197,6 +198,8 @@ def _error(self, b, masks, l):
     right = self.tokens[b][stop].to(self.device)[:, wanted]
     return (x[:, wanted[present]] - right).square().sum(), right.square().sum()
 
+
+# %% ../nbs/11_patch_slimming.ipynb #3bf7891c
 def _drift(self, b, mask, l):
     "The same of the kept rows of block l itself: what the block in front of it is judged by."
     x, present = _after(self, b, mask, l)
@@ -377,7 +380,6 @@ def time_search(images:int=256,    # Calibration images, from the embedded train
                 device='cpu',      # Where to compute
                 )->dict:           # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps, tune_epochs and lr as JSON
     "Time one search on the course model at DeiT-S's shape."
-    from vitprune_nb.results import make_row
     file = data_path('model', json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))['file'])
     model = create_vit(COURSE['model'], file, **dict(COURSE['kwargs'], img_size=side, patch_size=16))
     cal, start = calibration(embedded('train'), images), time.perf_counter()
