@@ -291,9 +291,10 @@ def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype
     _one_setting(t, 'backbone')
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8))
-        colors = method_colors(dict.fromkeys(t.method))
-        for i, (m, g) in enumerate(t.groupby('method', sort=False)):
-            g = g.sort_values('batch')
+        colors = method_colors(TIMED)      # of all, so that plots of some share colours and markers
+        for i, m in enumerate(TIMED):
+            g = t[t.method == m].sort_values('batch')
+            if not len(g): continue
             low, high = g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction
             ax.errorbar(g.batch, g.realised, yerr=[(g.realised - low).clip(lower=0), (high - g.realised).clip(lower=0)], label=m, color=colors[m], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3)
         ax.axhline(1, color='.5', lw=.8); ax.set_xscale('log', base=2); ax.set_xticks(sorted(t.batch.unique()), sorted(t.batch.unique()))
@@ -312,10 +313,12 @@ def draw_methods(table,        # From `timing_table`, of one device, dtype, engi
     t = table[(table.method != 'dense') & (table.batch == batch)]
     require(len(t) > 0, 'batch', batch, f'one of {sorted(set(table.batch))}')
     _one_setting(t)
-    wide = t.pivot_table(index='method', columns='backbone', values='realised', sort=False)[t.groupby('backbone').macs.max().sort_values().index]
+    wide = t.pivot_table(index='method', columns='backbone', values='realised').reindex([m for m in TIMED if m in set(t.method)])
+    wide = wide[t.groupby('backbone').macs.max().sort_values().index]
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6.5, .8 + .5*len(wide)))
-        wide.plot.barh(ax=ax, color=['#0072B2', '#E69F00', '#009E73', '#606060'][:wide.shape[1]], width=.75)
+        colors = dict(zip(DEIT, ('#0072B2', '#E69F00', '#009E73')))      # the same in every plot, whichever of them it shows
+        wide.plot.barh(ax=ax, color=[colors.get(b, '#606060') for b in wide], width=.75)
         ax.invert_yaxis(); ax.axvline(1, color='.3', lw=.8)
         ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel='', title=f'{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}'); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
