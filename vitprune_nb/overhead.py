@@ -27,7 +27,7 @@ def fixed_time(macs, # MACs of several models
 def saved_time(reduction:float, # Share of the MACs that is saved
                fixed:float,     # Share of the dense time that does not follow the MACs
                )->float:        # Share of the time
-    "Amdahl's law."
+    "What is saved of the time (Amdahl's law, 1967)."
     require(0 <= fixed <= 1, 'fixed', fixed, 'a share in [0, 1]')
     return reduction*(1 - fixed)
 
@@ -65,7 +65,7 @@ def operator_ms(model,         # Any module
                 repeats:int=3, # Passes, of which the quickest counts
                 )->dict:       # {kind: ms}
     "Where the time of a forward pass goes, by kind of operator."
-    require(x.device.type == 'cpu', 'x', f'a tensor on {x.device}', 'one on the CPU, where a call lasts as long as its work')
+    require(isinstance(x, torch.Tensor) and x.device.type == 'cpu', 'x', f'a tensor on {x.device}' if isinstance(x, torch.Tensor) else x, 'a tensor on the CPU, where a call lasts as long as its work')
     require(isinstance(repeats, int) and repeats >= 1, 'repeats', repeats, 'a positive integer')
     runs = []
     with torch.no_grad():
