@@ -3,7 +3,7 @@
 python tests/readme.py                    fill in the blocks
 python tests/readme.py --measured demo    first take over results.csv and kept.png of a demo, and run the quickstart
 """
-import json, re, shutil, subprocess, sys
+import json, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +72,15 @@ def engine_block():
     return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
 
 
+def _with_note(row): return dict(row, **json.loads(row['note']))
+
+
 def cifar100_blocks():
     "Every method on CIFAR-100 at three budgets, from data/results/cifar100.csv: (before recovery, after it, what was measured)."
     from vitprune_nb.experiment import read_experiment
     from vitprune_nb.results import markdown_table, read_rows
     plan = read_experiment(ROOT/'configs'/'cifar100_cpu.toml')
-    rows = [dict(r, **json.loads(r['note'])) for r in read_rows(ROWS.with_name('cifar100.csv'))]
+    rows = [_with_note(r) for r in read_rows(ROWS.with_name('cifar100.csv'))]
     dense, targets = rows[0], sorted({r['target'] for r in rows if r['target']})
     said = lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})" if r else ''
     def table(recovered):
@@ -89,14 +92,26 @@ def cifar100_blocks():
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
             f"{dense['backbone']} at {plan.model_args['img_size']} px, evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
-    return table(False), table(True), text
+    return table(False), table(True), text + ' ' + seeds_text(rows, plan)
+
+
+def seeds_text(rows, plan):
+    "How far seeds differ, in a sentence, from data/results/cifar100_seeds.csv and the rows of the same methods and budget."
+    from vitprune_nb.results import read_rows, same_setting
+    more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_seeds.csv'))) if r['method'] != 'dense']
+    target, = {r['target'] for r in more}
+    every = same_setting([r for r in rows + more if r['target'] == target and r['recovery'] != 'none'], ('data_hash', 'split', 'images', 'weights', 'recovery'))
+    top1 = {m: [100*r['top1'] for r in every if r['method'] == m] for m in plan.methods if m in {r['method'] for r in more}}
+    n, = {len(v) for v in top1.values()}
+    return f'Seeds: at {target:.0%} and after recovery, mean and standard deviation of {n} seeds are ' + ', '.join(f'{m} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}' for m, v in top1.items()) + '.'
 
 
 def speed_block():
     "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 11c, 12c and 13b."
     from vitprune_nb.results import markdown_table, read_rows
-    lines = []
+    lines, where = [], {}
     def line(method, dense, r):
+        where[f"{r['device_name']}, {r['threads']} threads, {r['dtype']}"] = True
         saved, time = 1 - r['macs']/dense['macs'], 1 - r['latency_ms']/dense['latency_ms']
         lines.append({'method': method, 'shape': r['backbone'].split('_patch')[0].replace('_', ' ').replace('deit', 'DeiT'), 'batch': r['batch'], 'MACs saved': f'{saved:.1%}', 'time saved': f'{time:.1%}',
                       'time saved / MACs saved': f'{time/saved:.2f}'})
@@ -105,7 +120,7 @@ def speed_block():
                               ('life_speed', lambda r: r['method'] == 'life' and r['batch'] == 32 and 'whole' in r['note'], lambda r: 'life regression')):
         rows = read_rows(ROWS.with_name(f'{name}.csv'))
         for r in filter(keep, rows): line(label(r), next(d for d in rows if d['method'] == 'dense' and (d['backbone'], d['batch']) == (r['backbone'], r['batch'])), r)
-    return markdown_table(lines, {c: c for c in lines[0]})
+    return markdown_table(lines, {c: c for c in lines[0]}) + f"\n\n{' and '.join(where)}."
 
 
 def model_block():
