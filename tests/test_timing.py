@@ -52,7 +52,8 @@ def test_a_case_that_does_not_fit_costs_a_sentence(tmp_path, monkeypatch):
     assert {r['batch'] for r in rows} == {2} and said == ['test_vit, cpu, fp32, eager, batch 1: left out, it does not fit into memory.']
 
 
-def test_a_model_that_cannot_be_compiled_costs_a_sentence(monkeypatch):
+@pytest.mark.parametrize('engine', ['compile', 'frozen'])
+def test_a_model_that_cannot_be_compiled_costs_a_sentence(engine, monkeypatch):
     said = []
     monkeypatch.setattr(timing, 'compile_error', lambda d: '')
 
@@ -60,10 +61,10 @@ def test_a_model_that_cannot_be_compiled_costs_a_sentence(monkeypatch):
         def call(x): raise RuntimeError('no compiler')
         return call
 
-    rows = list(timing.timing_grid(None, batches=(1,), methods=('uniform',), say=said.append, **dict(TINY, engines=['compile'], compiler=broken)))
+    rows = list(timing.timing_grid(None, batches=(1,), methods=('uniform',), say=said.append, **dict(TINY, engines=[engine], compiler=broken)))
     assert rows == [] and len(said) == 1 and 'torch.compile failed' in said[0] and 'no compiler' in said[0]
     monkeypatch.setattr(timing, 'compile_error', lambda d: 'RuntimeError: no g++')
-    assert list(timing.timing_grid(None, batches=(1,), methods=('uniform',), say=said.append, **dict(TINY, engines=['compile']))) == []
+    assert list(timing.timing_grid(None, batches=(1,), methods=('uniform',), say=said.append, **dict(TINY, engines=[engine]))) == []
     assert said[1].endswith('left out, torch.compile does not work here (RuntimeError: no g++).')
 
 
@@ -71,6 +72,34 @@ def test_static_shapes_go_through_the_compiler_in_one_graph():
     compiler = lambda net: torch.compile(net, backend='eager', fullgraph=True, dynamic=False)
     rows = timing.time_case(timing.Case('test_vit', 'cpu', 'fp32', 'compile', 2), .3, ('patch slimming, keys entering', 'life', 'vtp'), repeats=1, warmup=1, compiler=compiler, img_size=64)
     assert [r['method'] for r in rows] == ['dense', 'patch slimming, keys entering', 'life', 'vtp'] and json.loads(rows[0]['schedule'])['engine'] == 'compile'
+
+
+@pytest.mark.parametrize('engine', ['compile', 'frozen'])
+def test_only_the_frozen_engine_runs_with_constant_weights(engine):
+    import torch._inductor.config as config
+    seen = []
+
+    def compiler(net):
+        def call(x):
+            seen.append(config.freezing)
+            return net(x)
+        return call
+
+    rows = timing.time_case(timing.Case('test_vit', 'cpu', 'fp32', engine, 1), .3, ('uniform',), repeats=1, warmup=1, compiler=compiler, img_size=64)
+    assert {json.loads(r['schedule'])['engine'] for r in rows} == {engine} and set(seen) == {engine == 'frozen'} and not config.freezing
+
+
+def test_frozen_weights_reach_the_compiled_code():
+    from torch._inductor.utils import run_and_get_code
+    if error := timing.compile_error('cpu'): pytest.skip(error)
+    net, x, found = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)).eval(), torch.randn(32, 64), {}
+    for engine in ('compile', 'frozen'):
+        torch._dynamo.reset()
+        with torch.inference_mode(), timing.constants(engine):
+            out, code = run_and_get_code(torch.compile(net, dynamic=False), x)
+            torch.testing.assert_close(out, net(x))
+        found[engine] = '_frozen_param' in ''.join(code)
+    assert found == dict(compile=False, frozen=True)
 
 
 @pytest.mark.parametrize('bad, said', [
