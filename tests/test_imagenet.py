@@ -50,7 +50,7 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_point(subject, tmp_p
             return real(s, m, r, **more)
         return row
 
-    methods, wanted = ('uniform', 'vtp', 'attention'), [(m, r) for r in (.2, .4) for m in ('uniform', 'vtp', 'attention')]
+    methods, wanted = ('uniform', 'cosine', 'attention'), [(m, r) for r in (.2, .4) for m in ('uniform', 'cosine', 'attention')]
     for n in (1, 4):
         monkeypatch.setattr(imagenet, 'fidelity_row', stop_at(n))
         with pytest.raises(KeyboardInterrupt): imagenet.record_fidelity(subject, file, methods, (.2, .4))
@@ -87,7 +87,7 @@ def test_the_command_runs_on_an_imagenet_tree_and_resumes(tree, tmp_path, capsys
     from safetensors.torch import save_file
     weights, out = tmp_path/'w.safetensors', tmp_path/'f.csv'
     save_file(create_vit('test_vit', img_size=64).state_dict(), weights)
-    words = ['--model', 'test_vit', '--weights', weights, '--img-size', 64, '--data', tree, '--calibration', 8, '--methods', 'uniform', 'vtp', '--reductions', '.3', '--out', out]
+    words = ['--model', 'test_vit', '--weights', weights, '--img-size', 64, '--data', tree, '--calibration', 8, '--methods', 'uniform', 'attention', '--reductions', '.3', '--out', out]
     words = list(map(str, words))
     assert imagenet.main(words) == 0 and len(read_rows(out)) == 2
     row = read_rows(out)[0]
@@ -105,7 +105,7 @@ def test_photos_without_train_are_split_into_disjoint_sets(tree, tmp_path):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['--data', 'nowhere'], 'data: got nowhere'), (['--calibration', '0'], 'calibration: got 0'), (['--images', '0'], 'limit: got 0'), (['--methods', 'life'], "methods: got ['life']"),
+    (['--data', 'nowhere'], 'data: got nowhere'), (['--calibration', '0'], 'calibration: got 0'), (['--images', '0'], 'limit: got 0'), (['--methods', 'life'], "methods: got ['life']"), (['--methods', 'vtp'], "methods: got ['vtp']"),
     (['--reductions', '1.5'], 'reductions: got 1.5'), (['--model', 'vit_huge_nonsense'], 'model: got vit_huge_nonsense'), (['--model', 'deit_tiny_patch16_224', '--weights', 'no.pth'], 'weights: got no.pth'),
     (['--weights', 'x.pth'], 'model: got course with weights'), (['--device', 'tpu'], 'device: got tpu'), (['--out', 'README.md'], 'results: got README.md')])
 def test_bad_words_get_one_sentence_and_write_nothing(words, said, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ __all__ = ['QUICK', 'ROWS', 'VARIANTS', 'random_channels', 'uniform_channels', '
            'speed_models', 'speed_rows', 'record_speed']
 
 # %% ../nbs/12c_channel_tables.ipynb #1c9e2d96
-import copy, dataclasses, json
+import copy, dataclasses, hashlib, json
 from numbers import Real
 from pathlib import Path
 
@@ -158,6 +158,7 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
     "VTP's Tables 1 and 2: λ times pruning ratio with baselines at equal MACs, straight after pruning and after fine-tuning; the first row is the dense model."
     run, work = run or ChannelRun(), Path(work)
     table = _Table(path, backbone, test_set, dict(run.recipe(), train=train_set.digest[:12], weights=weights_hash(model)[:12]), device, dtype)
+    work = work/hashlib.sha256(json.dumps(table.recipe, sort_keys=True).encode()).hexdigest()[:8]      # checkpoints of another recipe stay apart
     plain = importance(add_gates(copy.deepcopy(model)), run.rule)
     for r in run.ratios: choose(plain, r, model.blocks[0].attn.num_heads)          # a bad ratio is refused before anything runs
     table.add(model, 'dense')

@@ -520,3 +520,6 @@ def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small
     record = finish(r, json_ and first)
     if r.get('failed'): raise typer.Exit(1)
     return record
+
+# %% ../nbs/24_cli.ipynb #04ea4bcb
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

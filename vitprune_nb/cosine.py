@@ -276,7 +276,7 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
                   keys:str='all',# As in `cosine_policy`
                   seed:int=0,    # Which ones
                   )->Policy:
-    "The baseline at no fewer MACs: as many patches in each block, chosen blindly, anew in every block."
+    "The baseline: as many patches in each block, chosen blindly, anew in every block; it costs less by the pruner that it does not have."
     at = 'queries' if keys == 'all' else 'before'
     counts = [math.ceil(k - 1e-6) for k in kept]
     steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k) for l, k in enumerate(counts) if k < n_patches}

@@ -34,7 +34,7 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
                 backbone:str='course', # For the rows
                 device='cpu',   # Where to compute
                 **fit)->list:   # Result rows: dense, then cosine and random for each setting; `fit` goes to `prune_cosine`
-    "The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping at equal MACs."
+    "The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping of as many patches, which is a little cheaper: it has no pruner."
     P = model.patch_embed.num_patches
     def row(name, slim, note=''):
         r = run_slim(slim, test, device=device); kept = r['kept'].sum(-1).float().mean(0)

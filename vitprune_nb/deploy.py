@@ -202,8 +202,9 @@ def record_deploy(path=None, # The CSV; None: data/results/deploy.csv
 
 def show_deploy(rows:list # From `deploy_rows`
                 )->str:   # Markdown
-    "The rows as a table, runtimes side by side."
+    "The rows as a table, one runtime below the other; time reductions with their 95% intervals."
     runtime = lambda r: json.loads(r['schedule'])['runtime']
     said = lambda k: lambda r: f"{json.loads(r['note'])[k]:.3f}" if r['note'] else ''
+    reduced = lambda r: '{time_reduction:.3f} ({time_reduction_low:.3f} to {time_reduction_high:.3f})'.format(**json.loads(r['note'])) if r['note'] else ''
     return markdown_table(rows, {'method': 'method', 'runtime': runtime, 'MACs (G)': lambda r: f"{r['macs']/1e9:.3f}", 'latency_ms': 'latency_ms', 'MAC reduction': said('mac_reduction'),
-                                 'time reduction': said('time_reduction'), 'speed-up': said('speed_up'), 'realised': said('realised'), 'batch': 'batch', 'threads': 'threads', 'device': 'device_name'})
+                                 'time reduction': reduced, 'speed-up': said('speed_up'), 'realised': said('realised'), 'batch': 'batch', 'threads': 'threads', 'device': 'device_name'})

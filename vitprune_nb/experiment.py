@@ -170,8 +170,10 @@ def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
                     n_train:int, # Training images
                     keep:float=1., # Share of the MACs that is left
                     )->float:    # Dense forward passes of one image
-    "The work of a fine-tuning; a backward pass counts as two forward ones."
-    return 3*keep*n_train*TrainConfig(**recipe).epochs if recipe else 0.
+    "The work of a fine-tuning; a backward pass counts as two forward ones, a teacher's pass as one of the dense model."
+    if not recipe: return 0.
+    cfg = TrainConfig(**recipe)
+    return (3*keep + bool(cfg.distill))*n_train*cfg.epochs
 
 # %% ../nbs/25b_experiment.ipynb #5902b539
 SHARED = {'vtp': 'sparse'}   # what of a method's work is the same for every budget, and so is done once
@@ -243,7 +245,7 @@ def imported(source:str # Python code of a module of this package
     return found
 
 # %% ../nbs/25b_experiment.ipynb #5d93e5a3
-def code_hashes(roots=('methods', 'train', 'measure', 'results'), # Modules that a run calls
+def code_hashes(roots=('run', 'experiment'), # Modules that a run calls
                 without=('viz',), # Modules that decide no number
                 )->dict:          # {module: hash}
     "The modules of this package that decide a number, found by following their imports."

@@ -103,18 +103,18 @@ def _dense_macs(net, dial):
     return model_macs(net) if hasattr(net, 'patch_embed') else count_macs(net, torch.zeros(1, 3, 224, 224, device='meta'))
 
 FORMULAS = {'dense': _dense_macs, 'PS-ViT': lambda net, dial: words_range(net), 'VTP': lambda net, r: tuple(uniform_cost(net, r, rows)[0] for rows in ('all', 'none')), 'life': life_macs,
-            'EViT': evit_macs, 'Evo-ViT': lambda net, dial: evo_macs(net), 'DynamicViT': lambda net, rates: tuple(dynamic_macs(net, r) for r in rates)}
+            'EViT': evit_macs, 'Evo-ViT': lambda net, dial: evo_macs(net), 'DynamicViT': lambda net, rates: [dynamic_macs(net, r) for r in rates]}
 
 def paper_macs(backbone:str, # One of BACKBONES, or 'T2T-ViT-14'
                method:str,   # As in `printed_rows`
                dial=None,    # As in `printed_rows`
-               ):            # (least, most) MACs, equal where nothing is open; None where the paper does not say enough
+               ):            # (least, most) MACs, equal where nothing is open; a list of alternatives; None where the paper does not say enough
     "The cost of a published row, counted."
     known = published_macs()
-    if backbone == 'T2T-ViT-14': got = tuple(v for (m, what), v in known.items() if m == backbone) if method == 'dense' else None
+    if backbone == 'T2T-ViT-14': got = [v for (m, what), v in known.items() if m == backbone] if method == 'dense' else None
     elif method == 'HVT': got = known[backbone, 'HVT']
     else: got = FORMULAS[method](backbone_shape(backbone), dial) if method in FORMULAS else None
-    return got if got is None or isinstance(got, tuple) else (got, got)
+    return got if got is None or isinstance(got, (tuple, list)) else (got, got)
 
 def paper_params(backbone:str, method:str, dial=None): # As for `paper_macs`, for parameters
     "The parameters of a published row, counted."
@@ -123,15 +123,18 @@ def paper_params(backbone:str, method:str, dial=None): # As for `paper_macs`, fo
 
 # %% ../nbs/31_imagenet.ipynb #c0cf3b7f
 def verdict(printed:float, # As printed, one digit after the point
-            counted)->str: # (least, most) in the same unit, or None
+            counted)->str: # As from `paper_macs`, in the same unit
     "Does a printed figure follow from the cost model?"
     if counted is None: return 'not given'
+    if isinstance(counted, list): return 'to the digit' if any(abs(v - printed) <= .05 for v in counted) else 'no'
     low, high = counted
     if low == high: return 'to the digit' if abs(low - printed) <= .05 else 'no'
     return 'in range' if low - .05 <= printed <= high + .05 else 'no'
 
 # %% ../nbs/31_imagenet.ipynb #73d24fe4
-def _shown(counted): return '' if counted is None else f'{counted[0]:.3f}' if counted[0] == counted[1] else f'{counted[0]:.2f} to {counted[1]:.2f}'
+def _shown(counted):
+    if isinstance(counted, list): return ' or '.join(f'{v:.3f}' for v in counted)
+    return '' if counted is None else f'{counted[0]:.3f}' if counted[0] == counted[1] else f'{counted[0]:.2f} to {counted[1]:.2f}'
 
 def cost_columns(table:str|None=None # One of the papers' tables; None: all
                  )->list:            # Dicts: table, backbone, method, dial, column, printed, ours, follows
@@ -143,7 +146,7 @@ def cost_columns(table:str|None=None # One of the papers' tables; None: all
         for column, printed, unit, f in (('MACs (G)', r['macs_G'], 1e9, paper_macs), ('params (M)', r['params_M'], 1e6, paper_params)):
             if printed is None: continue
             counted = f(r['backbone'], r['method'], r['dial'])
-            counted = counted and tuple(v/unit for v in counted)
+            counted = counted and type(counted)(v/unit for v in counted)
             out.append(dict(who, column=column, printed=printed, ours=_shown(counted), follows=verdict(printed, counted)))
     require(out, 'table', table, ', '.join(dict.fromkeys(r['table'] for r in printed_rows())))
     return out
@@ -194,7 +197,7 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
     return torch.cat(parts)
 
 # %% ../nbs/31_imagenet.ipynb #4a5bd352
-LABEL_FREE = {'patch-slimming': {}, 'uniform': {}, 'random': {}, 'attention': {}, 'vtp': dict(sparse_epochs=0), 'cosine': {}}   # {name in METHODS: options}
+LABEL_FREE = {'patch-slimming': {}, 'uniform': {}, 'random': {}, 'attention': {}, 'cosine': {}}   # {name in METHODS: options}
 
 class Fidelity(Subject):
     "A dense model, images to compare on, images to calibrate on; see `Subject`."

@@ -138,7 +138,7 @@ def record_life(s:Subject, # Model, test images, and `calib` to train on
     for case in cases:
         wheres = {t: dict(dataclasses.asdict(case), stages=list(stages), trained=t) for t in _stages_of(case)}
         if not any(record.lacks('life', w) for w in wheres.values()): continue
-        folder = Path(work)/s.weights[:8]/'-'.join(f'{v:g}' for v in dataclasses.astuple(case))
+        folder = Path(work)/s.weights[:8]/'-'.join(f'{v:g}' for v in (*dataclasses.astuple(case), *stages))
         for trained, slim in train_case(s.model, s.calib, case, stages, folder, s.seed, s.device):
             if keep and case == LifeCase() and trained == 'predictor': save_predictor(slim, keep)
             record.add('life', wheres[trained], slim, lambda: by_lot(case.keep_rate), 'none' if trained == 'predictor' else trained)
