@@ -54,7 +54,12 @@ results: $(DEV)
 
 # Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER WEIGHTS=FILE adds the run on CIFAR-100 (DENSE=FILE: from that dense model), PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
 TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
-SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false --out runs/cifar100_seeds --results data/results/cifar100_seeds.csv
+# One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing, the rows that came with the repository make room for its own.
+cifar100 = test -d runs/$(1) || rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; \
+	$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
+SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false
+LONGER = --set reductions=0.35 --set recover.epochs=0.5
+CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
 record: $(DEV)
 	$(BIN)/python tests/notebooks.py --record
 	$(TIMING) --batches 1 --dtypes fp32 --engines eager --repeats 30
@@ -65,6 +70,8 @@ record: $(DEV)
 	$(TIMING) --backbones deit_base_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 10
 	$(TIMING) --backbones deit_tiny_patch16_224 --batches 8 32 --dtypes fp32 --engines compile --repeats 30
 	$(TIMING) --backbones deit_small_patch16_224 deit_base_patch16_224 --batches 8 32 --dtypes fp32 --engines compile --repeats 5
+	$(TIMING) --backbones deit_tiny_patch16_224 --batches 32 --dtypes fp32 --engines frozen --repeats 30
+	$(TIMING) --backbones deit_small_patch16_224 deit_base_patch16_224 --batches 32 --dtypes fp32 --engines frozen --repeats 5
 	$(TIMING) --backbones deit_small_patch16_224 --batches 1 --dtypes bf16 --engines compile --repeats 30
 	$(TIMING) --backbones deit_small_patch16_224 --batches 8 --dtypes bf16 --engines compile --repeats 10
 	$(TIMING) --backbones deit_tiny_patch16_224 --batches 32 --dtypes bf16 --engines compile --repeats 10
@@ -75,8 +82,10 @@ record: $(DEV)
 	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 128 --dtypes fp32 bf16 --engines eager --repeats 3
 	$(TIMING) --backbones deit_base_patch16_224 --batches 128 --dtypes bf16 --engines eager --repeats 3
 	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
-	$(if $(CIFAR100),$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors))
-	$(if $(CIFAR100),$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) $(SEEDS))
+	$(if $(CIFAR100),$(call cifar100,cifar100,))
+	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))
+	$(if $(CIFAR100),$(call cifar100,cifar100_longer,$(LONGER)))
+	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS))
 	$(MAKE) results
 

@@ -90,9 +90,9 @@ def cifar100_blocks():
     recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
     made = dict.fromkeys(f'`{r["commit"]}` ({r["date"][:10]})' for r in rows)
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
-            f"{dense['backbone']} at {plan.model_args['img_size']} px, evaluated in {dense.get('dtype') or 'fp32'}; "
+            f"{dense['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency (`data/README.md`), evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
-    return table(False), table(True), text + ' ' + seeds_text(rows, plan)
+    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan)])
 
 
 def seeds_text(rows, plan):
@@ -104,6 +104,17 @@ def seeds_text(rows, plan):
     top1 = {m: [100*r['top1'] for r in every if r['method'] == m] for m in plan.methods if m in {r['method'] for r in more}}
     n, = {len(v) for v in top1.values()}
     return f'Seeds: at {target:.0%} and after recovery, mean and standard deviation of {n} seeds are ' + ', '.join(f'{m} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}' for m, v in top1.items()) + '.'
+
+
+def longer_text(rows, plan):
+    "What a longer recovery gives, in a sentence, from data/results/cifar100_longer.csv and the rows of the same methods and budget."
+    from vitprune_nb.results import read_rows
+    more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_longer.csv'))) if r['recovery'] != 'none']
+    target, = {r['target'] for r in more if r['method'] != 'dense'}
+    epochs, = {float(r['recovery'].split(',')[0].removeprefix('epochs ')) for r in more}
+    short = {r['method']: r['top1'] for r in rows if r['target'] == target and r['recovery'] != 'none'}
+    known = [r for m in plan.methods for r in more if r['method'] == m]
+    return f'Longer recovery: at {target:.0%}, {epochs*plan.train_images:,.0f} images instead of {plan.recover["epochs"]*plan.train_images:,.0f} take ' + ', '.join(f"{r['method']} from {100*short[r['method']]:.1f} to {100*r['top1']:.1f}" for r in known) + '.'
 
 
 def speed_block():
