@@ -517,9 +517,6 @@ def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small
     r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code=accept_code, redo=redo)
     first = int(os.environ.get('RANK', 0)) == 0      # of several processes one speaks
     for unit, why in r.get('failed', {}).items() if first else (): print(f'vitprune: {unit} failed: {why}', file=sys.stderr)
-    record = finish(r, json_ and first)
-    if r.get('failed'): raise typer.Exit(1)
-    return record
-
-# %% ../nbs/24_cli.ipynb #04ea4bcb
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+    if finish(r, json_ and first).get('failed'): raise typer.Exit(1)
+    return r
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # python -m vitprune_nb.cli, where no console script is at hand

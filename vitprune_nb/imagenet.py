@@ -126,10 +126,9 @@ def verdict(printed:float, # As printed, one digit after the point
             counted)->str: # As from `paper_macs`, in the same unit
     "Does a printed figure follow from the cost model?"
     if counted is None: return 'not given'
-    if isinstance(counted, list): return 'to the digit' if any(abs(v - printed) <= .05 for v in counted) else 'no'
-    low, high = counted
-    if low == high: return 'to the digit' if abs(low - printed) <= .05 else 'no'
-    return 'in range' if low - .05 <= printed <= high + .05 else 'no'
+    exact = counted if isinstance(counted, list) else [counted[0]]*(counted[0] == counted[1])
+    if exact: return 'to the digit' if any(abs(v - printed) <= .05 for v in exact) else 'no'
+    return 'in range' if counted[0] - .05 <= printed <= counted[1] + .05 else 'no'
 
 # %% ../nbs/31_imagenet.ipynb #73d24fe4
 def _shown(counted):
