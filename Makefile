@@ -54,9 +54,9 @@ results: $(DEV)
 
 # Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER WEIGHTS=FILE adds the run on CIFAR-100 (DENSE=FILE: from that dense model), PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
 TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
-# One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing, the rows that came with the repository make room for its own.
-cifar100 = test -d runs/$(1) || rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; \
-	$(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
+# One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing and the run can begin, the rows that came with the repository make room for its own.
+cifar100_run = $(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
+cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; }; $(cifar100_run)
 SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false
 LONGER = --set reductions=0.35 --set recover.epochs=0.5
 CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
@@ -86,7 +86,7 @@ record: $(DEV)
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_longer,$(LONGER)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
-	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS))
+	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
 	$(MAKE) results
 
 clean:
