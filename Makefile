@@ -18,6 +18,9 @@ DEV     = $(VENV)/.installed-dev
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
+# What tests leave in the temporary folder goes with them.
+IN_TEMP = tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && TMPDIR=$$tmp
+
 demo: $(RUN)
 	$(BIN)/vitprune demo --out demo
 
@@ -28,10 +31,10 @@ test-sync: $(DEV)
 	$(BIN)/python -m pytest -q tests/test_sync.py
 
 test-notebooks: $(DEV)
-	$(BIN)/python tests/notebooks.py
+	$(IN_TEMP) $(BIN)/python tests/notebooks.py
 
 test-suite: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 tests
+	$(IN_TEMP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 tests
 
 lab: $(DEV)
 	$(BIN)/jupyter lab nbs/index.ipynb
@@ -53,7 +56,11 @@ results: $(DEV)
 	$(BIN)/python tests/readme.py --measured demo
 
 # Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER WEIGHTS=FILE adds the run on CIFAR-100 (DENSE=FILE: from that dense model), PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
+# Timing skips what is recorded, so the line with the most rounds for a case stands first.
 TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
+TI = deit_tiny_patch16_224
+S = deit_small_patch16_224
+B = deit_base_patch16_224
 # One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing and the run can begin, the rows that came with the repository make room for its own.
 cifar100_run = $(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
 cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; }; $(cifar100_run)
@@ -62,25 +69,18 @@ LONGER = --set reductions=0.35 --set recover.epochs=0.5
 CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
 record: $(DEV)
 	$(BIN)/python tests/notebooks.py --record
-	$(TIMING) --batches 1 --dtypes fp32 --engines eager --repeats 30
-	$(TIMING) --batches 8 --dtypes fp32 --engines eager --repeats 5
-	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 32 --dtypes fp32 --engines eager --repeats 30
-	$(TIMING) --backbones deit_base_patch16_224 --batches 32 --dtypes fp32 --engines eager --repeats 5
-	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 30
-	$(TIMING) --backbones deit_base_patch16_224 --batches 1 --dtypes fp32 --engines compile --repeats 10
-	$(TIMING) --backbones deit_tiny_patch16_224 --batches 8 32 --dtypes fp32 --engines compile --repeats 30
-	$(TIMING) --backbones deit_small_patch16_224 deit_base_patch16_224 --batches 8 32 --dtypes fp32 --engines compile --repeats 5
-	$(TIMING) --backbones deit_tiny_patch16_224 --batches 32 --dtypes fp32 --engines frozen --repeats 30
-	$(TIMING) --backbones deit_small_patch16_224 deit_base_patch16_224 --batches 32 --dtypes fp32 --engines frozen --repeats 5
-	$(TIMING) --backbones deit_small_patch16_224 --batches 1 --dtypes bf16 --engines compile --repeats 30
-	$(TIMING) --backbones deit_small_patch16_224 --batches 8 --dtypes bf16 --engines compile --repeats 10
-	$(TIMING) --backbones deit_tiny_patch16_224 --batches 32 --dtypes bf16 --engines compile --repeats 10
-	$(TIMING) --backbones deit_small_patch16_224 deit_base_patch16_224 --batches 32 --dtypes bf16 --engines compile --repeats 5
-	$(TIMING) --batches 1 --dtypes bf16 --engines eager --repeats 30
+	$(TIMING) --batches 1 --engines eager --repeats 30
+	$(TIMING) --batches 32 --dtypes fp32 --engines eager --repeats 30
+	$(TIMING) --backbones $(TI) $(S) --batches 1 --engines compile --repeats 30
+	$(TIMING) --backbones $(TI) --batches 8 32 --dtypes fp32 --engines compile --repeats 30
+	$(TIMING) --backbones $(TI) --batches 32 --dtypes fp32 --engines frozen --repeats 30
+	$(TIMING) --backbones $(B) --batches 1 --engines compile --repeats 10
 	$(TIMING) --batches 8 32 --dtypes bf16 --engines eager --repeats 10
-	$(TIMING) --backbones deit_tiny_patch16_224 --batches 128 --dtypes bf16 --engines eager --repeats 5
-	$(TIMING) --backbones deit_tiny_patch16_224 deit_small_patch16_224 --batches 128 --dtypes fp32 bf16 --engines eager --repeats 3
-	$(TIMING) --backbones deit_base_patch16_224 --batches 128 --dtypes bf16 --engines eager --repeats 3
+	$(TIMING) --backbones $(TI) $(S) --batches 8 --dtypes bf16 --engines compile --repeats 10
+	$(TIMING) --backbones $(TI) --batches 32 --dtypes bf16 --engines compile --repeats 10
+	$(TIMING) --batches 8 32 --engines eager compile --repeats 5
+	$(TIMING) --batches 32 --dtypes fp32 --engines frozen --repeats 5
+	$(TIMING) --batches 128 --engines eager compile --repeats 3
 	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100,))
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))

@@ -68,6 +68,7 @@ def check_same(out, alone, n):
     assert len({(r['method'], r['recovery']) for r in rows}) == n, 'none doubled'
     assert not list(out.rglob('.*.tmp')) and not any((out/'work').iterdir())
     assert (out/'results_pairs.csv').read_text() == (alone/'results_pairs.csv').read_text()
+    for name in ('report.md', 'accuracy_macs.png'): assert (out/name).stat().st_size > 1000, name
     for p in [*alone.rglob('*.npy'), *alone.rglob('model.safetensors')]: assert (out/p.relative_to(alone)).read_bytes() == p.read_bytes(), p.name
 
 

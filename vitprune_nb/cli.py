@@ -492,7 +492,7 @@ def cli_train(weights:Annotated[str, typer.Option(metavar='FILE', help='the chec
     return finish({**r, **dict(model=str(Path(out)/'model'), data=data, batch=batch, device=r['environment']['device'])}, json_)
 
 # %% ../nbs/24_cli.ipynb #217dc6a9
-HELP['run'] = '''Do a whole experiment: dense baseline, each method at each budget, recovery, accuracy and time; a row of a CSV for each result.
+HELP['run'] = '''Do a whole experiment: dense baseline, each method at each budget, recovery, accuracy and time; a row of a CSV for each result, and a report.
 
 A run that was killed goes on when the same command is given again. A method that fails is named, the others go on, the exit code is 1.
 
@@ -505,7 +505,7 @@ Examples:
 @app.command('run', short_help='a whole experiment, resumable', help=HELP['run'])
 def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small TOML file; the ones of the course are in configs/')],
             data:Data=None, weights:Annotated[Optional[str], typer.Option(metavar='FILE', help='checkpoint to start from')]=None,
-            out:Annotated[Optional[str], typer.Option(metavar='DIR', help='state, log and finished models  [default: runs/NAME]')]=None,
+            out:Annotated[Optional[str], typer.Option(metavar='DIR', help='state, log, finished models and report.md  [default: runs/NAME]')]=None,
             results:Annotated[Optional[str], typer.Option(metavar='FILE', help="the CSV of rows  [default: CONFIG's, else DIR/results.csv]")]=None,
             set_:Annotated[Optional[list[str]], typer.Option('--set', metavar='KEY=VALUE', help='change a setting of CONFIG; may be repeated')]=None,
             dry_run:Annotated[bool, typer.Option('--dry-run', help='print the plan and stop')]=False,

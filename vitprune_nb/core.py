@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VitpruneError', 'refuse', 'require', 'set_seed', 'fold_seed', 'pick_device', 'cpu_name', 'git_commit', 'environment',
-           'fast_dtype', 'autocast', 'progress', 'write_atomic', 'repo_root', 'data_path', 'sha256']
+           'fast_dtype', 'autocast', 'progress', 'temp_folder', 'write_atomic', 'repo_root', 'data_path', 'sha256']
 
 # %% ../nbs/00_core.ipynb #f336f3ef
-import contextlib, functools, hashlib, os, platform, random, subprocess, sys, warnings
+import atexit, contextlib, functools, hashlib, os, platform, random, shutil, subprocess, sys, tempfile, warnings
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #b85b9d3c
@@ -124,6 +124,13 @@ def progress(iterable=None, # Anything to loop over; None for a bar that is move
     return tqdm(iterable, desc=desc, total=total, unit=unit, delay=3, leave=False, mininterval=.5,
                 file=sys.stdout if in_notebook else sys.stderr, ncols=90 if in_notebook else None,
                 dynamic_ncols=not in_notebook)
+
+# %% ../nbs/00_core.ipynb #c2f0b7e4
+def temp_folder()->Path:
+    "A new empty folder, removed with all that is in it when this Python process ends (not when it is killed)."
+    folder = Path(tempfile.mkdtemp(prefix='vitprune-'))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 # %% ../nbs/00_core.ipynb #fb0a0b18
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def imported(source:str # Python code of a module of this package
 
 # %% ../nbs/25b_experiment.ipynb #5d93e5a3
 def code_hashes(roots=('run',), # Where to begin
-                without=('viz',), # Modules that decide no number
+                without=('viz', 'report'), # Modules that decide no number
                 )->dict:          # {module: hash}
     "The modules of this package that decide a number, found by following their imports."
     import vitprune_nb

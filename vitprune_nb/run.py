@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TIMED', 'PAIRS', 'open_sets', 'keep_classes', 'start_model', 'processes', 'together', 'Run', 'dense_model',
            'copy_folder', 'own_folder', 'prune_step', 'recover_step', 'spread_answers', 'all_answers', 'timed',
-           'recovery_text', 'old_timing', 'finish_row', 'keep_model', 'do_unit', 'report', 'pair_rows', 'write_pairs',
-           'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'settle', 'open_run',
-           'run_config']
+           'recovery_text', 'old_timing', 'finish_row', 'keep_model', 'do_unit', 'report', 'pair_rows', 'pairs_file',
+           'write_pairs', 'only_one', 'sweep', 'dense_speed', 'do_units', 'check_sizes', 'found', 'dry', 'settle',
+           'open_run', 'run_config']
 
 # %% ../nbs/26_run.ipynb #0c24939e
 import contextlib, copy, csv, dataclasses, datetime, json, os, shutil, time, warnings
@@ -23,6 +23,7 @@ from .experiment import (SHARED, Experiment, Ledger, Unit, fingerprint, hold_to,
                                     read_experiment, stages, unit_passes, units)
 from .measure import bench, dtype_name, time_reduction
 from .methods import METHODS, cost_of, load_pruned, prune, recover, save_pruned
+from .report import write_report
 from .results import answers, make_row, paired_difference
 from .train import Batches, TrainConfig, fit
 from .vit import COURSE, course_model, create_vit, wilson_interval
@@ -325,10 +326,13 @@ def pair_rows(run:Run)->list: # Dicts with keys PAIRS; the difference is top-1 o
             if q is not None: out.append(dict(a=name, b=u.method, reduction=u.reduction, seed=u.seed, recovery=s, images=len(r), **paired_difference(q, r)))
     return out
 
+def pairs_file(run:Run)->Path:
+    "Where the paired comparisons go."
+    return run.ledger.csv.with_name(f'{run.ledger.csv.stem}_pairs.csv')
+
 def write_pairs(run:Run):
     "The pairs as a CSV beside the results."
-    path = run.ledger.csv.with_name(f'{run.ledger.csv.stem}_pairs.csv')
-    with write_atomic(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+    with write_atomic(pairs_file(run)) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
         w = csv.DictWriter(f, PAIRS, lineterminator='\n'); w.writeheader(); w.writerows(pair_rows(run))
 
 # %% ../nbs/26_run.ipynb #1b106268
@@ -450,4 +454,7 @@ def run_config(path,           # A TOML file: see `Experiment`
         failed = do_units(run)
         seconds = time.perf_counter() - run.start
         run.note('end', failed=failed, seconds=seconds)
+        if acc.is_main_process:
+            page = write_report(out, e.name, run.ledger.rows(), pair_rows(run), failed, pairs_file(run).name)
+            run.say(f'The report: {Path(out.name)/page.name}')
         return dict(name=e.name, rows=run.ledger.rows(), failed=failed, results=str(run.ledger.csv), seconds=seconds)

@@ -36,20 +36,21 @@ def style():
     finally: plt.rcParams.update(old)
 
 # %% ../nbs/06_viz.ipynb #7c4609f7
+def _plain(name): return str(name).lower().replace('_', ' ').replace('-', ' ')
+
 def method_color(name:str,   # A method, or a method with a remark: 'life', 'patch_slimming (random)'
                  taken=(),   # Colours that the plot already has
                  )->str:     # '#rrggbb'
     "The fixed colour of a method; any other name gets a free spare colour."
-    plain = str(name).lower().replace('_', ' ')
-    known = max((k for k in COLORS if plain.startswith(k)), key=len, default=None)
+    known = max((k for k in COLORS if _plain(name).startswith(k)), key=len, default=None)
     if known and COLORS[known] not in taken: return COLORS[known]
     return next((c for c in (*SPARE, *PALETTE.values()) if c not in taken), PALETTE['grey'])
 
 def method_colors(names # Names of the curves in one plot
                   )->dict: # {name: colour}
     "A colour for each name, the same whatever the order of methods."
-    out, known = {}, lambda n: str(n).lower().replace('_', ' ') in COLORS
-    for n in sorted(names, key=lambda n: not known(n)): out[n] = method_color(n, out.values())
+    out = {}
+    for n in sorted(names, key=lambda n: _plain(n) not in COLORS): out[n] = method_color(n, out.values())
     return {n: out[n] for n in names}
 
 # %% ../nbs/06_viz.ipynb #b1ac7b4c
