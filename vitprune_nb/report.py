@@ -66,7 +66,7 @@ def draw_experiment(rows:list,   # Of one run
     parts = {s: part for s in STAGES if (part := [r for r in rows if r['method'] != 'dense' and stage(r) == s])}
     require(len(parts) > 0, 'rows', f'{len(rows)} rows', 'rows of one pruned model at least')
     with style():
-        fig, axes = plt.subplots(len(parts), 2, figsize=(11.2, 3.8*len(parts)), squeeze=False, dpi=75)
+        fig, axes = plt.subplots(len(parts), 2, figsize=(11.2, 3.8*len(parts)), squeeze=False, dpi=70)
         for line, (s, part) in zip(axes, parts.items()): _stage_panels(line, dense, part, f'{title}, {s}' if title else s, accuracy_macs)
     return axes
 
@@ -149,7 +149,7 @@ def write_report(folder,     # Of the run; gets report.md and, with a pruned mod
     folder, picture = Path(folder), ''
     if any(r['method'] != 'dense' for r in one_run(rows)):
         picture, fig = 'accuracy_macs.png', draw_experiment(rows)[0, 0].figure
-        with write_atomic(folder/picture) as tmp: fig.savefig(tmp, format='png', dpi=120, facecolor='white')
+        with write_atomic(folder/picture) as tmp: fig.savefig(tmp, format='png', dpi=90, facecolor='white')
         plt.close(fig)
     with write_atomic(folder/'report.md') as tmp: tmp.write_text(report_text(name, rows, pairs, failed, picture, pairs_file), encoding='utf-8')
     return folder/'report.md'
