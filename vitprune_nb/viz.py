@@ -19,7 +19,7 @@ from .core import require
 # %% ../nbs/06_viz.ipynb #f6c6623a
 PALETTE = dict(black='#000000', blue='#0072B2', vermillion='#D55E00', green='#009E73', purple='#CC79A7', orange='#E69F00', sky='#56B4E9', grey='#606060')
 SPARE = ('#332288', '#882255', '#999933', '#117733')   # for names that are no methods
-COLORS = {'dense': PALETTE['black'], 'patch slimming': PALETTE['blue'], 'channels': PALETTE['vermillion'], 'life': PALETTE['green'],
+COLORS = {'dense': PALETTE['black'], 'patch slimming': PALETTE['blue'], 'channels': PALETTE['vermillion'], 'vtp': PALETTE['vermillion'], 'life': PALETTE['green'],
           'cosine': PALETTE['purple'], 'uniform': PALETTE['orange'], 'attention': PALETTE['sky'], 'random': PALETTE['grey']}
 
 # %% ../nbs/06_viz.ipynb #1102e58b
