@@ -61,18 +61,19 @@ def draw_experiment(rows:list,   # Of one run
                     ):           # The axes, (stages, 2)
     "Top-1 over GMACs, a line of panels for each stage."
     import matplotlib.pyplot as plt
-    from vitprune_nb.viz import accuracy_macs, style
+    from vitprune_nb.viz import style
     dense = [r for r in one_run(rows) if r['method'] == 'dense' and stage(r) == STAGES[0]]
     parts = {s: part for s in STAGES if (part := [r for r in rows if r['method'] != 'dense' and stage(r) == s])}
     require(len(parts) > 0, 'rows', f'{len(rows)} rows', 'rows of one pruned model at least')
     with style():
         fig, axes = plt.subplots(len(parts), 2, figsize=(11.2, 3.8*len(parts)), squeeze=False, dpi=70)
-        for line, (s, part) in zip(axes, parts.items()): _stage_panels(line, dense, part, f'{title}, {s}' if title else s, accuracy_macs)
+        for line, (s, part) in zip(axes, parts.items()): _stage_panels(line, dense, part, f'{title}, {s}' if title else s)
     return axes
 
-def _stage_panels(line, dense, part, title, draw):
+def _stage_panels(line, dense, part, title):
+    from vitprune_nb.viz import accuracy_macs
     names = list(dict.fromkeys(r['method'] for r in part))
-    for ax, which in zip(line, ('all', 'enlarged')): draw([dict(d, method=n) for n in names for d in dense] + part, f'{title}, {which}', ax)
+    for ax, which in zip(line, ('all', 'enlarged')): accuracy_macs([dict(d, method=n) for n in names for d in dense] + part, f'{title}, {which}', ax)
     line[1].get_legend().remove()
     top = max(r['top1'] for r in dense + part)
     near = [n for n in names if min(r['top1'] for r in part if r['method'] == n) > top/2]

@@ -23,7 +23,7 @@ from .experiment import (SHARED, Experiment, Ledger, Unit, fingerprint, hold_to,
                                     read_experiment, stages, unit_passes, units)
 from .measure import bench, dtype_name, time_reduction
 from .methods import METHODS, cost_of, load_pruned, prune, recover, save_pruned
-from .report import write_report
+from .report import read_pairs, write_report
 from .results import answers, make_row, paired_difference
 from .train import Batches, TrainConfig, fit
 from .vit import COURSE, course_model, create_vit, wilson_interval
@@ -455,6 +455,7 @@ def run_config(path,           # A TOML file: see `Experiment`
         seconds = time.perf_counter() - run.start
         run.note('end', failed=failed, seconds=seconds)
         if acc.is_main_process:
-            page = write_report(out, e.name, run.ledger.rows(), pair_rows(run), failed, pairs_file(run).name)
+            write_pairs(run)      # also where a kill came between the last row and its pairs
+            page = write_report(out, e.name, run.ledger.rows(), read_pairs(pairs_file(run)), failed, pairs_file(run).name)
             run.say(f'The report: {Path(out.name)/page.name}')
         return dict(name=e.name, rows=run.ledger.rows(), failed=failed, results=str(run.ledger.csv), seconds=seconds)
