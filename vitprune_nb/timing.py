@@ -194,12 +194,15 @@ def _peak(net, x, case):
     with autocast(case.device, case.dtype): return peak_memory(lambda: net(x), case.device)
 
 # %% ../nbs/32_timing.ipynb #46cffd6a
+def _numbered(session): return {} if session is None else dict(session=session)
+
 def time_case(case:Case,      # What to time
               budget='paper', # As for `contestants`
               methods=TIMED,  # Which ones
               shares=None,    # As for `cosine_contestant`
               repeats:int=10, warmup:int=2, # Rounds that count, and rounds before
               seed:int=0,     # Of weights, positions and images
+              session=None,   # A number for this process, where a case is timed in several
               compiler=functools.partial(torch.compile, dynamic=False), # Compiles a module
               **kwargs)->list: # Result rows, the dense network first; kwargs: img_size … of timm
     "Dense network and every method, timed in turn."
@@ -217,15 +220,15 @@ def time_case(case:Case,      # What to time
         n, peak = t['name'], peaks[t['name']]
         note = {k: round(said[k], 4) for k in ('mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised')} if n != 'dense' else {}
         rows.append(make_row(n, case.backbone, timing=t, seed=seed, macs=found[n].macs, params=model_params(found[n].net), note=json.dumps(note | dict(peak_mb=peak and round(peak/1e6, 1))),
-                             schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial, **kwargs)))
+                             schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial, **_numbered(session), **kwargs)))
     return rows
 
 # %% ../nbs/32_timing.ipynb #afe75b1e
 DEIT = tuple(PRINTED)   # DeiT-Ti, -S, -B
 
-def _of_this_machine(rows, case, budget, kwargs):
+def _of_this_machine(rows, case, budget, session=None, **kwargs):
     "Methods that rows hold for a case, measured on this device with these threads."
-    here, how = environment(case.device), json.loads(json.dumps(dict(engine=case.engine, budget=budget, **kwargs)))
+    here, how = environment(case.device), json.loads(json.dumps(dict(engine=case.engine, budget=budget, **_numbered(session), **kwargs)))
     def same(r):
         s = json.loads(r['schedule'] or '{}')
         mine = all(r[k] == here[k] for k in ('device', 'device_name', 'threads')) and (r['backbone'], r['dtype'], r['batch']) == (case.backbone, case.dtype, case.batch)
@@ -249,7 +252,7 @@ def timing_grid(out=None,       # A CSV file; None keeps no rows
                 budgets=('paper',), # As for `contestants`
                 methods=TIMED,  # Which ones
                 say=print,      # Told what is left out
-                **how):         # For `time_case`: shares, repeats, warmup, seed, img_size …
+                **how):         # For `time_case`: shares, repeats, warmup, seed, session, img_size …
     "Yields result rows, case by case; resumable."
     devices = devices or ('cpu', *(['cuda'] if torch.cuda.is_available() else []))
     cases, options = all_cases(backbones, devices, dtypes, engines, batches), ('shares', 'repeats', 'warmup', 'seed', 'compiler')
@@ -258,7 +261,7 @@ def timing_grid(out=None,       # A CSV file; None keeps no rows
         for case in progress(cases, 'timing', unit='case'):
             if why := cannot(case): say(why); continue
             for budget in budgets:
-                held = _of_this_machine(read_rows(out), case, budget, {k: v for k, v in how.items() if k not in options}) if out and Path(out).is_file() else set()
+                held = _of_this_machine(read_rows(out), case, budget, **{k: v for k, v in how.items() if k not in options}) if out and Path(out).is_file() else set()
                 missing = [m for m in methods if m not in held]
                 rows = [r for r in (_attempt(case, missing, say, budget=budget, **how) if missing else []) if r['method'] not in held]
                 if out and rows: append_rows(out, rows)
@@ -276,8 +279,8 @@ def timing_table(rows:list # From `timing_grid`
     "Recorded times with everything that they know."
     import pandas as pd
     keys = 'method backbone device device_name threads dtype batch repeats latency_ms throughput macs'.split()
-    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget')}, **json.loads(r['note'])} for r in rows],
-                        columns=[*keys, 'machine', 'engine', 'budget', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb'])
+    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget', 'session')}, **json.loads(r['note'])} for r in rows],
+                        columns=[*keys, 'machine', 'engine', 'budget', 'session', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb'])
 
 # %% ../nbs/32_timing.ipynb #09c6029e
 def no_gain(table # From `timing_table`
@@ -358,6 +361,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
                                 ('devices', None, str), ('budgets', ('paper',), number), ('methods', TIMED, str)): p.add_argument(f'--{name}', nargs='+', default=default, type=kind)
     p.add_argument('--repeats', type=int, default=10); p.add_argument('--img-size', type=int, default=None)
     p.add_argument('--shares', choices=('even', 'course'), default='even', help='skip rates of cosine labels: evenly spread, or those of the course model')
+    p.add_argument('--session', type=int, default=None, help='a number for this process, to time the same cases in several')
     p.add_argument('--out', default=None, help='default: data/results/timing.csv of the clone')
     o = vars(p.parse_args(args))
     size, shares = o.pop('img_size'), o.pop('shares')
