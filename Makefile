@@ -61,6 +61,10 @@ TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
 TI = deit_tiny_patch16_224
 S = deit_small_patch16_224
 B = deit_base_patch16_224
+STATIC = 'patch slimming, keys entering' 'patch slimming, keys all' uniform vtp 'vtp, multiples of 16' 'vtp, whole heads' 'vtp, whole heads, multiples of 64' life
+EAGER32 = --batches 32 --dtypes fp32 --engines eager --methods $(STATIC)
+BF16_128 = --backbones $(S) --batches 128 --dtypes bf16 --engines eager --repeats 3 --session 1 --methods $(STATIC) --out data/results/timing_pages.csv
+KEEP = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 # One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing and the run can begin, the rows that came with the repository make room for its own.
 cifar100_run = $(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
 cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; }; $(cifar100_run)
@@ -81,6 +85,10 @@ record: $(DEV)
 	$(TIMING) --batches 8 32 --engines eager compile --repeats 5
 	$(TIMING) --batches 32 --dtypes fp32 --engines frozen --repeats 5
 	$(TIMING) --batches 128 --engines eager compile --repeats 3
+	for s in 1 2 3 4 5; do $(TIMING) $(EAGER32) --repeats 6 --session $$s --out data/results/timing_sessions.csv || exit; done
+	$(TIMING) $(BF16_128)
+	$(KEEP) $(TIMING) $(BF16_128)
+	for s in 1 2 3; do $(KEEP) $(TIMING) $(EAGER32) --repeats 4 --session $$s --out data/results/timing_pages.csv || exit; done
 	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100,))
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))

@@ -22,7 +22,7 @@ def mean_error(between:float, # Standard deviation of sessions, σ_s
     return (between**2/sessions + within**2/(sessions*rounds))**.5
 
 # %% ../nbs/32c_sessions.ipynb #c32c0012
-CASE = 'backbone machine device threads dtype engine budget batch'.split()   # Equal in what is averaged
+CASE = 'backbone machine device threads dtype engine budget batch allocator'.split()   # Equal in what is averaged
 
 def over_sessions(table # From `timing.timing_table`
                   ):    # pandas.DataFrame, a row for each case and method: realised (mean), low, high, sessions, rounds, lowest, highest, within

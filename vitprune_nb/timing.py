@@ -198,6 +198,7 @@ def page_faults(f, # Called once, without arguments
     f()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+# %% ../nbs/32_timing.ipynb #350d6f98
 ALLOCATOR = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'THP_MEM_ALLOC_ENABLE')   # How variables begin that change it
 
 def _apart(session):
@@ -205,6 +206,7 @@ def _apart(session):
     told = {k: v for k, v in sorted(os.environ.items()) if k.startswith(ALLOCATOR)}
     return ({} if session is None else dict(session=session)) | ({'allocator': told} if told else {})
 
+# %% ../nbs/32_timing.ipynb #350d6f9b
 def _peak(net, x, case):
     "Bytes, or None where the device cannot tell."
     if pick_device(case.device).type not in ('cpu', 'cuda'): return None
