@@ -9,7 +9,7 @@ __all__ = ['CASE', 'mean_error', 'over_sessions', 'draw_sessions']
 import numpy as np
 from .core import require
 from .results import mean_interval
-from .timing import DEIT, TIMED
+from .timing import TIMED
 
 # %% ../nbs/32c_sessions.ipynb #c32c0007
 def mean_error(between:float, # Standard deviation of sessions, σ_s
@@ -25,7 +25,7 @@ def mean_error(between:float, # Standard deviation of sessions, σ_s
 CASE = 'backbone machine device threads dtype engine budget batch allocator'.split()   # Equal in what is averaged
 
 def over_sessions(table # From `timing.timing_table`
-                  ):    # pandas.DataFrame, a row for each case and method: realised (mean), low, high, sessions, rounds, lowest, highest, within
+                  ):    # pandas.DataFrame, a row for each case and method: realised (mean), low, high, sessions, rounds, between (standard deviation of the sessions), within (half a session's own interval)
     "Saved time over saved MACs: mean over sessions with Student's interval."
     import pandas as pd
     t, out = table[(table.method != 'dense') & table.session.notna()], []
@@ -35,7 +35,7 @@ def over_sessions(table # From `timing.timing_table`
         mean, low, high = mean_interval(g.realised)
         half = (g.time_reduction_high - g.time_reduction_low)/2/g.mac_reduction
         out.append(dict(zip([*CASE, 'method'], keys), realised=mean, low=low, high=high, sessions=len(g), rounds=g.repeats.iloc[0],
-                        lowest=g.realised.min(), highest=g.realised.max(), within=half.median()))
+                        between=g.realised.std(), within=half.median()))
     require(out, 'table', f'{len(t)} pruned rows with a session', 'a case that was timed in two sessions or more', 'Give each process another --session.')
     return pd.DataFrame(out)
 
@@ -47,16 +47,17 @@ def draw_sessions(table,   # From `timing.timing_table`, of one case
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import method_colors, style
     means = over_sessions(table)
-    lone = [k for k in CASE if means[k].nunique() > 1]
+    t = table[(table.method != 'dense') & table.session.notna()]
+    lone = [k for k in CASE if t[k].nunique() > 1]
     require(not lone, 'table', f'several values of {", ".join(lone)}', 'the rows of one case', 'Draw one plot each.')
     means = means.set_index('method').reindex([m for m in TIMED if m in set(means.method)])
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6, .8 + .45*len(means)))
         colors = method_colors(TIMED)
         for y, (m, r) in enumerate(means.iterrows()):
-            g = table[(table.method == m) & table.session.notna()]
+            g = t[t.method == m]
             ax.errorbar(g.realised, y + np.linspace(.05, .35, len(g)), xerr=[g.realised - g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction - g.realised], fmt='.', color=colors[m], alpha=.6, lw=.8)
             ax.errorbar(r.realised, y - .15, xerr=[[r.realised - r.low], [r.high - r.realised]], fmt='D', color=colors[m], ms=5, capsize=3)
-        ax.axvline(1, color='.3', lw=.8); ax.set_yticks(range(len(means)), means.index); ax.invert_yaxis()
+        ax.axvline(1, color='.3', lw=.8); ax.set_yticks(range(len(means)), means.index); ax.set_ylim(len(means) - .4, -.6)      # the first on top, however many axes share it
         ax.set(xlabel='saved time / saved MACs', title=f'{means.backbone.iloc[0].split("_patch")[0]}, batch {means.batch.iloc[0]}\n{means.machine.iloc[0]}, {means.dtype.iloc[0]}, {means.engine.iloc[0]}')
     return ax
