@@ -70,6 +70,7 @@ cifar100_run = $(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) 
 cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; }; $(cifar100_run)
 SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false
 LONGER = --set reductions=0.35 --set recover.epochs=0.5
+TRAINED = --set methods=cosine,life,vtp,random --set reductions=0.35 --set control=false --set options.vtp.sparse_epochs=1.6 --set options.life.predictor_epochs=0.2 --set options.life.backbone_epochs=0.1 --set options.life.batch_size=10 --set options.cosine.calibration=320 --set recover.epochs=0.5
 CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
 record: $(DEV)
 	$(BIN)/python tests/notebooks.py --record
@@ -85,7 +86,7 @@ record: $(DEV)
 	$(TIMING) --batches 8 32 --engines eager compile --repeats 5
 	$(TIMING) --batches 32 --dtypes fp32 --engines frozen --repeats 5
 	$(TIMING) --batches 128 --engines eager compile --repeats 3
-	for s in 1 2 3 4 5; do $(TIMING) $(EAGER32) --repeats 6 --session $$s --out data/results/timing_sessions.csv || exit; done
+	for s in 1 2 3 4 5 6 7; do $(TIMING) $(EAGER32) --repeats 6 --session $$s --out data/results/timing_sessions.csv || exit; done
 	$(TIMING) $(BF16_128)
 	$(KEEP) $(TIMING) $(BF16_128)
 	for s in 1 2 3; do $(KEEP) $(TIMING) $(EAGER32) --repeats 4 --session $$s --out data/results/timing_pages.csv || exit; done
@@ -93,6 +94,7 @@ record: $(DEV)
 	$(if $(CIFAR100),$(call cifar100,cifar100,))
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_longer,$(LONGER)))
+	$(if $(CIFAR100),$(call cifar100,cifar100_trained,$(TRAINED)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
 	$(MAKE) results

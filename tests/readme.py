@@ -92,7 +92,7 @@ def cifar100_blocks():
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
             f"{dense['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency (`data/README.md`), evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
-    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan)])
+    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan), trained_text(plan)])
 
 
 def seeds_text(rows, plan):
@@ -115,6 +115,19 @@ def longer_text(rows, plan):
     short = {r['method']: r['top1'] for r in rows if r['target'] == target and r['recovery'] != 'none'}
     known = [r for m in plan.methods for r in more if r['method'] == m]
     return f'Longer recovery: at {target:.0%}, {epochs*plan.train_images:,.0f} images instead of {plan.recover["epochs"]*plan.train_images:,.0f} take ' + ', '.join(f"{r['method']} from {100*short[r['method']]:.1f} to {100*r['top1']:.1f}" for r in known) + '.'
+
+
+def trained_text(plan):
+    "What more training before the cut gives, in a sentence, from data/results/cifar100_trained.csv and cifar100_longer.csv."
+    from vitprune_nb.results import read_rows
+    recovered = lambda name: {r['method']: r for r in read_rows(ROWS.with_name(name)) if r['recovery'] != 'none'}
+    more, before = recovered('cifar100_trained.csv'), recovered('cifar100_longer.csv')
+    length = ('sparse_epochs', 'predictor_epochs', 'backbone_epochs', 'calibration')
+    given = {m: json.loads(r['schedule'])['options'] for m, r in more.items()}
+    usual = lambda m: {'calibration': plan.calibration, **plan.options.get(m, {})}
+    ratios = {(m, k): given[m][k]/usual(m)[k] for m in plan.methods if m in given for k in length if k in given[m] and given[m][k] != usual(m)[k]}
+    times, = {round(v, 6) for v in ratios.values()}
+    return f'With {times:g} times the training before the cut as well: ' + ', '.join(f"{m} from {100*before[m]['top1']:.1f} to {100*more[m]['top1']:.1f}" for m in dict.fromkeys(m for m, _ in ratios)) + '.'
 
 
 def speed_block():

@@ -1,11 +1,11 @@
 """Notebooks and package say the same, and the notebooks are clean."""
-import json, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 
 import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import notebooks
+from notebooks import notebooks, read_cells
 
 NOTEBOOKS = notebooks()
 SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
@@ -90,3 +90,13 @@ def test_notebook_links_lead_somewhere(path):
     nb = nbformat.read(path, as_version=4)
     links = re.findall(r'\]\(([^)#\s]+\.ipynb)(?:#[^)]*)?\)', '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown'))
     assert [l for l in links if '://' not in l and not (path.parent/l).is_file()] == []
+
+
+def test_make_record_makes_the_runs_that_lesson_30_names():
+    "Runs on CIFAR-100 with changes stand in the Makefile and in the lesson: the same changes in both."
+    makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
+    recorded = {name: re.findall(r'--set (\S+)', re.search(rf'^{var} = (.*)$', makefile, re.M)[1]) for name, var in re.findall(r'call cifar100,(\w+),\$\((\w+)\)', makefile)}
+    code = '\n'.join(source for kind, source in read_cells(ROOT/'nbs/30_cifar100.ipynb') if kind == 'code')
+    calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'made_by']
+    named = {n.args[0].value: [a.value for a in n.args[1:]] for n in calls if len(n.args) > 1}
+    assert named and recorded == named
