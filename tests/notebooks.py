@@ -33,16 +33,32 @@ def test(workers=WORKERS, limit=LIMIT):
     "nbdev_test, with the two guards it lacks: a time limit, and a failure when fewer notebooks ran than there are."
     files, done, start = notebooks(), 0, time.monotonic()
     proc = subprocess.Popen([BIN/'nbdev_test', '--n_workers', str(workers), '--do_print', '--timing'], cwd=ROOT, env=environment(workers),
-                            stdout=subprocess.PIPE, text=True, encoding='utf-8', start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8', errors='replace', start_new_session=True)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(proc.pid, signal.SIGKILL))
     signal.alarm(limit)
+    said = []
     for line in proc.stdout:
         done += line.startswith('- Completed')
-        print(line.replace(f'{ROOT}/', ''), end='', flush=True)
+        said.append(line.replace(f'{ROOT}/', ''))
+        print(said[-1], end='', flush=True)
     rc = proc.wait(); signal.alarm(0)
+    for text in failures(said): print(text)
     print(f'{done} of {len(files)} notebooks ran in {time.monotonic() - start:.0f} s')
     if rc < 0: print(f'notebooks: stopped after {limit} s, the limit', file=sys.stderr)
     return 0 if rc == 0 and done == len(files) > 0 else 1
+
+
+def failures(lines, tail=8):
+    "What nbdev_test said of each notebook that failed, shortened: error and notebook, the cell, the end of the traceback. It stands far up in the log otherwise."
+    starts = [i for i, l in enumerate(lines) if re.match(r'[\w.]+ in \S.*\.ipynb:$', l)]
+    out = []
+    for i, end in zip(starts, [*starts[1:], len(lines)]):
+        block = lines[i:end]
+        last = next((j for j, l in enumerate(block) if l.startswith(('Starting ', '- Completed '))), len(block))
+        block = [l for l in block[:last] if l.strip()]
+        head = [l for l in block if l.startswith('While Executing Cell')][:1]
+        out.append(''.join(['FAILED: ', block[0], *head, *block[2 + len(head):][-tail:]]))
+    return out
 
 
 FLAGGED = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags

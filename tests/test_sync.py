@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import notebooks, read_cells
+from notebooks import failures, notebooks, read_cells
 
 NOTEBOOKS = notebooks()
 SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
@@ -58,6 +58,16 @@ def recount(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     next(c for c in nb['cells'] if c['cell_type'] == 'code')['execution_count'] = 7
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def test_a_failing_notebook_is_named_at_the_end_with_its_cell(tmp_path):
+    cells = [nbformat.v4.new_code_cell(s) for s in ('x = 1', 'def f(): assert x == 2, "x is odd"\nf()')]
+    for name, some in (('bad', cells), ('good', cells[:1])): nbformat.write(nbformat.v4.new_notebook(cells=some), tmp_path/f'{name}.ipynb')
+    code = 'import sys; from pathlib import Path; from nbdev.test import test_nb\nfor f in sys.argv[1:]: test_nb(Path(f), do_print=True)'
+    run = subprocess.run([sys.executable, '-c', code, tmp_path/'bad.ipynb', tmp_path/'good.ipynb'], env=clean_env(PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    text, = failures(run.stdout.splitlines(keepends=True))
+    assert text.startswith(f'FAILED: AssertionError in {tmp_path}/bad.ipynb:\nWhile Executing Cell #2') and text.endswith('AssertionError: x is odd\n')
+    assert failures(['Starting a.ipynb\n', '- Completed a.ipynb\n', 'Success.\n']) == []
 
 
 def test_there_are_notebooks():
