@@ -71,7 +71,6 @@ cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/result
 SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false
 LONGER = --set reductions=0.35 --set recover.epochs=0.5
 TRAINED = --set methods=cosine,life,vtp,random --set reductions=0.35 --set control=false --set options.vtp.sparse_epochs=1.6 --set options.life.predictor_epochs=0.2 --set options.life.backbone_epochs=0.1 --set options.life.batch_size=10 --set options.cosine.calibration=320 --set recover.epochs=0.5
-WEAKER = --set methods=vtp --set reductions=0.35 --set control=false --set options.vtp.sparse_epochs=1.6 --set options.vtp.l1=0.017 --set recover.epochs=0.5
 CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
 record: $(DEV)
 	$(BIN)/python tests/notebooks.py --record
@@ -96,8 +95,6 @@ record: $(DEV)
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_longer,$(LONGER)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_trained,$(TRAINED)))
-	$(if $(CIFAR100),$(call cifar100,cifar100_weaker,$(WEAKER)))
-	$(if $(CIFAR100),rm -f data/results/cifar100_gates.csv; $(BIN)/python -m vitprune_nb.pull cifar100_longer cifar100_trained cifar100_weaker --data $(CIFAR100) --dense $(or $(DENSE),runs/dense/dense.safetensors))
 	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
 	$(MAKE) results

@@ -92,7 +92,7 @@ def cifar100_blocks():
     text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
             f"{dense['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency (`data/README.md`), evaluated in {dense.get('dtype') or 'fp32'}; "
             f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
-    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan), trained_text(plan), weaker_text()]).strip()
+    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan), trained_text(plan)])
 
 
 def seeds_text(rows, plan):
@@ -128,15 +128,6 @@ def trained_text(plan):
     ratios = {(m, k): given[m][k]/usual(m)[k] for m in plan.methods if m in given for k in length if k in given[m] and given[m][k] != usual(m)[k]}
     times, = {round(v, 6) for v in ratios.values()}
     return f'With {times:g} times the training before the cut as well: ' + ', '.join(f"{m} from {100*before[m]['top1']:.1f} to {100*more[m]['top1']:.1f}" for m in dict.fromkeys(m for m, _ in ratios)) + '.'
-
-
-def weaker_text():
-    "What VTP's long training gives with a weaker λ, in a sentence, from data/results/cifar100_weaker.csv and cifar100_trained.csv."
-    from vitprune_nb.results import read_rows
-    if not ROWS.with_name('cifar100_weaker.csv').is_file(): return ''
-    new, old = (next(r for r in read_rows(ROWS.with_name(n)) if r['method'] == 'vtp' and r['recovery'] != 'none') for n in ('cifar100_weaker.csv', 'cifar100_trained.csv'))
-    l1 = lambda r: json.loads(r['schedule'])['options']['l1']
-    return f"The same for vtp with λ {l1(new):g} instead of {l1(old):g}: {100*new['top1']:.1f} ({100*new['top1_low']:.1f}–{100*new['top1_high']:.1f})."
 
 
 def speed_block():

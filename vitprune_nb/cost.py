@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Widths', 'block_terms', 'block_macs', 'vit_blocks', 'block_widths', 'n_tokens', 'check_counts', 'cost_rows',
-           'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'count_macs']
+           'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'flop_counter', 'count_macs']
 
 # %% ../nbs/03_cost.ipynb #b2d646f3
 from numbers import Real
@@ -173,15 +173,22 @@ def _input_size(model)->tuple: # (channels, height, width)
     full = (getattr(vit, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
     return (full[0], *size) if size else tuple(full)
 
+def flop_counter():
+    "PyTorch's `FlopCounterMode`, told of the CPU's fused attention kernel, which not every release of it knows (2.14 does not); two of its operations are one MAC."
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)})
+
 def count_macs(model:torch.nn.Module, # Any network, also on the 'meta' device
                x=None, # Its input; None: one blank image of the model's size
                )->int: # MACs of the whole batch
     "MACs that a forward pass really does, by PyTorch's FlopCounterMode: matrix products, convolutions, fused attention."
-    from torch.utils.flop_counter import FlopCounterMode
     if x is None: x = torch.zeros(1, *_input_size(model), device=next(model.parameters()).device)
     was_training = model.training
     weights = {k: v.detach() for k, v in model.named_parameters()}   # the counter trips over parameters that ask for gradients
     try:
-        with FlopCounterMode(display=False) as counter: torch.func.functional_call(model.eval(), weights, (x,))
+        with flop_counter() as counter: torch.func.functional_call(model.eval(), weights, (x,))
     finally: model.train(was_training)
     return counter.get_total_flops()//2

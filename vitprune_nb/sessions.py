@@ -56,7 +56,7 @@ def draw_sessions(table,   # From `timing.timing_table`, of one case
         colors = method_colors(TIMED)
         for y, (m, r) in enumerate(means.iterrows()):
             g = t[t.method == m]
-            ax.errorbar(g.realised, y + np.linspace(.05, .35, len(g)), xerr=[g.realised - g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction - g.realised], fmt='.', color=colors[m], alpha=.6, lw=.8)
+            ax.errorbar(g.realised, y + np.linspace(.05, .35, len(g)), xerr=[(g.realised - g.time_reduction_low/g.mac_reduction).clip(0), (g.time_reduction_high/g.mac_reduction - g.realised).clip(0)], fmt='.', color=colors[m], alpha=.6, lw=.8)
             ax.errorbar(r.realised, y - .15, xerr=[[r.realised - r.low], [r.high - r.realised]], fmt='D', color=colors[m], ms=5, capsize=3)
         ax.axvline(1, color='.3', lw=.8); ax.set_yticks(range(len(means)), means.index); ax.set_ylim(len(means) - .4, -.6)      # the first on top, however many axes share it
         ax.set(xlabel='saved time / saved MACs', title=f'{means.backbone.iloc[0].split("_patch")[0]}, batch {means.batch.iloc[0]}\n{means.machine.iloc[0]}, {means.dtype.iloc[0]}, {means.engine.iloc[0]}')
