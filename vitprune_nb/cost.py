@@ -174,7 +174,7 @@ def _input_size(model)->tuple: # (channels, height, width)
     return (full[0], *size) if size else tuple(full)
 
 def flop_counter():
-    "PyTorch's `FlopCounterMode`, told of the CPU's fused attention kernel, which not every release of it knows (2.14 does not); two of its operations are one MAC."
+    "PyTorch's `FlopCounterMode`, told of the CPU's fused attention kernel, which not every release of it knows (2.13 and 2.14 do not); two of its operations are one MAC."
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     aten = torch.ops.aten
     return FlopCounterMode(display=False, custom_mapping={
