@@ -1,11 +1,11 @@
 """Notebooks and package say the same, and the notebooks are clean."""
-import ast, json, re, shutil, subprocess, sys
+import ast, json, re, shutil, signal, subprocess, sys
 
 import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import failures, notebooks, read_cells
+from notebooks import failures, notebooks, read_cells, run_all
 
 NOTEBOOKS = notebooks()
 SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
@@ -68,6 +68,24 @@ def test_a_failing_notebook_is_named_at_the_end_with_its_cell(tmp_path):
     text, = failures(run.stdout.splitlines(keepends=True))
     assert text.startswith(f'FAILED: AssertionError in {tmp_path}/bad.ipynb:\nWhile Executing Cell #2') and text.endswith('AssertionError: x is odd\n')
     assert failures(['Starting a.ipynb\n', '- Completed a.ipynb\n', 'Success.\n']) == []
+
+
+def says(*lines, then=''):
+    "A command that writes these lines, as nbdev_test does."
+    return [sys.executable, '-c', f'import sys, time; print(*sys.argv[1:], sep="\\n", flush=True); {then}', *lines]
+
+
+def test_notebooks_may_take_long_in_all_but_not_stand_still(capfd, monkeypatch):
+    three, alarms, real = ['- Completed a', '- Completed b', '- Completed c'], [], signal.alarm
+    monkeypatch.setattr(signal, 'alarm', lambda s: alarms.append(s) or real(s))
+    assert run_all(says(*three), 3, stall=100) == 0
+    assert alarms == [100]*4 + [0]                         # each line gives the next one as much time
+    assert '3 of 3 notebooks ran' in capfd.readouterr().out
+    assert run_all(says(*three), 4, stall=100) == 1        # one is missing
+    assert run_all(says(*three, then='sys.exit(3)'), 3, stall=100) == 1
+    capfd.readouterr()
+    assert run_all(says(*three, then='time.sleep(600)'), 3, stall=1) == 1
+    assert 'none began or ended for 1 s' in capfd.readouterr().err
 
 
 def test_there_are_notebooks():
