@@ -19,15 +19,15 @@ def lesson(path):
     text = '\n\n'.join(md)
     find = lambda pattern, where: (re.search(pattern, where, re.M | re.S) or [None, ''])[1].strip()
     exercises = text[text.find('\n## Exercises'):] if '\n## Exercises' in text else ''
-    return dict(name=path.stem, title=find(r'^# (.+?)$', md[0]), summary=find(r'^> (.+?)$', md[0]),
+    return dict(name=path.stem, path=path.relative_to(ROOT/'nbs').as_posix(), title=find(r'^# (.+?)$', md[0]), summary=find(r'^> (.+?)$', md[0]),
                 module=find(r'^#\| default_exp (\S+)', '\n'.join(s for kind, s in cells if kind == 'code')),
                 time=find(r'\*\*Time:\*\*\s*(.+?)\.(?:\s|$)', text), exercises=len(re.findall(r'^\d+\. ', exercises, re.M)),
-                solutions=(path.parent/'solutions'/path.name).is_file())
+                solutions=(ROOT/'nbs'/'solutions'/path.name).is_file())
 
 
 def lessons():
     "The numbered notebooks, in reading order."
-    return [lesson(p) for p in notebooks() if p.parent.name == 'nbs' and p.stem[:2].isdigit()]
+    return [lesson(p) for p in notebooks() if p.parent.name != 'solutions' and p.stem[:2].isdigit()]
 
 
 def lesson_table(nbs):
@@ -36,7 +36,7 @@ def lesson_table(nbs):
     for l in lessons():
         worked = f' · [worked]({nbs}solutions/{l["name"]}.ipynb)' if l['solutions'] else ''
         module = f'`{l["module"]}`' if l['module'] else ''
-        rows.append(f'| [{l["name"].split("_")[0]} {l["title"]}]({nbs}{l["name"]}.ipynb) | {l["summary"]} | {module} | {l["time"]} | {l["exercises"] or ""}{worked} |')
+        rows.append(f'| [{l["name"].split("_")[0]} {l["title"]}]({nbs}{l["path"]}) | {l["summary"]} | {module} | {l["time"]} | {l["exercises"] or ""}{worked} |')
     return '\n'.join(rows)
 
 

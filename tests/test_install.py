@@ -7,7 +7,8 @@ from conftest import BIN, ROOT, clean_env
 sys.path.insert(0, str(ROOT/'tests'))
 import readme
 
-MODULES = sorted(p.stem for p in (ROOT/'vitprune_nb').glob('*.py') if not p.stem.startswith('_'))
+MODULES = sorted('.'.join(p.relative_to(ROOT/'vitprune_nb').with_suffix('').parts)
+                 for p in (ROOT/'vitprune_nb').rglob('*.py') if not p.stem.startswith('_'))
 
 
 def python(code, cwd):

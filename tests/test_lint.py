@@ -35,7 +35,7 @@ def test_the_lint_sees_idle_checks():
     assert idle_checks('assert x == 1\nok = x == 1\nx and print(x)\nassert f(), "text"') == []
 
 
-@pytest.mark.parametrize('path', sorted([*(ROOT/'tests').glob('*.py'), *(ROOT/'vitprune_nb').glob('*.py')]), ids=lambda p: p.name)
+@pytest.mark.parametrize('path', sorted([*(ROOT/'tests').glob('*.py'), *(ROOT/'vitprune_nb').rglob('*.py')]), ids=lambda p: str(p.relative_to(ROOT)))
 def test_file_has_no_idle_check(path):
     assert idle_checks(path.read_text(encoding='utf-8')) == []
 
