@@ -20,7 +20,7 @@ from .cost import model_macs
 from .data import ImageSet, data_config, eval_transform, loader
 from .engine import (Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer)
 from .redundancy import adjacent_similarity, norm_growth
-from .vit import standard_blocks, wilson_interval
+from .vit import classes_of, standard_blocks, wilson_interval
 
 # %% ../nbs/14_cosine.ipynb #3e2dd280
 SCALES = dict(scaled=lambda c: (1 + c)/2, raw=lambda c: c)
@@ -302,7 +302,7 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
     for x, y in progress(loader(_ready(model, ds), batch_size), 'pruned model', unit='batch'):
         logits, t = slim.forward_traced(x.to(device))
-        right.append(logits.argmax(-1).cpu() == y)
+        right.append(classes_of(logits) == y)
         kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
     right, n = torch.cat(right), len(ds)
     counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]

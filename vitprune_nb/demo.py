@@ -21,7 +21,7 @@ from .measure import bench
 from .patch_slimming import for_budget, random_plan, uniform_plan
 from .results import answers, append_rows, make_row, markdown_table, paired_difference
 from .significance import significance
-from .vit import course_model, wilson_interval
+from .vit import classes_of, course_model, wilson_interval
 
 # %% ../nbs/23_demo.ipynb #0cdc83ac
 def rival_plans(model,           # A timm ViT that reads its CLS token
@@ -124,7 +124,7 @@ def kept_picture(slim,       # A `SlimViT`
     pick = first[::max(1, len(first)//images)][:images]
     t = eval_transform(data_config(slim.model))
     x = torch.stack([t(ds.image(i)) for i in pick]).to(next(slim.parameters()).device)
-    with torch.inference_mode(): said, kept = slim(x).argmax(-1).tolist(), slim.kept(x).cpu()
+    with torch.inference_mode(): said, kept = classes_of(slim(x)).tolist(), slim.kept(x).cpu()
     layers = layers_to_show(kept[0].numpy()) if layers is None else layers
     fig, axes = plt.subplots(len(pick), len(layers) + 1, figsize=(1.5*(len(layers) + 1), 1.78*len(pick)), squeeze=False, layout='constrained')
     for row, i, k, s in zip(axes, pick, kept, said):

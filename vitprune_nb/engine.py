@@ -65,7 +65,7 @@ class _Pooled(_LikeTimm):
 class _Frame(_Pooled):
     def _stream(self, images, trace=None):
         static = {i: getattr(self, f'static_{i}') for i in self.policy.steps if hasattr(self, f'static_{i}')}
-        return run_blocks(_embed(self, images), self.model.blocks, self.policy.steps, self.mode, self.num_prefix_tokens, self.training, static, trace)
+        return run_blocks(_embed(self, images), self.model.blocks, self.policy.steps, self.mode, self.num_prefix_tokens, self.training, static, trace, int(self.averages))
 
     def forward_features(self, images):
         "(B, n, D) normalised tokens; in ragged batches and in mode 'mask', absent ones hold no meaning."
@@ -126,7 +126,7 @@ class SlimViT(_Switched):
         require(model.global_pool in ('token', 'avg'), 'model', f'one with global_pool={model.global_pool!r}', "global_pool 'token' or 'avg'")
         self.model, self.policy, self.info = model, policy or Policy({}, 'dense'), {}
         self.grid = tuple(model.patch_embed.grid_size)
-        self.policy.check(len(model.blocks), model.patch_embed.num_patches)
+        self.policy.check(len(model.blocks), model.patch_embed.num_patches, self.averages)
         self.scorers = nn.ModuleList(dict.fromkeys(s.score for s in self.policy.steps.values() if s.score is not None))
         self.set_mode(mode)
         static = static_indices(self.policy.steps, self.n_tokens, model.num_prefix_tokens, mode)
@@ -134,6 +134,11 @@ class SlimViT(_Switched):
         self.train(model.training)
         self.register_state_dict_post_hook(_timm_names)
         self.register_load_state_dict_pre_hook(_our_names)
+
+    @property
+    def averages(self)->bool:
+        "Does the head read the mean of the patches, and nothing else?"
+        return self.model.global_pool == 'avg' and not self.model.pool_include_prefix
 
     @property
     def n_tokens(self)->int:

@@ -19,10 +19,10 @@ from .policy import Tokens, select
 # %% ../nbs/04d_modes.ipynb #4a0dd57d
 class Stream:
     "The state between blocks: tokens, who is present, positions, sizes, frozen outputs; and the notes of the scorers."
-    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None):
+    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0):
         B, n, _ = x.shape
         self.x, self.present, self.n_tokens, self.n_prefix, self.memory = x, None, n, n_prefix, {}
-        self.training, self.static, self.trace = training, static or {}, trace
+        self.training, self.static, self.trace, self.least = training, static or {}, trace, least
         self.pos = torch.arange(n, device=x.device).expand(B, n)
         self.size = torch.ones(B, n, device=x.device) if sized else None
         self.frozen = None     # (B, N, D) last values of halted tokens, and (B, N) which they are
@@ -98,12 +98,13 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
                training:bool=False, # Scorers may soften their decisions (mode 'mask')
                static:dict=None,    # {block index: constant positions}; None: worked out here
                trace:Trace=None,    # Filled in when given
+               least:int=0,         # Patches that a threshold leaves in any case: 1 where the head averages patches
                )->Stream:     # `.x` (B, n, D) and `.present` (B, n) or None
     "Take tokens through the blocks under the steps of a policy."
     require(mode in MODES, 'mode', mode, ', '.join(map(repr, MODES)))
     if static is None: static = {i: torch.tensor(idx, device=x.device) for i, idx in static_indices(steps, x.shape[1], n_prefix, mode).items()}
     sized = any(s.fate in ('fuse', 'merge') for s in steps.values())
-    s = MODES[mode](x, n_prefix, sized, training, static, trace)
+    s = MODES[mode](x, n_prefix, sized, training, static, trace, least)
     for i, block in enumerate(blocks): s.run(i, block, steps.get(i))
     return s.result()
 
@@ -125,7 +126,7 @@ def _choose(s, i, block, step):
     if step.score is None: return select(step, s.tokens(i)), None
     scores = step.score(s.tokens(i, _cls_row(s, block) if getattr(step.score, 'needs', '') == 'cls_row' else None))
     if scores.device.type == 'cpu' and not torch.compiler.is_compiling(): _refuse_nan(scores, s, step, i)
-    return select(step, s.tokens(i), scores), scores
+    return select(step, s.tokens(i), scores, s.least), scores
 
 # %% ../nbs/04d_modes.ipynb #aead4455
 def _append(s, token, size):
@@ -299,7 +300,7 @@ class _Pack(_Sparse):
     def __init__(self, x, n_prefix, sized=False, *args):
         super().__init__(x, n_prefix, sized, *args)
         self.view, self.lens = Mask(x, n_prefix, sized), [x.shape[1]]*len(x)
-        self.view.memory = self.memory
+        self.view.memory, self.view.least = self.memory, self.least
         self.x, self.pos, self.size = (None if t is None else t.flatten(0, 1) for t in (self.x, self.pos, self.size))
 
     def padded(self):

@@ -24,7 +24,7 @@ from .plan import Plan, model_name, random_plan, uniform_plan, weights_hash
 from .redundancy import depth_summary, similarity_by_depth
 from .results import answers, append_rows, make_row, paired_difference, read_rows
 from .significance import KINDS, read_tokens, significance
-from .vit import capture, standard_blocks, wilson_interval
+from .vit import capture, classes_of, standard_blocks, wilson_interval
 
 # %% ../nbs/11b_patch_figures.ipynb #b29fe9ca
 @dataclasses.dataclass
@@ -142,9 +142,9 @@ def one_block_answers(s:Subject,  # Model and images
     for k, (t, _) in cases.items(): require(0 <= t < n, 'block', t, f'a block index, 0 to {n - 1}')
     with autocast(s.device, s.dtype), capture(s.model, attention=False) as cap:
         for x, y in progress(loader(s.ds, s.batch_size), 'one block', unit='batch'):
-            right['dense'].append(s.model(x.to(s.device)).argmax(-1).cpu() == y)
+            right['dense'].append(classes_of(s.model(x.to(s.device))) == y)
             tokens = list(cap.tokens)                     # blocks that run below do not disturb these
-            for k, (t, keep) in cases.items(): right[k].append(_behind(s.model, tokens, t, keep).argmax(-1).cpu() == y)
+            for k, (t, keep) in cases.items(): right[k].append(classes_of(_behind(s.model, tokens, t, keep)) == y)
     return {k: torch.cat(v).numpy() for k, v in right.items()}
 
 # %% ../nbs/11b_patch_figures.ipynb #d8806df9

@@ -197,20 +197,27 @@ def _most(make, reduction, model, keys): # make() is the cheapest plan
     most = make().reduction(model)
     require(most >= reduction, 'reduction', reduction, f'at most {most:.2f} for this model with keys={keys!r}')
 
-def uniform_plan(model,               # A timm VisionTransformer that reads its CLS token
+def _last_patches(model): # that the last block must compute: none where the head reads CLS, one where it averages patches
+    return int(getattr(model, 'global_pool', 'token') != 'token')
+
+def uniform_plan(model,               # A timm VisionTransformer
                  scores:torch.Tensor, # (L, N) from `significance`
                  reduction:float,     # Wanted MAC reduction, in (0, 1)
                  keys:str='entering', # 'entering', 'all' or 'kept'
                  )->Plan:
-    "The same patches in every block but the last, best first by mean share of the score; the first blocks keep one more where the budget allows."
+    """The same patches in every block whose patches are read, best first by mean share of the score; the first blocks keep
+    one more where the budget allows. The last block keeps none in a model that reads its CLS token."""
     L, P, n_prefix = len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens
-    s = scores[:-1, n_prefix:].double()
+    least = _last_patches(model)
+    n = L if least else L - 1                     # blocks that share the patches
+    require(n > 0, 'model', 'a single block, of which only CLS is read', 'two blocks or more')
+    s = scores[:n, n_prefix:].double()
     order = (s/s.sum(1, keepdim=True)).sum(0).argsort(descending=True, stable=True).tolist()
-    def make(total=0): # patches summed over the first L - 1 blocks
-        k, more = divmod(total, L - 1)
-        return Plan('uniform', model_name(model), P, n_prefix, [order[:k + (l < more)] for l in range(L - 1)] + [()], dict(keys=keys))
+    def make(total=least*n): # patches summed over these blocks
+        k, more = divmod(total, n)
+        return Plan('uniform', model_name(model), P, n_prefix, [order[:k + (l < more)] for l in range(n)] + [()]*(L - n), dict(keys=keys))
     _most(make, reduction, model, keys)
-    low, high = 0, P*(L - 1)                      # the most patches that still save enough
+    low, high = least*n, P*n                      # the most patches that still save enough
     while low < high:
         mid = (low + high + 1)//2
         low, high = (mid, high) if make(mid).reduction(model) >= reduction else (low, mid - 1)
@@ -222,10 +229,10 @@ def ramp_plan(model,               # A timm VisionTransformer
               keys:str='entering', # 'entering', 'all' or 'kept'
               seed:int=0,          # Decides which patches
               )->Plan:
-    "Counts that fall from all patches in the first block to none in the last, as 1 - depth^a; the patches themselves are random."
-    L, P = len(standard_blocks(model)), model.patch_embed.num_patches
+    "Counts that fall from all patches in the first block to none in the last (one where the head averages patches), as 1 - depth^a; the patches themselves are random."
+    L, P, least = len(standard_blocks(model)), model.patch_embed.num_patches, _last_patches(model)
     def make(a=1e-6):
-        keep = [range(round(P*(1 - (l/max(1, L - 1))**a))) for l in range(L)]
+        keep = [range(max(least, round(P*(1 - (l/max(1, L - 1))**a)))) for l in range(L)]
         return Plan('ramp', model_name(model), P, model.num_prefix_tokens, keep, dict(keys=keys))
     _most(make, reduction, model, keys)
     low, high = 1e-6, 1e6

@@ -122,7 +122,15 @@ class GivenCounts(Scorer):
         return torch.tensor(self.counts, device=t.pos.device)[:len(t.pos), None] - rank - .5
 
 # %% ../nbs/04b_policy.ipynb #5cc9e4b5
-def select(step:Step, t:Tokens, scores=None)->torch.Tensor: # (B, n) bool: which of the present tokens are kept
+def _best(scores, out, count): # out (B, n) bool: who does not take part
+    order = scores.masked_fill(out, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(out).scatter(1, order[:, :count], True)
+
+def select(step:Step, # The rule
+           t:Tokens,  # The tokens that are there
+           scores=None, # (B, n), for a rule with `count` or `threshold`
+           least:int=0, # Patches that a threshold leaves in any case, the best ones: 1 where the head averages patches
+           )->torch.Tensor: # (B, n) bool: which of the present tokens are kept
     "Apply a step's rule; prefix tokens are always kept, absent ones never."
     B, n = t.pos.shape
     present = torch.ones_like(t.pos, dtype=torch.bool) if t.present is None else t.present
@@ -130,10 +138,10 @@ def select(step:Step, t:Tokens, scores=None)->torch.Tensor: # (B, n) bool: which
     if step.keep is not None:
         keep = torch.isin(t.pos, torch.tensor(step.keep, dtype=t.pos.dtype, device=t.pos.device) + t.n_prefix)
     elif step.count is not None:
-        s = scores.masked_fill(prefix | ~present, -math.inf)
-        order = s.argsort(dim=1, descending=True, stable=True)
-        keep = torch.zeros_like(present).scatter(1, order[:, :step.count], True)
-    else: keep = scores > step.threshold
+        keep = _best(scores, prefix | ~present, step.count)
+    else:
+        keep = scores > step.threshold
+        if least and step.fate in ('remove', 'merge'): keep = keep | _best(scores, prefix | ~present, least)
     return (keep & present) | prefix
 
 # %% ../nbs/04b_policy.ipynb #21bde71e
@@ -158,6 +166,16 @@ def _check_room(i, s, n_blocks, n_patches):
     require(getattr(s.score, 'needs', '') != 'cls_row' or s.at == 'middle', 'at', s.at, f"'middle' for the scorer {type(s.score).__name__}",
             'CLS attention of a block is known only after its attention.')
 
+def _check_average(steps, n_patches):
+    "An average of the patches needs one that is left, or one that was halted and comes back."
+    left, halted = n_patches, False
+    for i, s in steps.items():
+        if s.ragged or s.fate == 'idle': continue
+        halted |= s.fate == 'halt' and s.patches < left
+        left = min(left, s.patches)
+        require(left > 0 or halted or s.fate in ('fuse', 'halt'), 'policy', f'a step that leaves no patch in block index {i}',
+                'at least one patch in every step, for a model that averages its patches', 'Keep one, or use fate idle, halt or fuse.')
+
 # %% ../nbs/04b_policy.ipynb #b2e95b3b
 class Policy:
     "Which block decides what; everything the engine needs to know about a method."
@@ -170,9 +188,10 @@ class Policy:
 
     def __repr__(self): return f'Policy({self.name!r}, {len(self.steps)} steps)'
 
-    def check(self, n_blocks:int, n_patches:int):
-        "Refuse steps that this model does not have room for."
+    def check(self, n_blocks:int, n_patches:int, averages:bool=False): # averages: the head reads the mean of the patches
+        "Refuse steps that this model does not have room for, or that leave its head nothing to read."
         for i, s in self.steps.items(): _check_room(i, s, n_blocks, n_patches)
+        if averages: _check_average(self.steps, n_patches)
 
 # %% ../nbs/04b_policy.ipynb #e2f6fd26
 def policy_counts(policy:Policy, # With fixed budgets

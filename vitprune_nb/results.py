@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from .core import autocast, environment, pick_device, progress, refuse, require, write_atomic
 from .data import data_config, eval_transform, loader
+from .vit import classes_of
 
 # %% ../nbs/22_results.ipynb #1a98ecf9
 FIELDS = dict(method=str, backbone=str, weights=str, schedule=str, recovery=str, seed=int, # what was done
@@ -200,6 +201,6 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     was_training = model.training
     model.eval().to(device)
     with autocast(device, dtype):
-        right = [model(x.to(device)).argmax(-1).cpu() == y for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
+        right = [classes_of(model(x.to(device))) == y for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
     model.train(was_training)
     return torch.cat(right).numpy()

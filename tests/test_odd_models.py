@@ -1,0 +1,130 @@
+"""Models of other kinds than the course's own: what every method makes of them, and heads that an empty image would leave nothing to read."""
+import pytest
+import torch
+
+from vitprune_nb import data, results
+from vitprune_nb.core import VitpruneError
+from vitprune_nb.engine import SlimViT, check_policy
+from vitprune_nb.methods import prune
+from vitprune_nb.plan import ramp_plan, uniform_plan
+from vitprune_nb.policy import NormScore, Policy, RandomScore, Step
+from vitprune_nb.vit import create_vit, evaluate
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
+P, L = 16, 4
+
+
+def vit(**kw):
+    torch.manual_seed(0)
+    return create_vit('vit_tiny_patch16_224', **TINY | kw)
+
+
+@pytest.fixture(scope='module')
+def averages(): return vit(global_pool='avg')
+
+
+@pytest.fixture(scope='module')
+def images(): return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope='module')
+def few(): return data.load_data(split='train', limit=12)
+
+
+# --- a head that averages patches needs one
+
+LEAVES_NONE = {
+    'keep=()': {1: Step(keep=())},
+    'queries of the last block': {L - 1: Step('queries', keep=())},
+    'count=0': {2: Step(score=NormScore(), count=0)},
+    'merged into CLS': {1: Step('middle', 'merge', score=NormScore(), count=0)},
+    'dropped after a fused token': {1: Step(fate='fuse', score=NormScore(), count=4), 2: Step('queries', keep=())},
+}
+
+
+@pytest.mark.parametrize('case', LEAVES_NONE)
+@pytest.mark.parametrize('kind', [dict(global_pool='avg'), dict(global_pool='avg', class_token=False, reg_tokens=2)])
+def test_a_policy_that_leaves_an_average_nothing_is_refused(case, kind):
+    with pytest.raises(VitpruneError, match='policy: got a step that leaves no patch in block index .; allowed: at least one patch'):
+        SlimViT(vit(**kind), Policy(LEAVES_NONE[case]))
+    if kind.get('class_token', True): assert torch.isfinite(SlimViT(vit(), Policy(LEAVES_NONE[case]))(torch.randn(2, 3, 32, 32))).all(), 'CLS is read'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('steps', [{1: Step(fate='idle', keep=())}, {1: Step(fate='halt', keep=())}, {1: Step(fate='fuse', keep=())}, {1: Step(fate='halt', keep=(1, 2)), 2: Step(keep=())}])
+def test_patches_that_come_back_are_averaged(averages, images, steps):
+    check_policy(averages, Policy(steps), images)
+
+
+@torch.no_grad()
+def test_an_average_over_prefix_tokens_too_needs_no_patch(images):
+    check_policy(vit(global_pool='avg', pool_include_prefix=True), Policy({2: Step(keep=())}), images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('at', ['before', 'queries', 'middle'])
+@pytest.mark.parametrize('fate', ['remove', 'merge'])
+@pytest.mark.parametrize('prefix', [{}, dict(class_token=False)])
+def test_a_threshold_leaves_the_best_patch_to_an_average(images, at, fate, prefix):
+    model = vit(global_pool='avg', **prefix)
+    p = Policy({1: Step(at, fate, score=RandomScore(0), threshold=.5), 2: Step(at, fate, score=RandomScore(0), threshold=2.)})
+    check_policy(model, p, images) if not prefix else None
+    slims = {m: SlimViT(model, p, m) for m in ('mask', 'packed')}
+    a, b = (s(images) for s in slims.values())
+    assert torch.isfinite(a).all() and torch.allclose(a, b, atol=1e-4)
+    kept = slims['packed'].kept(images)[:, 3]
+    assert (kept.sum(-1) == 1).all() and (kept.int().argmax(-1) == RandomScore(0).table[model.num_prefix_tokens:][:P].argmax()).all()
+
+
+@torch.no_grad()
+def test_a_threshold_still_empties_an_image_whose_cls_is_read(images):
+    slim = SlimViT(vit(), Policy({1: Step(score=NormScore(), threshold=1e9)}), 'packed')
+    assert slim.kept(images)[:, 1:].sum() == 0 and torch.isfinite(slim(images)).all()
+
+
+@pytest.mark.parametrize('kind', [dict(global_pool='avg'), dict(global_pool='avg', class_token=False), dict(global_pool='avg', reg_tokens=3)])
+@pytest.mark.parametrize('method', ['uniform', 'attention'])
+def test_uniform_plans_leave_an_average_something_to_read(few, images, kind, method):
+    model = vit(**kind)
+    if method == 'attention' and not kind.get('class_token', True):
+        with pytest.raises(VitpruneError, match='kind: got cls; allowed: another kind for a model without a CLS token'): prune(method, model, few, reduction=.4, calibration=4)
+        return
+    slim = prune(method, model, few, reduction=.4, calibration=4)
+    counts = [len(k) for k in slim.plan.keep]
+    assert min(counts) >= 1 and max(counts) - min(counts) <= 1, 'all blocks alike, the last one too'
+    assert torch.isfinite(slim(images)).all() and .38 <= slim.info['reduction'] <= .5
+
+
+def test_the_cheapest_uniform_and_ramp_plans(averages):
+    scores = torch.rand(L, P + 1)
+    assert [len(k) for k in uniform_plan(averages, scores, .785).keep] == [1]*L
+    with pytest.raises(VitpruneError, match='reduction: got 0.8; allowed: at most 0.79'): uniform_plan(averages, scores, .8)
+    assert len(ramp_plan(averages, .4).keep[-1]) == 1 and ramp_plan(vit(), .4).keep[-1] == ()
+    with pytest.raises(VitpruneError, match='model: got a single block, of which only CLS is read; allowed: two blocks or more'): uniform_plan(vit(depth=1), torch.rand(1, P + 1), .3)
+
+
+# --- logits that are no answer
+
+def no_answer(kind):
+    model = vit(depth=1)
+    with torch.no_grad():
+        if kind == 'NaN weight': model.head.weight[3, 0] = float('nan')
+        if kind == 'infinite bias': model.head.bias[2] = float('inf')
+        if kind == 'all minus infinity': model.head.bias.fill_(-float('inf'))
+    return model.half() if kind == 'too large for half' else model
+
+
+@pytest.mark.parametrize('kind', ['NaN weight', 'infinite bias', 'all minus infinity'])
+def test_no_accuracy_for_logits_that_are_not_finite(few, kind):
+    from vitprune_nb.cosine import run_slim
+    model = no_answer(kind)
+    slim = SlimViT(model, Policy({0: Step(score=NormScore(), count=5)}))
+    for answer in (lambda: evaluate(model, few), lambda: results.answers(model, few), lambda: run_slim(slim, few), lambda: evaluate(slim, few)):
+        with pytest.raises(VitpruneError, match='model: got NaN or infinite logits for 12 of 12 images; allowed: finite logits'): answer()
+
+
+def test_images_without_an_answer_are_counted():
+    from vitprune_nb.vit import classes_of
+    logits = torch.tensor([[0., 1.], [float('nan'), 1.], [2., 1.], [3., float('inf')]])
+    assert classes_of(logits[[0, 2]]).tolist() == [1, 0]
+    with pytest.raises(VitpruneError, match='for 2 of 4 images'): classes_of(logits)
