@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'ACCURACY', 'TIME', 'SHOW', 'make_row', 'to_csv', 'read_rows', 'append_rows', 'same_setting',
-           'markdown_table', 'update_block', 'mcnemar', 'paired_difference', 't_quantile', 'mean_interval', 'answers']
+           'markdown_table', 'update_block', 'mcnemar', 'paired_difference', 'mean_interval', 'answers']
 
 # %% ../nbs/22_results.ipynb #cdca1833
 import csv, datetime, io, json, math
@@ -13,6 +13,7 @@ from pathlib import Path
 # %% ../nbs/22_results.ipynb #7e978c9d
 import numpy as np
 import torch
+from scipy import special
 from .core import autocast, environment, pick_device, progress, refuse, require, write_atomic
 from .data import data_config, eval_transform, loader
 from .vit import classes_of
@@ -148,9 +149,9 @@ def mcnemar(only_a:int, # Images that only A gets right
             only_b:int, # Images that only B gets right
             )->float:   # Two-sided p-value
     "McNemar's exact test (1947): if A and B were equally good, each disagreement would be a fair coin."
-    n, k = int(only_a) + int(only_b), int(min(only_a, only_b))   # Python's integers: NumPy's overflow at 2**63
+    n, k = int(only_a) + int(only_b), int(min(only_a, only_b))
     require(k >= 0, 'only_a, only_b', (only_a, only_b), 'counts, 0 or more')
-    return min(1., 2*sum(math.comb(n, i) for i in range(k + 1))/2**n)
+    return min(1., 2*float(special.bdtr(k, n, .5)))
 
 # %% ../nbs/22_results.ipynb #8770dc59
 def paired_difference(correct_a,     # bool (images,), from `answers`
@@ -168,23 +169,13 @@ def paired_difference(correct_a,     # bool (images,), from `answers`
     return dict(difference=(only_b - only_a)/n, low=float(low), high=float(high), only_a=only_a, only_b=only_b, p_value=mcnemar(only_a, only_b))
 
 # %% ../nbs/22_results.ipynb #a7950fa2
-def t_quantile(df:int,       # Degrees of freedom ν, 1 or more
-               p:float=.975, # Share of the distribution below it, in (0, 1)
-               )->float:
-    "Quantile of Student's t, by the trapezoidal rule in θ = arctan(t/√ν); right to four digits."
-    require(df >= 1 and 0 < p < 1, 'df, p', (df, p), 'df of 1 or more, p in (0, 1)')
-    theta = np.linspace(-np.pi/2, np.pi/2, 200_001)
-    density = np.cos(theta).clip(min=0)**(df - 1)
-    below = np.cumsum(density) - (density + density[0])/2
-    return float(df**.5*np.tan(np.interp(p, below/below[-1], theta)))
-
 def mean_interval(values,           # Two or more, one of each run
                   level:float=.95,  # Coverage of the interval
                   )->tuple:         # (mean, low, high)
     "Mean of independent runs with Student's interval."
     d = np.asarray(values, dtype=float)
     require(d.ndim == 1 and len(d) > 1 and np.isfinite(d).all(), 'values', values, 'two or more finite numbers')
-    wide = t_quantile(len(d) - 1, (1 + level)/2)*d.std(ddof=1)/len(d)**.5
+    wide = special.stdtrit(len(d) - 1, (1 + level)/2)*d.std(ddof=1)/len(d)**.5
     return float(d.mean()), float(d.mean() - wide), float(d.mean() + wide)
 
 # %% ../nbs/22_results.ipynb #e0145211
