@@ -77,8 +77,9 @@ def cls_logits(attn, # timm's Attention
                xn,   # (B, N, D) normalised tokens
                ):    # (B, H, N)
     "Attention logits of token 0 alone, recomputed so that fused attention can stay on."
-    q, k, _ = _project_qkv(attn, xn, xn) if xn.shape[1] == 1 else _project_qkv(attn, xn[:, :1], xn)
-    q, k = attn.q_norm(_heads(attn, q)), attn.k_norm(_heads(attn, k))
+    w, b, A = attn.qkv.weight, attn.qkv.bias, attn.num_heads*attn.head_dim
+    project = lambda t, rows: _heads(attn, F.linear(t, w[rows], None if b is None else b[rows]))
+    q, k = attn.q_norm(project(xn[:, :1], slice(A))), attn.k_norm(project(xn, slice(A, 2*A)))   # no values
     return (q @ k.transpose(-1, -2)*attn.scale).squeeze(-2)
 
 # %% ../nbs/04c_attention.ipynb #02116273

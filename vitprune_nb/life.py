@@ -127,7 +127,7 @@ class LifeScore(Scorer):
         g = torch.Generator().manual_seed(seed)
         for m in (self.cls, self.patch): nn.init.normal_(m.weight, std=dim**-.5, generator=g)
     def config(self)->dict: return {k: getattr(self, k) for k in 'dim mu sigma last U seed'.split()}
-    def macs(self, n:float, dim:int)->float: return 2*dim*dim + n*dim
+    def macs(self, n:float, dim:int, n_prefix:int=1)->float: return 2*dim*dim + n*dim
 
     def raw(self, x, n_prefix:int=1): # (B, n, D) -> (B, n - n_prefix)
         "Scores of the patches, in float32 at least: both maps are applied to CLS alone."

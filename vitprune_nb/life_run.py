@@ -15,6 +15,7 @@ from torch import nn
 from .core import require
 from .engine import Policy, Scorer, SlimViT, Step, Tokens, select
 from .life import LifeScore, life_plan
+from .policy import decision_macs
 from .train import TrainConfig, fit
 from .vit import create_vit
 
@@ -114,7 +115,8 @@ class StagePredictor(Scorer):
         w = torch.ones_like(whole[..., :1]) if t.present is None else t.present[..., None].to(whole.dtype)
         mean = (whole*w).sum(1, keepdim=True)/w.sum(1, keepdim=True)     # of the tokens that are still there
         return self.outer(torch.cat([local, mean.expand_as(whole)], -1))[..., 0]
-    def macs(self, n:float, dim:int)->float: return n*(dim*dim + dim*(dim//2) + (dim//2)*(dim//4) + dim//4*2)
+    def macs(self, n:float, dim:int, n_prefix:int=1)->float:
+        return (n + n_prefix)*(dim*dim + dim*(dim//2) + (dim//2)*(dim//4) + dim//4*2)
 
 # %% ../nbs/13b_life_run.ipynb #9af8cabe
 class StageAttention(Scorer):
@@ -128,7 +130,7 @@ class StageAttention(Scorer):
         logits = q @ k.transpose(-1, -2)*q.shape[-1]**-.5
         if t.present is not None: logits = logits.masked_fill(~t.present[:, None, None], -torch.inf)
         return logits.softmax(-1).mean(1)[:, 0]
-    def macs(self, n:float, dim:int)->float: return dim*dim + n*dim*dim + n*dim
+    def macs(self, n:float, dim:int, n_prefix:int=1)->float: return dim*dim + (n + n_prefix)*(dim*dim + dim)
 
 # %% ../nbs/13b_life_run.ipynb #3ab90d3a
 def decide(policy:Policy,  # Steps with score and count, fate 'remove'
@@ -169,9 +171,7 @@ def _contestants(net, plans, n_prefix):
 def _deciding_macs(net, plans, n_tokens):
     "MACs of all scores of each policy, and the token counts that they share."
     counts = plans['life'].counts(len(net.blocks), n_tokens, net.num_prefix_tokens)
-    present = [counts[i - 1][0] for i in plans['no decision'].steps]             # tokens that each stage looks at
-    score = lambda s, n: 0 if s.score is None else s.score.macs(n, net.embed_dim)
-    return {name: sum(score(s, n) for s, n in zip(q.steps.values(), present)) for name, q in plans.items()}, counts
+    return {name: decision_macs(q, counts, net.blocks, n_tokens, net.num_prefix_tokens) for name, q in plans.items()}, counts
 
 # %% ../nbs/13b_life_run.ipynb #9939368d
 def bench_life(batch:int=32,     # Images at once

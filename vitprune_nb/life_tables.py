@@ -79,7 +79,7 @@ class RandomLife(LifeScore):
         super().__init__(*args, **kwargs)
         self.gen = torch.Generator().manual_seed(self.seed)
     def raw(self, x, n_prefix:int=1): return torch.rand(len(x), x.shape[1] - n_prefix, generator=self.gen).to(x.device)
-    def macs(self, n:float, dim:int)->float: return 0.
+    def macs(self, n:float, dim:int, n_prefix:int=1)->float: return 0.
 
 RIVALS = ('random', 'untrained', 'uniform', 'attention')
 

@@ -127,11 +127,9 @@ def counts_of(model,       # Any ViT, pruned or not
 def extra_macs(model, # Any ViT, pruned or not
                counts,# From `counts_of`
                )->float:
-    "MACs of one image outside the blocks' own layers: scores, each of which sees the patches that enter its block, and padding."
-    extra, n = 0., getattr(model, 'n_tokens', 0)
-    for i, s in model.policy.steps.items() if counts else ():
-        if s.score is not None: extra += s.score.macs(n - model.num_prefix_tokens, model.model.embed_dim)
-        if s.fate != 'idle': n = counts[i][2]
+    "MACs of one image outside the blocks' own layers: what the decisions cost, and padding."
+    from vitprune_nb.policy import decision_macs
+    extra = decision_macs(model.policy, counts, model.blocks, model.n_tokens, model.num_prefix_tokens) if counts else 0.
     if not hasattr(getattr(model, 'model', model), 'channels'): return extra
     from vitprune_nb.surgery import padding_macs
     return extra + padding_macs(model, counts)
@@ -140,7 +138,7 @@ def extra_macs(model, # Any ViT, pruned or not
 def macs_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
             )->float:    # MACs of one image, mean where it depends on the image
-    "MACs of a plain, slim or sliced model, its scores and padding included."
+    "MACs of a plain, slim or sliced model, its decisions and padding included."
     from vitprune_nb.cost import model_macs
     counts = counts_of(model, images)
     return model_macs(getattr(model, 'model', model), counts, extra_macs(model, counts))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'FATES', 'SCORERS', 'SCORER_MODULES', 'Step', 'Tokens', 'register_scorer', 'Scorer', 'NormScore',
-           'RandomScore', 'ClsAttention', 'GivenCounts', 'select', 'Policy', 'policy_counts', 'policy_to_dict',
-           'policy_from_dict', 'parse_schedule', 'schedule_policy', 'pyramid']
+           'RandomScore', 'ClsAttention', 'GivenCounts', 'select', 'Policy', 'policy_counts', 'decision_macs',
+           'policy_to_dict', 'policy_from_dict', 'parse_schedule', 'schedule_policy', 'pyramid']
 
 # %% ../nbs/04b_policy.ipynb #5dd0191a
 import dataclasses, importlib, json, math
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .core import refuse, require
+from .cost import block_widths
 
 # %% ../nbs/04b_policy.ipynb #2e6fc449
 POINTS, FATES = ('before', 'queries', 'middle'), ('remove', 'idle', 'fuse', 'merge', 'halt')
@@ -81,7 +82,9 @@ class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ''                        # 'cls_row' to be given CLS attention (only at='middle')
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
-    def macs(self, n:float, dim:int)->float: return 0. # cost of scoring n tokens of width dim
+    def macs(self, n:float, dim:int, n_prefix:int=1)->float:
+        "Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix tokens; `needs` is not among them."
+        return 0.
 
 # %% ../nbs/04b_policy.ipynb #2a64ab6a
 @register_scorer('norm')
@@ -210,6 +213,33 @@ def policy_counts(policy:Policy, # With fixed budgets
     return out
 
 Policy.counts = policy_counts
+
+# %% ../nbs/04b_policy.ipynb #d3c15101
+def _entering(policy, counts, n):
+    "How many tokens enter each block; `n` enter the first."
+    out = []
+    for i, (nq, nkv, nmlp) in enumerate(counts):
+        s = policy.steps.get(i)
+        if s is None or s.at != 'before': n = nkv
+        out.append(n)
+        if s is not None and s.fate != 'idle': n = dict(before=nq, middle=nmlp, queries=min(n, nq + (s.fate == 'fuse')))[s.at]
+    return out
+
+def decision_macs(policy:Policy,  # What decides
+                  counts:list,    # L triples (Nq, Nkv, Nmlp): `policy.counts(…)`, or means over images
+                  blocks,         # The model's L blocks, for their widths
+                  n_tokens:int,   # Tokens of the dense model, prefix included
+                  n_prefix:int=1, # CLS, DIST and register tokens
+                  )->float:       # MACs of one image
+    "MACs of all decisions of a policy in mode 'gather': scores, CLS rows computed again, similarities of merging."
+    total = 0.
+    for i, n in enumerate(_entering(policy, counts, n_tokens)):
+        if i not in policy.steps: continue
+        s, w = policy.steps[i], block_widths(blocks[i])
+        if s.score is not None: total += s.score.macs(n - n_prefix, w.out, n_prefix)
+        if getattr(s.score, 'needs', '') == 'cls_row': total += (n + 1)*w.attn_in*w.qk + n*w.qk
+        if s.fate == 'merge': total += n*n*w.out
+    return total
 
 # %% ../nbs/04b_policy.ipynb #74a6bdea
 def _step_to_dict(s:Step)->dict:
