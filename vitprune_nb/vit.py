@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USED', 'PARTS', 'FLOATS', 'COURSE', 'VARIANTS', 'read_checkpoint', 'in_short', 'find_weights', 'shape_of',
            'load_weights', 'model_kwargs', 'create_vit', 'fit_kwargs', 'fit_vit', 'attention_rows', 'standard_blocks',
-           'Captured', 'capture', 'course_model', 'wilson_interval', 'evaluate']
+           'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'evaluate']
 
 # %% ../nbs/02_vit.ipynb #a0b7e91b
 import argparse, collections, contextlib, difflib, inspect, json, math, os, pickle, re, time, warnings
@@ -368,6 +368,14 @@ def wilson_interval(correct:int, # Right answers
     return max(0., mid - half), min(1., mid + half)
 
 # %% ../nbs/02_vit.ipynb #fbb4cf8d
+def classes_of(logits:torch.Tensor # (B, classes)
+               )->torch.Tensor:    # (B,) class indices, on the CPU
+    "The class with the largest logit; logits that are NaN or infinite name no class and are refused."
+    bad = int((~torch.isfinite(logits)).any(-1).sum())
+    require(bad == 0, 'model', f'NaN or infinite logits for {bad} of {len(logits)} images', 'finite logits',
+            'Look for NaN in the weights and the images, and for numbers too large for its dtype.')
+    return logits.argmax(-1).cpu()
+
 @torch.inference_mode()
 def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, classes)
              ds:ImageSet,           # Its transform is made from the model when it has none
@@ -384,7 +392,7 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
     correct, start = 0, time.perf_counter()
     with autocast(device, dtype):
         for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
-            correct += (model(x.to(device)).argmax(-1).cpu() == y).sum().item()
+            correct += (classes_of(model(x.to(device))) == y).sum().item()
     model.train(was_training)
     low, high = wilson_interval(correct, len(ds))
     return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds), seconds=time.perf_counter() - start)
