@@ -11,7 +11,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check
 RUN     = $(VENV)/.installed-run
 DEV     = $(VENV)/.installed-dev
 
-.PHONY: help demo test test-sync test-notebooks test-suite lab install install-dev notebooks export results record clean
+.PHONY: help demo test test-sync test-notebooks test-suite test-slow lab install install-dev notebooks export results record clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -35,6 +35,10 @@ test-notebooks: $(DEV)
 
 test-suite: $(DEV)
 	$(IN_TEMP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 tests
+
+# What `make test` samples only: hundreds of kills, and whatever else is marked slow.
+test-slow: $(DEV)
+	$(IN_TEMP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --durations=10 tests
 
 lab: $(DEV)
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -19,9 +19,9 @@ from .core import fold_seed, pick_device, progress, require, set_seed
 from .cost import model_macs
 from .data import ImageSet, data_config, eval_transform, loader
 from .engine import (Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer)
-from .policy import decision_macs
 from .redundancy import adjacent_similarity, norm_growth
-from .vit import classes_of, standard_blocks, wilson_interval
+from .train import same_random_after
+from .vit import standard_blocks, wilson_interval
 
 # %% ../nbs/14_cosine.ipynb #3e2dd280
 SCALES = dict(scaled=lambda c: (1 + c)/2, raw=lambda c: c)
@@ -136,7 +136,7 @@ class CosineScore(Scorer):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, 1)
         self.fc_context = nn.Linear(dim, hidden, bias=False) if context else None
     def config(self): return dict(dim=self.dim, hidden=self.hidden, context=self.context)
-    def macs(self, n, dim, n_prefix=1): return n*self.hidden*(dim + 1) + self.context*self.hidden*dim
+    def macs(self, n, dim): return n*self.hidden*(dim + 1) + self.context*self.hidden*dim
 
     def logit(self, x, c=None): # x (…, D), c broadcastable to it -> (…)
         h = self.fc1(self.norm(x))
@@ -192,6 +192,7 @@ def _fit_one(net, x, c, y, epochs, lr, batch_size):
         for i in torch.randperm(len(y)).split(batch_size):
             loss = F.binary_cross_entropy_with_logits(net.logit(x[i], None if c is None else c[i]), y[i], weight[i])
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+    net.zero_grad()
     with torch.no_grad(): net.fc2.bias += math.log(share/(1 - share))
 
 # %% ../nbs/14_cosine.ipynb #8b88900e
@@ -214,15 +215,17 @@ def fit_pruner(seen:Seen,              # From `collect`
     both = any(0 < s < 1 for s in share) or (shared and len(set(share)) > 1)
     require(both, 'cosine_threshold', cosine_threshold, 'one that leaves both labels in some block',
             f'Here every block has a single class of labels; the largest {scale} cosine is {top:.3f}. seen.threshold_for(0.2) finds one.')
-    set_seed(seed)
     L, D, P = len(seen.before), seen.before[0].shape[-1], seen.cosine.shape[-1]
     groups = [range(L)] if shared else [[l] for l in range(L)]
     nets = []
-    for g in progress(groups, 'pruner', unit='MLP'):
-        net = CosineScore(D, hidden, context)
-        c = torch.cat([seen.context[l].repeat_interleave(P, 0) for l in g]) if context else None
-        _fit_one(net, torch.cat([seen.before[l].flatten(0, 1) for l in g]), c, keep[list(g)].flatten(), epochs, lr, batch_size)
-        nets += [net.eval()]*len(g)
+    with same_random_after():
+        set_seed(seed)
+        for g in progress(groups, 'pruner', unit='MLP'):
+            net = CosineScore(D, hidden, context)
+            c = torch.cat([seen.context[l].repeat_interleave(P, 0) for l in g]) if context else None
+            x = torch.cat([seen.before[l].flatten(0, 1) for l in g])
+            _fit_one(net, x, c, keep[list(g)].flatten(), epochs, lr, batch_size)
+            nets += [net.eval()]*len(g)
     return Pruner(nets, share, cosine_threshold, scale, shared)
 
 # %% ../nbs/14_cosine.ipynb #6c95710b
@@ -303,11 +306,11 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
     for x, y in progress(loader(_ready(model, ds), batch_size), 'pruned model', unit='batch'):
         logits, t = slim.forward_traced(x.to(device))
-        right.append(classes_of(logits) == y)
+        right.append(logits.argmax(-1).cpu() == y)
         kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
     right, n = torch.cat(right), len(ds)
     counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]
-    own = decision_macs(slim.policy, counts, model.blocks, slim.n_tokens, prefix)
+    own = sum(s.score.macs(slim.n_tokens - prefix, model.embed_dim) for s in slim.policy.steps.values() if s.score is not None)
     correct = int(right.sum()); low, high = wilson_interval(correct, n)
     return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(), kept=torch.cat(kept),
                 macs=model_macs(model, counts, own), pruner_macs=own)
