@@ -19,9 +19,10 @@ from .core import fold_seed, pick_device, progress, require, set_seed
 from .cost import model_macs
 from .data import ImageSet, data_config, eval_transform, loader
 from .engine import (Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer)
+from .policy import decision_macs
 from .redundancy import adjacent_similarity, norm_growth
 from .train import same_random_after
-from .vit import standard_blocks, wilson_interval
+from .vit import classes_of, standard_blocks, wilson_interval
 
 # %% ../nbs/14_cosine.ipynb #3e2dd280
 SCALES = dict(scaled=lambda c: (1 + c)/2, raw=lambda c: c)
@@ -136,7 +137,7 @@ class CosineScore(Scorer):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, 1)
         self.fc_context = nn.Linear(dim, hidden, bias=False) if context else None
     def config(self): return dict(dim=self.dim, hidden=self.hidden, context=self.context)
-    def macs(self, n, dim): return n*self.hidden*(dim + 1) + self.context*self.hidden*dim
+    def macs(self, n, dim, n_prefix=1): return n*self.hidden*(dim + 1) + self.context*self.hidden*dim
 
     def logit(self, x, c=None): # x (…, D), c broadcastable to it -> (…)
         h = self.fc1(self.norm(x))
@@ -306,11 +307,11 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
     for x, y in progress(loader(_ready(model, ds), batch_size), 'pruned model', unit='batch'):
         logits, t = slim.forward_traced(x.to(device))
-        right.append(logits.argmax(-1).cpu() == y)
+        right.append(classes_of(logits) == y)
         kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
     right, n = torch.cat(right), len(ds)
     counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]
-    own = sum(s.score.macs(slim.n_tokens - prefix, model.embed_dim) for s in slim.policy.steps.values() if s.score is not None)
+    own = decision_macs(slim.policy, counts, model.blocks, slim.n_tokens, prefix)
     correct = int(right.sum()); low, high = wilson_interval(correct, n)
     return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(), kept=torch.cat(kept),
                 macs=model_macs(model, counts, own), pruner_macs=own)

@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../nbs/20b_course.ipynb #6f5aacb7
 import torch
 import torch.nn.functional as F
-from .core import environment, require, set_seed, sha256, write_atomic
+from .core import environment, require, set_seed, sha256, sweep, write_atomic
 from .data import calibration, data_config, eval_transform, load_data
 from .train import Log, TrainConfig, fit, pick_accelerator, read_log
 from .vit import COURSE, create_vit, evaluate
@@ -152,6 +152,7 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
     check = calibration(test_set, min(2000, len(test_set)), 0)
     for k, cfg in enumerate(stages, 1): fit(model, train_set, cfg, check, Path(out)/f'stage{k}', accelerator=acc, workers=workers)
     if not acc.is_main_process: return {}
+    sweep(Path(out)/'model')
     model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})   # measure what is stored
     result, log = evaluate(model, test_set, device=acc.device), Log(Path(out)/'model'/'log.csv')
     for row in course_log(out): log.add(**row)

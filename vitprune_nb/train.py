@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from .core import (VitpruneError, autocast, environment, fold_seed, pick_device, progress,
-                              refuse, require, set_seed, write_atomic)
+                              refuse, require, set_seed, sweep, write_atomic)
 from .data import ImageSet, data_config, eval_transform, train_transform
 from .vit import evaluate
 
@@ -352,7 +352,7 @@ def _row(tr, test_set=None):
 
 def _open_folder(out, tr):
     "The log of a run, after clearing what a kill in the middle of a write left and recording the recipe."
-    for stale in Path(out).glob('.checkpoint.pt.*.tmp'): stale.unlink()
+    sweep(out)
     record = dict(dataclasses.asdict(tr.cfg), data=repr(tr.batches.ds), **environment(tr.acc.device.type))
     with write_atomic(Path(out)/'config.json') as tmp: tmp.write_text(json.dumps(record, indent=1))
     return Log(Path(out)/'log.csv', tr.step)
