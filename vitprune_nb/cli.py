@@ -7,9 +7,9 @@ __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Device', 'Dtype'
            'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart', 'Rule',
            'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor', 'Backbone',
            'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'in_words_of_ours', 'explain', 'main',
-           'finish', 'fit_kwargs', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval',
-           'first_images', 'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed',
-           'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval', 'first_images', 'check_out',
+           'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed', 'prune_options', 'what_is_left',
+           'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/24_cli.ipynb #937961bc
 import contextlib, json, os, shutil, sys
@@ -76,47 +76,19 @@ def finish(record:dict,  # Whatever the command found out
     if as_json: print(json.dumps(ordered, default=str))
     return ordered
 
-# %% ../nbs/24_cli.ipynb #babf2a8e
-def fit_kwargs(state:dict # A ViT's state_dict
-               )->dict:   # img_size, patch_size, num_classes, init_values, as far as the shapes tell
-    "What `timm.create_model` must be told so that its model has the shapes of a checkpoint."
-    out = {}
-    if 'head.weight' in state: out['num_classes'] = len(state['head.weight'])
-    if 'blocks.0.ls1.gamma' in state: out['init_values'] = 1e-5
-    proj, pos = state.get('patch_embed.proj.weight'), state.get('pos_embed')
-    if getattr(proj, 'ndim', 0) == 4 and getattr(pos, 'ndim', 0) == 3:
-        prefix = sum(state[k].shape[1] for k in ('cls_token', 'dist_token', 'reg_token') if k in state)
-        for n in (pos.shape[1] - prefix, pos.shape[1]):   # some models give CLS no position
-            if n > 0 and round(n**.5)**2 == n:
-                return dict(out, patch_size=proj.shape[-1], img_size=round(n**.5)*proj.shape[-1])
-    return out
-
 # %% ../nbs/24_cli.ipynb #1c3ca175
 def open_model(name:str='course', # 'course', a timm name, or a pruned-model folder
                weights=None,      # A checkpoint file for 'course' or a timm name
                ):                 # In eval mode
     "The model that a MODEL argument names."
-    import torch
-    from vitprune_nb.core import VitpruneError, refuse, require
-    from vitprune_nb.vit import COURSE, course_model, create_vit
+    from vitprune_nb.core import require
+    from vitprune_nb.vit import COURSE, course_model, fit_vit
     if Path(name).is_dir():
         require(weights is None, 'weights', weights, 'nothing, for a folder has its own weights')
         return load_pruned(name)
     require(os.sep not in name, 'model', name, "'course', a timm name, or an existing folder that `vitprune prune` wrote")
-    if weights is None:
-        if name == 'course': return course_model()
-        with torch.random.fork_rng(devices=[]):   # random weights, but the same ones every time
-            torch.manual_seed(0)
-            return create_vit(name)
-    from timm.models import load_state_dict
-    require(Path(weights).is_file(), 'weights', weights, 'an existing .safetensors or .pth file')
-    try:
-        state = {k: v.float() for k, v in load_state_dict(str(weights), weights_only=True).items()}
-        model = create_vit(COURSE['model'] if name == 'course' else name, **fit_kwargs(state))
-        model.load_state_dict(state)
-    except VitpruneError: raise
-    except Exception as e: refuse('weights', weights, f'a checkpoint of {name}', f'({" ".join(str(e).split())[:160]})')
-    return model
+    if name == 'course' and weights is None: return course_model()
+    return fit_vit(COURSE['model'] if name == 'course' else name, weights)
 
 # %% ../nbs/24_cli.ipynb #49040e6b
 def in_words(d:dict # From `cost_of`

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'make_optimizer', 'make_scheduler', 'Batches', 'loss_and_targets', 'distillation', 'set_patch_drop',
            'set_drop_path', 'freeze_first', 'save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accelerator',
-           'Trainer', 'trainer_state', 'restore_trainer', 'fit']
+           'Trainer', 'trainer_state', 'restore_trainer', 'same_random_after', 'clean_stage', 'fit']
 
 # %% ../nbs/20_train.ipynb #c9290aac
-import csv, dataclasses, json, math, time, zipfile
+import contextlib, csv, dataclasses, json, math, random, time, zipfile
 from pathlib import Path
 
 # %% ../nbs/20_train.ipynb #b523b70f
+import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import (VitpruneError, autocast, check_seed, environment, fold_seed, is_number, is_whole, pick_device, progress,
-                              refuse, require, set_seed, write_atomic)
+from .core import (VitpruneError, autocast, check_seed, environment, fold_seed, is_number, is_whole,
+                              pick_device, progress, refuse, require, set_seed, sweep, write_atomic)
 from .data import ImageSet, data_config, eval_transform, train_transform
 from .vit import evaluate
 
@@ -238,11 +239,16 @@ class Log:
         if self.path: self._append(self.path, self.rows[-1:])
 
 # %% ../nbs/20_train.ipynb #9d948060
-def pick_accelerator(device='auto' # 'auto', 'cpu', 'cuda' or 'mps'
-                     ):            # An `accelerate.Accelerator`
-    "One for this device; under torchrun or `accelerate launch` it is one of many."
+def pick_accelerator(device='auto', # 'auto', 'cpu', 'cuda' or 'mps'
+                     **kwargs,      # For `accelerate.Accelerator`
+                     ):             # An `accelerate.Accelerator`
+    "One for this device, whatever this process trained on before; under torchrun or `accelerate launch` it is one of many."
     from accelerate import Accelerator
-    return Accelerator(cpu=pick_device(device).type == 'cpu', mixed_precision='no')   # mixed precision is ours: cfg.dtype
+    from accelerate.state import AcceleratorState, PartialState
+    device = pick_device(device)
+    if PartialState._shared_state and PartialState().num_processes == 1 and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)     # it would stay on the first device of the process
+    return Accelerator(cpu=device.type == 'cpu', mixed_precision='no', **kwargs)   # mixed precision is ours: cfg.dtype
 
 def _stop_unless_finite(step, loss, norm, cfg):
     if not math.isfinite(loss + norm): raise VitpruneError(f'training stopped at step {step}: got loss {loss:g} and gradient norm {norm:g}; allowed: finite ones. '
@@ -254,11 +260,14 @@ class Trainer:
     def __init__(self, model, train_set:ImageSet, cfg:TrainConfig, teacher=None, loss=None, accelerator=None, workers:int=0):
         from timm.utils import ModelEmaV3
         require((cfg.distill > 0) == (teacher is not None), 'distill', cfg.distill, 'a positive weight together with a teacher, or neither')
+        own = {id(p) for p in teacher.parameters()} if teacher is not None else set()
+        require(not any(id(p) in own for p in model.parameters()), 'teacher', 'one that shares weights with the model that it teaches',
+                'a model of its own', 'Give it copy.deepcopy(teacher), or it changes while it teaches.')
         self.cfg, self.acc, self.plain, self.extra_loss, self.workers = cfg, accelerator or pick_accelerator(), model, loss, workers
         if train_set.transform is None: train_set = train_set.but(transform=train_transform(data_config(_vit(model)), cfg.augment))
         self.batches = Batches(train_set, cfg, self.acc.process_index, self.acc.num_processes)
         if cfg.drop_path: set_drop_path(model, cfg.drop_path)
-        self.frozen = freeze_first(model, cfg.freeze) if cfg.freeze else []
+        if cfg.freeze: freeze_first(model, cfg.freeze)
         self.model, self.opt = self.acc.prepare(model, make_optimizer(model, cfg))
         self.sched = make_scheduler(self.opt, cfg, self.batches.steps)
         self.ema = ModelEmaV3(model, decay=cfg.ema) if cfg.ema else None
@@ -281,6 +290,7 @@ class Trainer:
     def one_step(self)->float:
         "Forward, backward, update; returns the loss, averaged over the processes."
         t, cfg = time.perf_counter(), self.cfg
+        self.model.train()      # whatever looked at the model since the last step
         if self.stream is None: self.stream = self.batches.stream(self.step, self.workers)
         if cfg.patch_drop: set_patch_drop(self.plain, cfg.patch_drop[min(self.step//self.batches.per_epoch, len(cfg.patch_drop) - 1)])
         x, y = (v.to(self.acc.device) for v in next(self.stream))
@@ -288,13 +298,18 @@ class Trainer:
         self.sched.step_update(self.step)
         loss = self.loss(x, y)
         self.opt.zero_grad(); self.acc.backward(loss)
-        norm = self.acc.clip_grad_norm_(self.model.parameters(), cfg.clip_grad or math.inf).item()
+        norm = self.acc.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], cfg.clip_grad or math.inf).item()
         value = self.acc.reduce(loss.detach(), reduction='mean').item()
         _stop_unless_finite(self.step, value, norm, cfg)
         self.opt.step(); self.step += 1
         if self.ema is not None: self.ema.update(self.plain, step=self.step)
         self.recent.append(value); self.busy += time.perf_counter() - t
         return value
+
+    def close(self):
+        "Let the accelerator forget this run, and its optimiser with it."
+        for kept, ours in ((self.acc._models, self.model), (self.acc._optimizers, self.opt)):
+            if ours in kept: kept.remove(ours)
 
 # %% ../nbs/20_train.ipynb #d2aa6e34
 def trainer_state(tr:Trainer # Between two steps
@@ -316,9 +331,12 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
     changed = [f'{k} was {old.get(k)} and is {new.get(k)}' for k in {**old, **new} if old.get(k) != new.get(k)]
     require(not changed, 'checkpoint', path, 'a checkpoint of this very recipe', f'Changed: {"; ".join(changed)}. {todo}')
     require(state['data'] == tr.batches.ds.digest, 'checkpoint', path, 'a checkpoint of a run on these training images', todo)
-    try: tr.plain.load_state_dict(state['model'])
-    except RuntimeError: refuse('checkpoint', path, f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
-    tr.opt.load_state_dict(state['optimizer'])
+    shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
+    require(shapes(state['model']) == shapes(tr.plain.state_dict()), 'checkpoint', path,
+            f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
+    try: tr.opt.load_state_dict(state['optimizer'])
+    except ValueError: refuse('checkpoint', path, 'a checkpoint of a run in which the same parameters were trained', todo)
+    tr.plain.load_state_dict(state['model'])
     if tr.ema is not None: tr.ema.module.load_state_dict(state['ema'])
     tr.step, tr.stream, tr.start = state['step'], None, time.perf_counter() - state.get('seconds', 0.)
     tr.recent, tr.busy = state.get('recent', []), state.get('busy', 0.)
@@ -336,10 +354,42 @@ def _row(tr, test_set=None):
 
 def _open_folder(out, tr):
     "The log of a run, after clearing what a kill in the middle of a write left and recording the recipe."
-    for stale in Path(out).glob('.checkpoint.pt.*.tmp'): stale.unlink()
+    sweep(out)
     record = dict(dataclasses.asdict(tr.cfg), data=repr(tr.batches.ds), **environment(tr.acc.device.type))
     with write_atomic(Path(out)/'config.json') as tmp: tmp.write_text(json.dumps(record, indent=1))
     return Log(Path(out)/'log.csv', tr.step)
+
+# %% ../nbs/20_train.ipynb #20c1ea52
+@contextlib.contextmanager
+def same_random_after():
+    "Seed and draw within the `with`; afterwards the generators of Python, NumPy and PyTorch stand where they stood."
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices): yield
+    finally:
+        random.setstate(python); np.random.set_state(numpy)
+
+@contextlib.contextmanager
+def clean_stage(model:torch.nn.Module, # What the stage trains
+                teacher:torch.nn.Module|None=None, # What teaches it
+                ):
+    """A stage of training within the `with` starts as it would from a file, with weights and buffers and without gradients,
+    and hands on nothing else: what may train, the modules that drop paths and patches, the teacher's mode and all random
+    generators are afterwards as they were before, also when the stage ends with an error."""
+    may_train = [(p, p.requires_grad) for p in model.parameters()]
+    drops = [(m, name, getattr(m, name)) for m in model.modules()
+             for name in ('drop_path1', 'drop_path2', 'patch_drop') if hasattr(m, name)]
+    modes = [(m, m.training) for m in teacher.modules()] if teacher is not None else []
+    model.zero_grad()
+    try:
+        with same_random_after(): yield
+    finally:
+        model.zero_grad()
+        for p, flag in may_train: p.requires_grad_(flag)
+        for m, name, module in drops: setattr(m, name, module.train(m.training))
+        for m, training in modes: m.training = training
+        vars(model).pop('_is_accelerate_prepared', None)     # with it, accelerate would not move the model again
 
 # %% ../nbs/20_train.ipynb #c49101d4
 def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on the accelerator's device
@@ -353,26 +403,23 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         callback=None,         # Called with the list of log rows after each new one
         workers:int=0,         # Processes that prepare images ahead; 0 prepares them in this one
         )->list:               # The rows of the log, dicts of numbers
-    "Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode."
-    tr = Trainer(model, train_set, cfg, teacher, loss, accelerator, workers)
-    main, ckpt = tr.acc.is_main_process, Path(out)/'checkpoint.pt' if out else None
-    if ckpt and ckpt.exists(): restore_trainer(tr, ckpt)
-    log, total = _open_folder(out, tr) if out and main else Log(), tr.batches.steps
-    model.train()
-    try:
-        with progress(total=total, desc='train', unit='step') as bar:
-            bar.initial = bar.n = tr.step; bar.disable = bar.disable or not main
-            while tr.step < total:
-                bar.set_postfix(loss=f'{tr.one_step():.3f}', refresh=False); bar.update()
-                end = tr.step == total or tr.step % tr.batches.per_epoch == 0
-                if end or tr.step % cfg.log_every == 0:
-                    log.add(**_row(tr, test_set if end and main else None))
-                    if callback and main: callback(log.rows)
-                if ckpt and main and (tr.step % cfg.save_every == 0 or tr.step == total): save_checkpoint(ckpt, **trainer_state(tr))
-                if end: tr.acc.wait_for_everyone()
-        if tr.ema is not None: model.load_state_dict(tr.ema.module.state_dict())
-    finally:
-        if cfg.patch_drop: set_patch_drop(model, 0)
-        for p in tr.frozen: p.requires_grad_(True)
-        model.eval()
+    """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without gradients;
+    a further `fit` of it gives what it would give after saving and loading."""
+    with clean_stage(model, teacher), contextlib.closing(Trainer(model, train_set, cfg, teacher, loss, accelerator, workers)) as tr:
+        main, ckpt = tr.acc.is_main_process, Path(out)/'checkpoint.pt' if out else None
+        if ckpt and ckpt.exists(): restore_trainer(tr, ckpt)
+        log, total = _open_folder(out, tr) if out and main else Log(), tr.batches.steps
+        try:
+            with progress(total=total, desc='train', unit='step') as bar:
+                bar.initial = bar.n = tr.step; bar.disable = bar.disable or not main
+                while tr.step < total:
+                    bar.set_postfix(loss=f'{tr.one_step():.3f}', refresh=False); bar.update()
+                    end = tr.step == total or tr.step % tr.batches.per_epoch == 0
+                    if end or tr.step % cfg.log_every == 0:
+                        log.add(**_row(tr, test_set if end and main else None))
+                        if callback and main: callback(log.rows)
+                    if ckpt and main and (tr.step % cfg.save_every == 0 or tr.step == total): save_checkpoint(ckpt, **trainer_state(tr))
+                    if end: tr.acc.wait_for_everyone()
+            if tr.ema is not None: model.load_state_dict(tr.ema.module.state_dict())
+        finally: model.eval()
     return log.rows
