@@ -135,6 +135,7 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
                  device='auto',     # 'auto', 'cpu', 'cuda' or 'mps'
                  test_limit:int|None=None, # Test on a balanced part only
                  workers:int=0,     # Processes that prepare images ahead
+                 skip_damaged:bool=False, # As for `load_data`
                  **recipe,          # Changes to every stage of COURSE_STAGES, fields of `TrainConfig`
                  )->dict:           # What course.json holds; empty on processes other than the first
     "Make the course model again: patch projection by least squares, then fine-tuning at 32 px in two stages."
@@ -145,7 +146,8 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
     stages = [TrainConfig(**{**stage, **recipe}, seed=seed + k) for k, stage in enumerate(COURSE_STAGES)]
     set_seed(seed)
     big = _big_model(weights)                                                             # refuses a wrong checkpoint before images are read
-    train_set, test_set = load_data(data, 'train'), load_data(data, 'test', limit=test_limit)
+    train_set = load_data(data, 'train', skip_damaged=skip_damaged)
+    test_set = load_data(data, 'test', limit=test_limit, skip_damaged=skip_damaged)
     sample = calibration(train_set, min(2000, len(train_set)), seed)
     sample = sample.but(transform=eval_transform(data_config(create_vit(COURSE['model'], **COURSE['kwargs']))))
     model = _inherit(big, torch.stack([x for x, _ in sample]), len(train_set.classes))

@@ -272,12 +272,14 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
              batch:int=64,      # Images at once
              seed:int=0,        # Of the random plan and of the choice of images
              device='cpu',      # Where to compute
+             skip_damaged:bool=False, # As for `load_data`
              )->list:           # Result rows
     "Prune the course model, compare, draw, report."
     start, out, device = time.perf_counter(), Path(out), pick_device(device)
     require(0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
     require(not out.exists() or out.is_dir(), 'out', out, 'a folder, or a name that is still free')
-    train, test, model = load_data(data, 'train'), load_data(data, 'test', limit=images, seed=seed), course_model().to(device)
+    train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
+    test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
     check_classes(model, test)
     transform = eval_transform(data_config(model))
     cal = calibration(train, calibration_images, seed).but(transform=transform)

@@ -10,7 +10,7 @@ import argparse, copy, dataclasses, json, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/29_dense.ipynb #a2dde7c8
-from .core import VitpruneError, data_path, refuse, require, set_seed, sha256, write_atomic
+from .core import VitpruneError, data_path, for_shell, refuse, require, set_seed, sha256, write_atomic
 from .cost import model_macs, model_params
 from .data import calibration, load_data
 from .measure import dtype_name
@@ -124,6 +124,7 @@ def _words():
                                       ('results', None, Path, 'CSV of rows; default: data/results/dense.csv of the clone'), ('limit', None, int, 'only so many training and test images'),
                                       ('epochs', None, float, 'instead of the recipe, for each stage'), ('seed', 0, int, 'of the first stage'), ('device', 'auto', str, 'auto, cpu, cuda or mps')):
         p.add_argument(f'--{name}', default=default, type=kind, help=what)
+    p.add_argument('--skip-damaged', action='store_true', help='leave out image files that cannot be read, and name them')
     return p
 
 # %% ../nbs/29_dense.ipynb #72ad74de
@@ -133,7 +134,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     o = _words().parse_args(args)
     try:
         require(Path(o.weights).is_file(), 'weights', o.weights, 'an existing checkpoint file')
-        train, test = (load_data(o.data, split, limit=o.limit) for split in ('train', 'test'))
+        train, test = (load_data(o.data, split, limit=o.limit, skip_damaged=o.skip_damaged) for split in ('train', 'test'))
         set_seed(o.seed)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*it has no head that fits')   # stage 1 trains it
@@ -144,7 +145,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
         if acc.is_main_process:
             for r in measure_dense(model, files, test, o.results or data_path('results', 'dense.csv'), o.model, device=acc.device):
                 print(f"{r['weights']}: {100*r['top1']:.1f}% ({100*r['top1_low']:.1f} to {100*r['top1_high']:.1f}) of {r['images']:,} images")
-    except VitpruneError as e: print(f'dense: {e}', file=sys.stderr); return 2
+    except VitpruneError as e: print(f'dense: {for_shell(str(e))}', file=sys.stderr); return 2
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -33,6 +33,7 @@ class Experiment:
     weights: str = ''              # a checkpoint to start from
     dense: str = ''                # a checkpoint of the finished dense model: instead of `weights`, `pretrained` and [train]
     data: str = 'embedded'         # 'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/
+    skip_damaged: bool = False     # leave out image files that cannot be read, and name them
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
@@ -277,7 +278,7 @@ def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
                 )->dict:      # JSON-able
     "Everything that rows of one file must agree in."
-    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data')}
+    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
     files = {k: sha256(getattr(e, k)) if getattr(e, k) else '' for k in ('weights', 'dense')}
     return json.loads(json.dumps(dict(own, **files, **found, code=code_hashes())))
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from .channel_tables import uniform_cost
-from .core import VitpruneError, autocast, data_path, pick_device, progress, refuse, require
+from .core import VitpruneError, autocast, data_path, for_shell, pick_device, progress, refuse, require
 from .cost import block_macs, count_macs, model_macs, model_params
-from .data import EXTENSIONS, class_subset, folder_data, load_data, loader
+from .data import class_subset, folder_data, image_endings, load_data, loader
 from .life import life_plan
 from .methods import METHODS, cost_of, prune
 from .patch_figures import Subject, figure_table, recorded
@@ -288,12 +288,14 @@ def fidelity_sets(data='embedded',     # As for `load_data`; a folder may lack t
                   calibration:int=64,  # Images to calibrate on
                   limit:int|None=None, # At most so many images to measure on
                   seed:int=0,          # Decides which ones
+                  skip_damaged:bool=False, # As for `load_data`
                   )->tuple:            # (images to measure on, images to calibrate on), disjoint
     "The two sets of images of a fidelity run."
     require(isinstance(calibration, int) and calibration >= 1, 'calibration', calibration, 'a positive number of images')
     folder = Path(str(data)).expanduser()
-    if not folder.is_dir() or (folder/'train').is_dir(): return load_data(data, 'test', limit=limit, seed=seed), load_data(data, 'train', limit=calibration, seed=seed)
-    ds = load_data(data, 'test')
+    load = lambda split, limit: load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
+    if not folder.is_dir() or (folder/'train').is_dir(): return load('test', limit), load('train', calibration)
+    ds = load('test', None)
     require(calibration < len(ds), 'calibration', calibration, f'fewer than the {len(ds)} images of {ds.name}')
     require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
     order = np.random.default_rng(seed).permutation(len(ds))
@@ -317,15 +319,16 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.imagenet', description='Fidelity of pruned CLS features to the dense ones; what OUT holds already is skipped.')
     for name, default, kind in (('model', 'course', str), ('name', None, str), ('weights', None, str), ('img-size', None, int), ('data', 'embedded', str), ('images', None, int), ('calibration', 64, int),
                                 ('batch-size', 64, int), ('seed', 0, int), ('device', 'auto', str), ('dtype', 'fp32', str)): p.add_argument(f'--{name}', default=default, type=kind)
+    p.add_argument('--skip-damaged', action='store_true', help='leave out image files that cannot be read, and name them')
     p.add_argument('--out', default=None, help='default: data/results/fidelity.csv of the clone')
     p.add_argument('--methods', nargs='+', default=list(LABEL_FREE)); p.add_argument('--reductions', nargs='+', type=float, default=list(BUDGETS))
     o = p.parse_args(args)
     try:
-        test, calib = fidelity_sets(o.data, o.calibration, o.images, o.seed)
+        test, calib = fidelity_sets(o.data, o.calibration, o.images, o.seed, o.skip_damaged)
         net, out = fidelity_model(o.model, o.weights, o.img_size), o.out or data_path('results', 'fidelity.csv')
         name = o.name or (o.model if o.img_size is None else f'{o.model} at {o.img_size} px')   # what rows call the model
         n = record_fidelity(Fidelity(net, test, calib, name, o.seed, o.batch_size, str(pick_device(o.device)), o.dtype), out, o.methods, o.reductions)
-    except VitpruneError as e: print(f'imagenet: {e}', file=sys.stderr); return 2
+    except VitpruneError as e: print(f'imagenet: {for_shell(str(e))}', file=sys.stderr); return 2
     print(f'{n} rows added to {Path(out).name}')
     return 0
 
@@ -339,7 +342,7 @@ def imagenet_tree(root # A folder with train/ and val/
     "Check that a folder is laid out like ImageNet; says what is wrong if not."
     root = Path(root).expanduser()
     val = root/'val'
-    flat = val.is_dir() and not any(p.is_dir() for p in val.iterdir()) and any(p.suffix.lower() in EXTENSIONS for p in val.iterdir())
+    flat = val.is_dir() and not any(p.is_dir() for p in val.iterdir()) and any(p.suffix.lower() in image_endings() for p in val.iterdir())
     if flat: refuse('data', val, 'one folder per class', "The official validation archive is flat; torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
     train, test = folder_data(root, 'train'), folder_data(root, 'test')
     odd = next((c for c in (*train.classes, *test.classes) if not WNID.fullmatch(c)), None)

@@ -29,10 +29,10 @@ from .train import Batches, TrainConfig, fit, pick_accelerator
 from .vit import COURSE, course_model, create_vit, find_weights, load_weights, model_kwargs, wilson_interval
 
 # %% ../nbs/26_run.ipynb #e579a189
-def open_sets(e:Experiment # data, classes, train_images, test_images
+def open_sets(e:Experiment # data, skip_damaged, classes, train_images, test_images
               )->tuple:    # (training images, test images), without transform
     "The images of an experiment."
-    train, test = load_data(e.data, 'train'), load_data(e.data, 'test')
+    train, test = (load_data(e.data, split, skip_damaged=e.skip_damaged) for split in ('train', 'test'))
     differ = sorted(set(train.classes) ^ set(test.classes))
     require(train.classes == test.classes, 'data', f'{e.data}, whose splits differ in {", ".join(differ[:3])}', 'the same classes for training and testing')
     if e.classes:
@@ -434,10 +434,12 @@ def run_config(path,           # A TOML file: see `Experiment`
                device=None,    # Instead of its `device`
                accept_code:bool=False, # Go on although the code changed since the run began
                redo:bool=False, # Make the rows of methods again whose options changed since
+               skip_damaged:bool=False, # Also where the file does not say so
                )->dict:        # name, rows, failed, results, seconds; with `dry_run`: name, plan, macs, speed
     "Do an experiment, or what is left of it."
     given = {k: str(v) for k, v in dict(data=data, weights=weights, results=results, device=device).items() if v is not None}
-    e = dataclasses.replace(read_experiment(path, changes), **given)
+    e = read_experiment(path, changes)
+    e = dataclasses.replace(e, skip_damaged=skip_damaged or e.skip_damaged, **given)
     out = Path(out or Path('runs')/e.name)
     train, test = open_sets(e)
     require(not out.exists() or out.is_dir(), 'out', out, 'a folder, or a name that is still free')
