@@ -387,7 +387,7 @@ def said(capsys, *words):
     return code, *capsys.readouterr()
 
 
-WITH_DATA = {'eval': ['eval'], 'bench': ['bench', '--batch', 2, '--repeats', 2, '--warmup', 0], 'prune': ['prune', '--method', 'uniform', '--calibration', 41, '--out', 'pruned'],
+WITH_DATA = {'eval': ['eval'], 'bench': ['bench', '--batch', 2, '--repeats', 2], 'prune': ['prune', '--method', 'uniform', '--calibration', 41, '--out', 'pruned'],
              'demo': ['demo', '--images', 40, '--calibration', 41, '--repeats', 2, '--batch', 8, '--out', 'demo']}
 
 

@@ -90,7 +90,7 @@ def open_image(path # An image file
     "A picture as it is shown, or a refusal that names the file."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', Image.DecompressionBombWarning)   # large ones are read, huge ones refused
+            warnings.simplefilter('ignore')   # a large picture or one with odd tags is read, a huge one refused
             with Image.open(path, formats=image_formats()) as im: shown = as_shown(im)
         if not shown.width*shown.height: raise ValueError('it has no pixels')
     except Exception as e: _refuse_image(path, e)

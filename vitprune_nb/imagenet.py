@@ -19,7 +19,7 @@ import torch
 from .channel_tables import uniform_cost
 from .core import VitpruneError, autocast, data_path, for_shell, pick_device, progress, refuse, require
 from .cost import block_macs, count_macs, model_macs, model_params
-from .data import class_subset, folder_data, image_endings, load_data, loader
+from .data import class_folders, class_subset, folder_data, image_endings, load_data, loader
 from .life import life_plan
 from .methods import METHODS, cost_of, prune
 from .patch_figures import Subject, figure_table, recorded
@@ -342,7 +342,7 @@ def imagenet_tree(root # A folder with train/ and val/
     "Check that a folder is laid out like ImageNet; says what is wrong if not."
     root = Path(root).expanduser()
     val = root/'val'
-    flat = val.is_dir() and not any(p.is_dir() for p in val.iterdir()) and any(p.suffix.lower() in image_endings() for p in val.iterdir())
+    flat = val.is_dir() and not class_folders(val) and any(p.suffix.lower() in image_endings() for p in val.iterdir())
     if flat: refuse('data', val, 'one folder per class', "The official validation archive is flat; torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
     train, test = folder_data(root, 'train'), folder_data(root, 'test')
     odd = next((c for c in (*train.classes, *test.classes) if not WNID.fullmatch(c)), None)
