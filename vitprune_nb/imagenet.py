@@ -347,8 +347,6 @@ def imagenet_tree(root # A folder with train/ and val/
     train, test = folder_data(root, 'train'), folder_data(root, 'test')
     odd = next((c for c in (*train.classes, *test.classes) if not WNID.fullmatch(c)), None)
     require(odd is None, 'data', f'{root} with a class folder {odd}', 'WordNet ids such as n01440764 as folder names', 'Any other tree can be used with load_data as it is.')
-    lone = sorted(set(train.classes) ^ set(test.classes))
-    require(not lone, 'data', f'{root}, where {lone[:3]} stand in only one of train/ and val/', 'the same classes in both', f'{len(train.classes)} in train/, {len(test.classes)} in val/.')
     return dict(classes=len(train.classes), train=len(train), val=len(test))
 
 # %% ../nbs/31_imagenet.ipynb #7978f913
