@@ -6,8 +6,8 @@
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP',
            'Reduction', 'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart',
            'Rule', 'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor',
-           'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'explain', 'main',
-           'finish', 'fit_kwargs', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval',
+           'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'in_words_of_ours',
+           'explain', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval',
            'first_images', 'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed',
            'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
@@ -22,19 +22,29 @@ from .methods import COMMON, METHODS, Options, check_options, cost_of, counts_of
 # %% ../nbs/24_cli.ipynb #3f45ec3b
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-def explain(e:Exception # What a command raised
+def in_words_of_ours(e:Exception # From this package or one below it
+                     )->str|None: # None for what is a bug
+    "A refusal as it stands; what a disk or a memory that is too small, or a damaged file, makes of a library."
+    import torch
+    from safetensors import SafetensorError
+    from vitprune_nb.core import VitpruneError, for_shell
+    if isinstance(e, VitpruneError): return for_shell(str(e))
+    if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e): return 'out of memory. Choose a smaller --batch.'
+    if isinstance(e, RuntimeError) and 'PytorchStreamWriter' in str(e): return 'a file could not be written. Is the disk full?'
+
+def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug
     "Say in one line what went wrong, when it is something a user can mend."
-    if isinstance(e, typer.Abort): text, code = 'interrupted', 130
-    elif hasattr(e, 'format_message'):
+    code = 2
+    if isinstance(e, (KeyboardInterrupt, typer.Abort)): text, code = 'interrupted', 130
+    elif hasattr(e, 'format_message'):      # typer's own, whichever click it carries
         ctx = getattr(e, 'ctx', None)
-        text, code = f"{e.format_message()} See `{ctx.command_path if ctx else 'vitprune'} --help`.", 2
-    elif isinstance(e, OSError): text, code = ': '.join(str(s) for s in (e.filename, e.strerror or e) if s), 2
-    elif type(e).__name__ == 'VitpruneError':
-        from vitprune_nb.core import for_shell
-        text, code = for_shell(str(e)), 2
-    elif type(e).__name__ == 'OutOfMemoryError': text, code = 'out of memory. Choose a smaller --batch.', 2
-    else: return None
+        text = f"{e.format_message()} See `{ctx.command_path if ctx else 'vitprune'} --help`."
+    elif isinstance(e, OSError): text = ': '.join(str(s) for s in (e.filename, e.strerror or e) if s)
+    elif isinstance(e, UnicodeError): text = f'text in another encoding than expected: {e}'
+    else: text = in_words_of_ours(e)
+    if text is None: return None
     print('vitprune:', ' '.join(text.split()), file=sys.stderr)
     return code
 
@@ -43,13 +53,13 @@ def main(args:Optional[list]=None # The words after `vitprune`; None takes them 
          )->int:                  # The exit code
     "The console script."
     code = 0
+    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # file names may hold any byte
     try:
         code = app(args=args, prog_name='vitprune', standalone_mode=False)   # an int after typer.Exit, else a command's record
         sys.stdout.flush()
     except BrokenPipeError:   # `vitprune cost | head -3`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt: return explain(typer.Abort())
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
         code = explain(e)
         if code is None: raise
         return code
@@ -66,47 +76,19 @@ def finish(record:dict,  # Whatever the command found out
     if as_json: print(json.dumps(ordered, default=str))
     return ordered
 
-# %% ../nbs/24_cli.ipynb #babf2a8e
-def fit_kwargs(state:dict # A ViT's state_dict
-               )->dict:   # img_size, patch_size, num_classes, init_values, as far as the shapes tell
-    "What `timm.create_model` must be told so that its model has the shapes of a checkpoint."
-    out = {}
-    if 'head.weight' in state: out['num_classes'] = len(state['head.weight'])
-    if 'blocks.0.ls1.gamma' in state: out['init_values'] = 1e-5
-    proj, pos = state.get('patch_embed.proj.weight'), state.get('pos_embed')
-    if getattr(proj, 'ndim', 0) == 4 and getattr(pos, 'ndim', 0) == 3:
-        prefix = sum(state[k].shape[1] for k in ('cls_token', 'dist_token', 'reg_token') if k in state)
-        for n in (pos.shape[1] - prefix, pos.shape[1]):   # some models give CLS no position
-            if n > 0 and round(n**.5)**2 == n:
-                return dict(out, patch_size=proj.shape[-1], img_size=round(n**.5)*proj.shape[-1])
-    return out
-
 # %% ../nbs/24_cli.ipynb #1c3ca175
 def open_model(name:str='course', # 'course', a timm name, or a pruned-model folder
                weights=None,      # A checkpoint file for 'course' or a timm name
                ):                 # In eval mode
     "The model that a MODEL argument names."
-    import torch
-    from vitprune_nb.core import VitpruneError, refuse, require
-    from vitprune_nb.vit import COURSE, course_model, create_vit
+    from vitprune_nb.core import require
+    from vitprune_nb.vit import COURSE, course_model, fit_vit
     if Path(name).is_dir():
         require(weights is None, 'weights', weights, 'nothing, for a folder has its own weights')
         return load_pruned(name)
     require(os.sep not in name, 'model', name, "'course', a timm name, or an existing folder that `vitprune prune` wrote")
-    if weights is None:
-        if name == 'course': return course_model()
-        with torch.random.fork_rng(devices=[]):   # random weights, but the same ones every time
-            torch.manual_seed(0)
-            return create_vit(name)
-    from timm.models import load_state_dict
-    require(Path(weights).is_file(), 'weights', weights, 'an existing .safetensors or .pth file')
-    try:
-        state = {k: v.float() for k, v in load_state_dict(str(weights), weights_only=True).items()}
-        model = create_vit(COURSE['model'] if name == 'course' else name, **fit_kwargs(state))
-        model.load_state_dict(state)
-    except VitpruneError: raise
-    except Exception as e: refuse('weights', weights, f'a checkpoint of {name}', f'({" ".join(str(e).split())[:160]})')
-    return model
+    if name == 'course' and weights is None: return course_model()
+    return fit_vit(COURSE['model'] if name == 'course' else name, weights)
 
 # %% ../nbs/24_cli.ipynb #49040e6b
 def in_words(d:dict # From `cost_of`
@@ -356,10 +338,10 @@ def prune_options(method:str,   # One of METHODS
                   recover:float, recover_lr, # As in `cli_prune`
                   )->dict:      # Options for `methods.prune`
     "What can be refused before anything is opened, and the budget that holds when none is given."
-    from vitprune_nb.core import require
-    require(0 <= recover < float('inf'), 'recover', recover, 'zero or a positive number of epochs')
+    from vitprune_nb.core import is_number, require
+    require(0 <= recover <= 1e6, 'recover', recover, 'zero or a positive number of epochs, at most a million')
     require(recover_lr is None or recover, 'recover-lr', recover_lr, 'nothing without --recover')
-    require(recover_lr is None or recover_lr > 0, 'recover-lr', recover_lr, 'a number above 0')
+    require(recover_lr is None or is_number(recover_lr) and recover_lr > 0, 'recover-lr', recover_lr, 'a number above 0')
     for name, kind in (('keep_rate', float), ('stages', int)):
         if name in given: given[name] = listed(given[name], kind, name)
     if 'reduction' not in given and getattr(METHODS.get(method), 'dial', None) not in given: given['reduction'] = .45

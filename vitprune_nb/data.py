@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from .core import (VitpruneError, data_path, fold_seed, printable, progress, refuse, require, set_seed,
-                              sha256, write_atomic)
+from .core import (VitpruneError, check_seed, data_path, fold_seed, is_whole, path_of, printable, progress,
+                              refuse, require, set_seed, sha256, write_atomic)
 
 # %% ../nbs/01_data.ipynb #e08330b4
 def to_sheet(images:np.ndarray, # uint8 (n, h, w, 3); n a multiple of `columns`
@@ -267,7 +267,8 @@ def folder_data(root,               # A folder with train/ and val/ or test/, ea
                 skip_damaged:bool=False, # Leave out files that cannot be read, and say so
                 )->ImageSet:
     "Images of an ImageFolder tree; paths are kept and files are opened when asked for. What is left out is printed."
-    root = Path(os.path.expanduser(root))
+    require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
+    root = Path(os.path.expanduser(path_of('data', root)))
     require(os.path.isdir(root), 'data', root, "'embedded', 'cifar10', 'cifar100' or an existing folder")
     names = ('train',) if split == 'train' else ('val', 'test')
     base = next((root/n for n in names if os.path.isdir(root/n)), None)
@@ -292,7 +293,8 @@ def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
     "CIFAR-10 or CIFAR-100, complete, through torchvision."
     import torchvision
     require(name in ('cifar10', 'cifar100'), 'name', name, "'cifar10' or 'cifar100'")
-    root = Path(root or '~/.cache/vitprune').expanduser()
+    require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
+    root = Path(os.path.expanduser(path_of('root', root or '~/.cache/vitprune')))
     cls = torchvision.datasets.CIFAR10 if name == 'cifar10' else torchvision.datasets.CIFAR100
     try: ds = cls(str(root), train=split == 'train', download=download)
     except (OSError, RuntimeError) as e:
@@ -306,11 +308,15 @@ def class_subset(ds:ImageSet,     # Any image set
                  seed:int=0,      # Decides which ones are drawn
                  )->ImageSet:     # Labels are renumbered from 0
     "Only some of the classes, e.g. ImageNet-100 out of ImageNet: `class_subset(ds, 100)`."
-    if isinstance(classes, int):
+    require(isinstance(ds, ImageSet), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
+    seed = check_seed(seed)
+    if is_whole(classes):
         require(1 <= classes <= len(ds.classes), 'classes', classes, f'1 to {len(ds.classes)}, the classes of {ds.name}')
         chosen = sorted(random.Random(seed).sample(ds.classes, classes))
     else:
+        require(isinstance(classes, (list, tuple)), 'classes', classes, 'a number of classes, or a list of their names')
         chosen = list(classes)
+        require(len(set(map(str, chosen))) == len(chosen), 'classes', chosen, 'different names')
         missing = [c for c in chosen if c not in ds.classes]
         require(not missing and chosen, 'classes', missing or chosen, f'class names of {ds.name}')
     new = {ds.classes.index(c): i for i, c in enumerate(chosen)}
@@ -324,9 +330,10 @@ def calibration(ds:ImageSet, # Usually a training set
                 seed:int=0,  # Decides which ones
                 )->ImageSet:
     "A class-balanced subset (to within one image a class), the same for the same seed."
+    require(isinstance(ds, ImageSet), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
     require(len(ds) > 0, 'ds', 'no images', 'at least one image')
-    require(1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
-    rng = np.random.default_rng(seed)
+    require(is_whole(n) and 1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
+    rng = np.random.default_rng(check_seed(seed))
     order = rng.permutation(len(ds))
     rank = np.empty(len(ds), dtype=np.int64)   # how many images of the same class come earlier in `order`
     count = np.zeros(len(ds.classes), dtype=np.int64)
@@ -376,8 +383,10 @@ def load_data(data:str|Path|None=None, # 'embedded', 'cifar10', 'cifar100' or a 
               )->ImageSet:
     "Images with labels from any of the four sources."
     require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
-    require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
-    data = data or os.environ.get('VITPRUNE_DATA') or 'embedded'
+    require(limit is None or is_whole(limit) and limit >= 1, 'limit', limit, 'a positive number of images')
+    seed = check_seed(seed)
+    if data is None: data = os.environ.get('VITPRUNE_DATA') or 'embedded'
+    path_of('data', data, "'embedded', 'cifar10', 'cifar100' or a folder")
     if data == 'embedded': ds = embedded(split)
     elif data in ('cifar10', 'cifar100'): ds = cifar(data, split)
     else: ds = folder_data(data, split, skip_damaged=skip_damaged)
@@ -390,5 +399,7 @@ def loader(ds:ImageSet,      # With a transform that gives tensors
            workers:int=0,    # Processes that load; 0 loads in this one
            ):
     "Batches in order, for evaluation and calibration."
-    require(batch_size >= 1, 'batch_size', batch_size, 'a positive integer')
-    return torch.utils.data.DataLoader(ds, batch_size=batch_size, num_workers=workers)
+    require(isinstance(ds, torch.utils.data.Dataset), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
+    require(is_whole(batch_size) and batch_size >= 1, 'batch_size', batch_size, 'a positive integer')
+    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers, 'a number of processes from 0 to 256')
+    return torch.utils.data.DataLoader(ds, batch_size=min(batch_size, max(1, len(ds))), num_workers=workers)
