@@ -399,7 +399,7 @@ BAD = {
     'half a round': ('prune --method cosine --rounds 0.5 --out {tmp}/o', "Invalid value for '--rounds'"),
     'negative rounds': ('prune --method cosine --rounds -1 --out {tmp}/o', 'rounds: got -1'),
     'keys that cosine has not': ('prune T --method cosine --keys entering --calibration 4 --out {tmp}/o', "keys: got entering; allowed: 'all' or 'kept'"),
-    'damaged cut model': ('eval {shop}/broken', 'a sliced model as save_sliced wrote it'),
+    'damaged cut model': ('eval {shop}/broken', 'weights that fit its config.json'),
     'NaN in the weights': ('prune test_vit --weights {shop}/nan.safetensors --data {shop}/tree --calibration 2 --eps 0.1 --out {tmp}/o', 'NaN or infinite tokens; allowed: finite weights'),
     'recovery on other classes': ('prune test_vit --eps 0.1 --recover 1 --out {tmp}/o', 'images of the 1000 classes'),
     'unknown keys': ('prune test_vit --calibration 2 --keys none --out {tmp}/o', "keys: got none; allowed: 'entering'"),
