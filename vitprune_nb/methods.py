@@ -9,8 +9,8 @@ __all__ = ['CHECKS', 'COMMON', 'METHODS', 'Options', 'Method', 'method', 'counts
            'check_options', 'prune', 'recover']
 
 # %% ../nbs/25_methods.ipynb #6c14599f
-import copy, dataclasses, json, math
-from numbers import Real
+import contextlib, copy, dataclasses, json, math
+from numbers import Integral, Real
 from pathlib import Path
 
 # %% ../nbs/25_methods.ipynb #4be2e756
@@ -55,10 +55,11 @@ class Options:
         require(self.tune_epochs == 0 or self.reduction is None, 'tune_epochs', self.tune_epochs, '0 with a MAC budget', 'Fine-tuned blocks need a tolerated error: give eps.')
 
 # %% ../nbs/25_methods.ipynb #3d35c0a8
-def _number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
-def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
-def _rates(v): return len(v) > 0 and all(map(_rates, v)) if isinstance(v, (list, tuple)) else _number(v) and 0 < v <= 1
-def _blocks(v): return len(v) > 0 and all(map(_blocks, v)) if isinstance(v, (list, tuple)) else _whole(v) and v >= 1
+def _number(v): return isinstance(v, Real) and not isinstance(v, bool) and (isinstance(v, Integral) or math.isfinite(v))   # as `is_number` of core,
+def _whole(v): return isinstance(v, Integral) and not isinstance(v, bool)        # and `is_whole`: core imports torch, and --help does not wait for it
+def _word(*words): return lambda v: isinstance(v, str) and v in words
+def _rates(v): return len(v) > 0 and all(_number(r) and 0 < r <= 1 for r in v) if isinstance(v, (list, tuple)) else _number(v) and 0 < v <= 1
+def _blocks(v): return len(v) > 0 and all(_whole(b) and b >= 1 for b in v) if isinstance(v, (list, tuple)) else _whole(v) and v >= 1
 
 # %% ../nbs/25_methods.ipynb #4325f599
 CHECKS = [
@@ -66,16 +67,21 @@ CHECKS = [
     ('eps', lambda v: _number(v) and v > 0, 'a positive relative error, e.g. 0.02'),
     ('U lr gate_start', lambda v: _number(v) and v > 0, 'a number above 0'),
     ('ratio', lambda v: _number(v) and 0 <= v < 1, 'a share in [0, 1)'),
-    ('l1 sparse_epochs predictor_epochs backbone_epochs', lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
+    ('l1', lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
+    ('sparse_epochs predictor_epochs backbone_epochs', lambda v: _number(v) and 0 <= v <= 1e6, 'a number, 0 or more, and at most a million'),
+    ('step', lambda v: _number(v) and (0 < v < 1 or v >= 1 and v == int(v)), 'a share in (0, 1) or a whole number of patches, at least 1'),
+    ('whole_heads', lambda v: isinstance(v, bool), 'true or false'),
     ('cosine_threshold score_threshold', lambda v: _number(v) and 0 < v < 1, 'a number in (0, 1)'),
     ('keep_rate', _rates, 'a number in (0, 1], or one for each stage'),
     ('stages', _blocks, 'block numbers from 1 on, rising, e.g. 4, 7, 10'),
-    ('tune_epochs rounds seed', lambda v: _whole(v) and v >= 0, 'a whole number, 0 or more'),
+    ('tune_epochs rounds', lambda v: _whole(v) and 0 <= v <= 1e6, 'a whole number, 0 or more, and at most a million'),
+    ('seed', lambda v: _whole(v) and 0 <= v < 2**32, 'an integer from 0 to 2**32 - 1'),
     ('t_base', lambda v: _whole(v) and v >= 0, 'a block number, 0 or more'),
     ('multiple calibration batch_size', lambda v: _whole(v) and v >= 1, 'a whole number, 1 or more'),
-    ('keys', lambda v: v in ('entering', 'all', 'kept'), "'entering', 'all' or 'kept'"),
-    ('rule', lambda v: v in ('folded', 'gate', 'literal'), "'folded', 'gate' or 'literal'"),
-    ('dtype', lambda v: v in ('auto', 'fp32', 'bf16'), "'auto', 'fp32' or 'bf16'")]
+    ('keys', _word('entering', 'all', 'kept'), "'entering', 'all' or 'kept'"),
+    ('rule', _word('folded', 'gate', 'literal'), "'folded', 'gate' or 'literal'"),
+    ('dtype', _word('auto', 'fp32', 'bf16'), "'auto', 'fp32' or 'bf16'"),
+    ('work', lambda v: isinstance(v, (str, os.PathLike)) and str(v), 'a folder, or None')]
 
 # %% ../nbs/25_methods.ipynb #afa620e2
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +133,9 @@ def counts_of(model,       # Any ViT, pruned or not
 def extra_macs(model, # Any ViT, pruned or not
                counts,# From `counts_of`
                )->float:
-    "MACs of one image outside the blocks' own layers: scores, each of which sees the patches that enter its block, and padding."
-    extra, n = 0., getattr(model, 'n_tokens', 0)
-    for i, s in model.policy.steps.items() if counts else ():
-        if s.score is not None: extra += s.score.macs(n - model.num_prefix_tokens, model.model.embed_dim)
-        if s.fate != 'idle': n = counts[i][2]
+    "MACs of one image outside the blocks' own layers: what the decisions cost, and padding."
+    from vitprune_nb.policy import decision_macs
+    extra = decision_macs(model.policy, counts, model.blocks, model.n_tokens, model.num_prefix_tokens) if counts else 0.
     if not hasattr(getattr(model, 'model', model), 'channels'): return extra
     from vitprune_nb.surgery import padding_macs
     return extra + padding_macs(model, counts)
@@ -140,7 +144,7 @@ def extra_macs(model, # Any ViT, pruned or not
 def macs_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
             )->float:    # MACs of one image, mean where it depends on the image
-    "MACs of a plain, slim or sliced model, its scores and padding included."
+    "MACs of a plain, slim or sliced model, its decisions and padding included."
     from vitprune_nb.cost import model_macs
     counts = counts_of(model, images)
     return model_macs(getattr(model, 'model', model), counts, extra_macs(model, counts))
@@ -198,7 +202,7 @@ def calibration_images(model, train_set, o): # o: `Options`
 def _planned(plan, model, **dials):
     "A plan put to work; the model remembers it."
     slim = plan.slim(model)
-    slim.plan = plan
+    slim.plan = dataclasses.replace(plan, weights=None)      # they are in the model
     return slim, dict(keys=plan.info['keys'], **dials)
 
 # %% ../nbs/25_methods.ipynb #01f3c41f
@@ -236,11 +240,6 @@ def build_random(model, train_set, o): # As `Method.build`
     return _planned(random_plan(plan, o.seed), model)
 
 # %% ../nbs/25_methods.ipynb #3993777d
-def _accelerator(device):
-    from accelerate import Accelerator
-    from vitprune_nb.core import pick_device
-    return Accelerator(cpu=pick_device(device).type == 'cpu', mixed_precision='no')
-
 def _batch(o, own, train_set): return o.batch_size or max(1, min(own, len(train_set) - len(train_set) % 2))   # Mixup wants pairs
 
 def _part(o, name): return Path(o.work)/name if o.work else None
@@ -251,7 +250,7 @@ def build_vtp(model, train_set, o): # As `Method.build`
     "VTP: train with gates, rank, slice."
     from vitprune_nb.channels import PAPER, add_gates, choose, importance, l1_penalty, train_gates
     from vitprune_nb.surgery import slice_model
-    from vitprune_nb.train import TrainConfig
+    from vitprune_nb.train import TrainConfig, pick_accelerator
     heads, ratio, dense = model.blocks[0].attn.num_heads, .4 if o.ratio is None else o.ratio, macs_of(model)
     pick = lambda m, r: choose(importance(m, o.rule), r, heads, o.multiple, o.whole_heads)
     l1_penalty(o.l1)
@@ -259,7 +258,7 @@ def build_vtp(model, train_set, o): # As `Method.build`
     pick(gated, 0. if o.reduction else ratio)
     if o.sparse_epochs:
         cfg = dict(PAPER, epochs=o.sparse_epochs, lr=o.lr or 1e-4, batch_size=_batch(o, 64, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
-        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, o.gate_start, out=_part(o, 'sparse'), accelerator=_accelerator(o.device))
+        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, o.gate_start, out=_part(o, 'sparse'), accelerator=pick_accelerator(o.device))
     def cut(ratio):
         sliced = slice_model(gated, pick(gated, ratio))
         return sliced, 1 - macs_of(sliced)/dense
@@ -293,7 +292,7 @@ def build_life(model, train_set, o): # As `Method.build`
     "Life regression: schedule, predictor, two stages of training (Algorithm 1)."
     from vitprune_nb.engine import SlimViT
     from vitprune_nb.life_run import frozen, life_batch, life_recipe
-    from vitprune_nb.train import fit
+    from vitprune_nb.train import fit, pick_accelerator
     rate, plan = _life_plan(model, o)
     score = plan.score(model.embed_dim, o.U, o.seed)
     soft = SlimViT(model, plan.policy(score, 'soft'), 'mask')
@@ -301,7 +300,7 @@ def build_life(model, train_set, o): # As `Method.build`
     same = dict(batch_size=_batch(o, own, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
     for part, epochs, lr, still in (('predictor', o.predictor_epochs, 1e-3, model), ('backbone', o.backbone_epochs, o.lr or 1e-5, score)):
         if epochs:
-            with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=_accelerator(o.device))
+            with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=pick_accelerator(o.device))
     stages = o.stages or default_stages(len(model.blocks))
     return SlimViT(model, plan.policy(score)), dict(keep_rate=rate, stages=stages, t_base=plan.t_base, patches=list(plan.counts))
 
@@ -365,28 +364,49 @@ def _memory(name, model, train_set, options):
     given = {k: v for k, v in options.items() if k not in ('device', 'work')}
     return json.loads(json.dumps(dict(method=name, options=given, data=train_set.name, data_hash=train_set.digest, model_hash=weights_hash(model)), default=str))
 
+def _hold_to(work, memory, found): # found: what a run left there
+    from vitprune_nb.core import require
+    differ = [k for k in memory if found.get(k) != memory[k]]
+    require(not differ, 'work', work, 'the folder of this very run', f'Another {", ".join(differ)} was used there; delete it or name another.')
+
+@contextlib.contextmanager
+def _claimed(work, memory):
+    "Within the `with`, a folder whose checkpoints are those of this very run; one of another run is refused."
+    from vitprune_nb.core import VitpruneError, write_atomic
+    if work is None: yield; return
+    folder, file = Path(work), Path(work)/'run.json'
+    new = not folder.exists()
+    if file.is_file(): _hold_to(work, memory, json.loads(file.read_text(encoding='utf-8')))
+    else:
+        with write_atomic(file) as tmp: tmp.write_text(json.dumps(memory, indent=1) + '\n', encoding='utf-8')
+    try: yield
+    except VitpruneError:
+        if new and [p.name for p in folder.iterdir()] == [file.name]: shutil.rmtree(folder)     # refused before it began
+        raise
+
 # %% ../nbs/25_methods.ipynb #be719d49
 def prune(name:str,  # One of METHODS
           model,     # A timm ViT, dense or with cut channels; left as it is
           train_set, # Training images: an `ImageSet` without transform
           **options, # Fields of `Options` that the method reads
           ):         # In eval mode: a `SlimViT`, or a timm ViT with smaller layers; `.info` says how it was made
-    "Prune a model by any method of the course."
-    from vitprune_nb.core import require
+    "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
+    from vitprune_nb.core import pick_device, require
+    from vitprune_nb.train import same_random_after
     m, o = check_options(name, options), Options(**options)
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
     if done and done.exists():
         out = load_pruned(done)
-        differ = [k for k in memory if out.info.get(k) != memory[k]]
-        require(not differ, 'work', o.work, 'the folder of this very run', f'Another {", ".join(differ)} was used there; delete it or name another.')
-        return out
-    out, dials = m.build(copy.deepcopy(model).eval(), train_set, o)
+        _hold_to(o.work, memory, out.info)
+        return out.to(pick_device(o.device))
+    with same_random_after(), _claimed(o.work, memory):
+        out, dials = m.build(copy.deepcopy(model).eval().requires_grad_(True), train_set, o)
     used = {k: getattr(o, k) for k in m.reads if k not in ('device', 'work', 'reduction')}
-    out.info = memory | used | json.loads(json.dumps(dials, default=str))
+    out.info = json.loads(json.dumps(memory | used | dials, default=str))
     out.info['reduction'] = cost_of(out.eval())['reduction']
     if done: save_pruned(out, done)
-    return out
+    return out.to(pick_device(o.device))
 
 # %% ../nbs/25_methods.ipynb #2028f3f3
 def recover(model,         # A pruned model; trained in place
@@ -403,12 +423,12 @@ def recover(model,         # A pruned model; trained in place
     "Fine-tune what is left, with the course's trainer."
     import torch
     from vitprune_nb.life_run import frozen
-    from vitprune_nb.train import TrainConfig, fit
+    from vitprune_nb.train import TrainConfig, fit, pick_accelerator
     cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=batch_size or min(64, len(train_set)), seed=seed, dtype=dtype, **dict(save_every=50) | (recipe or {}))
     packed = getattr(model, 'mode', None) == 'packed'
     if packed: model.set_mode('mask')
     try:
-        with frozen(getattr(model, 'scorers', torch.nn.Module())): log = fit(model, train_set, cfg, out=out, accelerator=_accelerator(device), **kw)
+        with frozen(getattr(model, 'scorers', torch.nn.Module())): log = fit(model, train_set, cfg, out=out, accelerator=pick_accelerator(device), **kw)
     finally:
         if packed: model.set_mode('packed')
     if 'counts' in getattr(model, 'info', {}): _count_again(model, train_set)
