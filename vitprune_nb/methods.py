@@ -9,7 +9,7 @@ __all__ = ['CHECKS', 'COMMON', 'METHODS', 'Options', 'Method', 'method', 'counts
            'check_options', 'prune', 'recover']
 
 # %% ../nbs/25_methods.ipynb #6c14599f
-import contextlib, copy, dataclasses, json, math
+import contextlib, copy, dataclasses, json, math, os, shutil
 from numbers import Integral, Real
 from pathlib import Path
 
