@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'SHARED', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit',
            'units', 'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text', 'module_hash',
-           'imported', 'code_hashes', 'flat', 'fingerprint', 'hold_to', 'Ledger']
+           'imported', 'code_hashes', 'flat', 'fingerprint', 'read_json', 'hold_to', 'Ledger']
 
 # %% ../nbs/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, json, os, re, time
@@ -17,7 +17,7 @@ try: import tomllib
 except ImportError: import tomli as tomllib   # Python 3.10
 
 # %% ../nbs/25b_experiment.ipynb #a31e0553
-from .core import check_seed, is_number, path_of, refuse, require, sha256, write_atomic
+from .core import check_output, refuse, require, sha256, sweep, write_atomic, writing
 from .methods import COMMON, METHODS, Options, check_options
 from .results import append_rows, read_rows
 from .train import TrainConfig
@@ -33,7 +33,6 @@ class Experiment:
     weights: str = ''              # a checkpoint to start from
     dense: str = ''                # a checkpoint of the finished dense model: instead of `weights`, `pretrained` and [train]
     data: str = 'embedded'         # 'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/
-    skip_damaged: bool = False     # leave out image files that cannot be read, and name them
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
@@ -64,24 +63,21 @@ def _check_types(e):
             require(len(set(map(str, value))) == len(value), f.name, list(value), 'a list without repetitions')
             object.__setattr__(e, f.name, tuple(value))
         else: require(type(value) is type(default), f.name, value, dict(str='text', int='an integer', bool='true or false', dict='a table')[type(default).__name__])
-        require('\0' not in str(value), f.name, value, 'text without null characters')
 
 def _known(keys, allowed, where):
     for k in keys:
-        require(isinstance(k, str), where, k, ', '.join(allowed))
         close = difflib.get_close_matches(k, allowed, 1)
         require(k in allowed, where, k, ', '.join(allowed), f'Did you mean {close[0]}?' if close else '')
 
 # %% ../nbs/25b_experiment.ipynb #15b21a48
 def _check_values(e):
-    for r in e.reductions: require(is_number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
-    for s in e.seeds: check_seed(s, 'seeds')
-    for k in 'classes train_images test_images time_batch'.split(): require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
-    for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
-    require(1 <= e.repeats <= 10**6, 'repeats', e.repeats, 'an integer from 1 to a million')
-    require(0 <= e.workers <= 256, 'workers', e.workers, 'a number of processes from 0 to 256')
+    number = lambda v: type(v) in (int, float)
+    for r in e.reductions: require(number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
+    for s in e.seeds: require(type(s) is int and s >= 0, 'seeds', s, 'integers, 0 or more')
+    for k in 'classes train_images test_images time_batch workers'.split(): require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
+    for k in 'calibration batch_size repeats'.split(): require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
     require(e.dtype in ('fp32', 'bf16', 'auto'), 'dtype', e.dtype, "'fp32', 'bf16' or 'auto'")
-    require(re.fullmatch(r'[\w.-]+', e.name), 'name', e.name, 'letters, digits, dots and hyphens')
+    require(re.fullmatch(r'\w[\w.-]{0,99}', e.name), 'name', e.name, 'up to 100 letters, digits, dots and hyphens, a letter or digit first', 'It names the folder runs/NAME.')
     require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results, 'a file that ends in .csv')
     require(not (e.weights and e.dense), 'dense', e.dense, 'either weights or dense', 'A finished dense model needs no other start.')
 
@@ -108,14 +104,13 @@ def method_options(e, method:str, reduction:float)->dict: # One of METHODS; shar
 def parse_change(text:str # 'test_images=500', 'recover.epochs=0.5', 'methods=life,vtp' or 'dense=FILE'
                  )->tuple: # (the parts of the key, the value)
     "A change to a configuration as the command line gives it; the value is TOML, or text."
-    require(isinstance(text, str), 'set', text, 'KEY=VALUE, as text')
     key, sign, value = text.partition('=')
     require(sign and key.strip(), 'set', text, 'KEY=VALUE', 'For example --set test_images=500.')
     parts, value = key.strip().split('.'), value.strip()
     lists = [f.name for f in dataclasses.fields(Experiment) if isinstance(f.default, tuple)]
     is_list = parts[0] in lists and not value.startswith('[')
     for v in ([f'[{value}]'] if is_list else [value]):
-        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError): return parts, tomllib.loads(f'v = {v}')['v']
+        with contextlib.suppress(tomllib.TOMLDecodeError): return parts, tomllib.loads(f'v = {v}')['v']
     return parts, [w.strip() for w in value.split(',')] if is_list else value
 
 # %% ../nbs/25b_experiment.ipynb #7176a495
@@ -136,14 +131,16 @@ def read_experiment(path,       # A TOML file
                     changes=(), # As for `parse_change`; later ones win
                     )->Experiment: # Checked
     "The experiment that a file describes; without a name of its own it has the file's."
-    file = path_of('config', path)
+    file = Path(path)
     require(file.is_file(), 'config', path, 'an existing TOML file', 'The ones of the course are in configs/.')
-    try: values = tomllib.loads(file.read_text(encoding='utf-8-sig'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as err: refuse('config', path, 'a TOML file', f'({err})')
+    try: values = tomllib.loads(file.read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err: refuse('config', path, 'a TOML file', f'({err})')
     for k in ('weights', 'dense', 'data', 'results'):
         v = values.get(k)
-        if isinstance(v, str) and v and v not in SETS: values[k] = os.path.normpath(file.parent/os.path.expanduser(v))
-    require(isinstance(changes, (list, tuple)), 'changes', changes, "a list of 'KEY=VALUE'")
+        if isinstance(v, str) and v and v not in SETS: values[k] = os.path.normpath(file.parent/Path(v).expanduser())
+    if isinstance(v := values.get('results'), str) and v:      # a file from somebody else must not say where to write
+        inside = Path(os.path.abspath(v)).is_relative_to(os.path.abspath(file.parent))
+        require(inside, 'results', v, f'a file in {file.parent} or below it', 'Give it on the command line (--results) to write elsewhere.')
     for text in changes: apply_change(values, text)
     _known(values, [f.name for f in dataclasses.fields(Experiment)], 'config')
     return Experiment(**dict(dict(name=file.stem), **values))
@@ -278,11 +275,19 @@ def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
                 )->dict:      # JSON-able
     "Everything that rows of one file must agree in."
-    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
+    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data')}
     files = {k: sha256(getattr(e, k)) if getattr(e, k) else '' for k in ('weights', 'dense')}
     return json.loads(json.dumps(dict(own, **files, **found, code=code_hashes())))
 
 # %% ../nbs/25b_experiment.ipynb #a06c6fb3
+def read_json(file # That a run wrote
+              )->dict:
+    "A JSON object; another file is refused."
+    try: d = json.loads(Path(file).read_text(encoding='utf-8'))
+    except (OSError, ValueError): d = None
+    require(isinstance(d, dict), 'out', file, 'a file as a run wrote it', 'Use another folder (--out).')
+    return d
+
 def hold_to(file,                  # settings.json of a run; made when missing
             new:dict,              # From `fingerprint`
             accept_code:bool=False, # Go on although the code changed; what it was before is kept in the file, too
@@ -291,7 +296,7 @@ def hold_to(file,                  # settings.json of a run; made when missing
     "Refuse to go on with other settings than a run began with."
     file = Path(file)
     if file.is_file():
-        old = json.loads(file.read_text(encoding='utf-8'))
+        old = read_json(file)
         before = old.pop('before', [])
         a, b = flat(old), flat(new)
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
@@ -318,13 +323,14 @@ class Ledger:
                  ):
         self.folder, self.csv, self.write = Path(folder), Path(csv), write
         if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in [*self.folder.glob('.*.tmp'), *self.csv.parent.glob(f'.{self.csv.name}.*.tmp')]: stale.unlink(missing_ok=True)
+            self.missing()
+            with writing(self.folder/'row', 'out'): sweep(self.folder)
+            sweep(self.csv.parent)
             self.sync()
 
     def files(self)->list: return sorted(self.folder.glob('[0-9]*-*.json'))
     def keys(self)->list: return [f.stem.partition('-')[2] for f in self.files()]
-    def rows(self)->list: return [json.loads(f.read_text(encoding='utf-8')) for f in self.files()]
+    def rows(self)->list: return [read_json(f) for f in self.files()]
     def find(self, key)->dict: return dict(zip(self.keys(), self.rows()))[key]
 
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`
@@ -335,15 +341,20 @@ class Ledger:
         self.sync()
 
     def drop(self, method:str): # All its rows
-        "Forget the rows of a method. The CSV goes first and is made again from the files, after a kill by the restart."
+        "Forget the rows of a method, in the CSV first; after a kill in between the restart brings them back."
         gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] == method]
-        self.csv.unlink(missing_ok=True)
+        if not gone: return
+        with write_atomic(self.csv) as tmp: append_rows(tmp, [r for r in read_rows(self.csv) if r['method'] != method])
         for f in gone: f.unlink()
-        self.sync()
 
-    def sync(self):
-        "Append to the CSV what it does not have yet."
+    def missing(self)->list:
+        "The rows that the CSV does not have yet; a CSV with rows of somebody else is refused."
+        check_output(self.csv, 'results', folder=False)
         known, there = self.rows(), read_rows(self.csv) if self.csv.exists() else []
         strangers = [r for r in there if r not in known]
         require(not strangers, 'results', self.csv, 'rows of this run only', f'{len(strangers)} of its {len(there)} rows are of another one. Move it away, or give another file (--results).')
-        if new := [r for r in known if r not in there]: append_rows(self.csv, new)
+        return [r for r in known if r not in there]
+
+    def sync(self):
+        "Append to the CSV what it does not have yet."
+        if new := self.missing(): append_rows(self.csv, new)

@@ -11,7 +11,7 @@ import csv, json
 from pathlib import Path
 
 # %% ../nbs/25c_report.ipynb #1705bdb1
-from .core import require, write_atomic
+from .core import check_ours, require, write_atomic
 from .results import ACCURACY, markdown_table, same_setting
 
 # %% ../nbs/25c_report.ipynb #0cc2b8be
@@ -145,12 +145,14 @@ def report_text(name:str,   # Of the experiment
 def write_report(folder,     # Of the run; gets report.md and, with a pruned model, accuracy_macs.png
                  name:str, rows:list, pairs:list, failed:dict=None, pairs_file:str='', # As for `report_text`
                  )->Path:    # report.md
-    "Write the page and its picture, each whole or not at all."
+    "Write the page and its picture, each whole or not at all; files of these names that are somebody's are refused."
     import matplotlib.pyplot as plt
     folder, picture = Path(folder), ''
+    one_run(rows)
+    check_ours([folder/'report.md', folder/'accuracy_macs.png'], folder, 'folder')
     if any(r['method'] != 'dense' for r in one_run(rows)):
         picture, fig = 'accuracy_macs.png', draw_experiment(rows)[0, 0].figure
-        with write_atomic(folder/picture) as tmp: fig.savefig(tmp, format='png', dpi=90, facecolor='white')
+        with write_atomic(folder/picture, owner=folder) as tmp: fig.savefig(tmp, format='png', dpi=90, facecolor='white')
         plt.close(fig)
-    with write_atomic(folder/'report.md') as tmp: tmp.write_text(report_text(name, rows, pairs, failed, picture, pairs_file), encoding='utf-8')
+    with write_atomic(folder/'report.md', owner=folder) as tmp: tmp.write_text(report_text(name, rows, pairs, failed, picture, pairs_file), encoding='utf-8')
     return folder/'report.md'
