@@ -267,13 +267,15 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
              batch:int=64,      # Images at once
              seed:int=0,        # Of the random plan and of the choice of images
              device='cpu',      # Where to compute
+             skip_damaged:bool=False, # As for `load_data`
              )->list:           # Result rows
     "Prune the course model, compare, draw, report."
     start, out, device = time.perf_counter(), Path(out), pick_device(device)
     require(0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
     check_output(out)
     check_ours([out/n for n in WRITES], out)
-    train, test, model = load_data(data, 'train'), load_data(data, 'test', limit=images, seed=seed), course_model().to(device)
+    train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
+    test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
     check_classes(model, test)
     check_output(out, need=4*sum(p.numel() for p in model.parameters()) + 2**21)
     with only_one(out):

@@ -17,7 +17,8 @@ try: import tomllib
 except ImportError: import tomli as tomllib   # Python 3.10
 
 # %% ../nbs/25b_experiment.ipynb #a31e0553
-from .core import check_output, refuse, require, sha256, sweep, write_atomic, writing
+from .core import (check_output, check_seed, is_number, path_of, refuse, require, sha256, sweep, write_atomic,
+                              writing)
 from .methods import COMMON, METHODS, Options, check_options
 from .results import append_rows, read_rows
 from .train import TrainConfig
@@ -33,6 +34,7 @@ class Experiment:
     weights: str = ''              # a checkpoint to start from
     dense: str = ''                # a checkpoint of the finished dense model: instead of `weights`, `pretrained` and [train]
     data: str = 'embedded'         # 'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/
+    skip_damaged: bool = False     # leave out image files that cannot be read, and name them
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
@@ -63,19 +65,22 @@ def _check_types(e):
             require(len(set(map(str, value))) == len(value), f.name, list(value), 'a list without repetitions')
             object.__setattr__(e, f.name, tuple(value))
         else: require(type(value) is type(default), f.name, value, dict(str='text', int='an integer', bool='true or false', dict='a table')[type(default).__name__])
+        require('\0' not in str(value), f.name, value, 'text without null characters')
 
 def _known(keys, allowed, where):
     for k in keys:
+        require(isinstance(k, str), where, k, ', '.join(allowed))
         close = difflib.get_close_matches(k, allowed, 1)
         require(k in allowed, where, k, ', '.join(allowed), f'Did you mean {close[0]}?' if close else '')
 
 # %% ../nbs/25b_experiment.ipynb #15b21a48
 def _check_values(e):
-    number = lambda v: type(v) in (int, float)
-    for r in e.reductions: require(number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
-    for s in e.seeds: require(type(s) is int and s >= 0, 'seeds', s, 'integers, 0 or more')
-    for k in 'classes train_images test_images time_batch workers'.split(): require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
-    for k in 'calibration batch_size repeats'.split(): require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
+    for r in e.reductions: require(is_number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
+    for s in e.seeds: check_seed(s, 'seeds')
+    for k in 'classes train_images test_images time_batch'.split(): require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
+    for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
+    require(1 <= e.repeats <= 10**6, 'repeats', e.repeats, 'an integer from 1 to a million')
+    require(0 <= e.workers <= 256, 'workers', e.workers, 'a number of processes from 0 to 256')
     require(e.dtype in ('fp32', 'bf16', 'auto'), 'dtype', e.dtype, "'fp32', 'bf16' or 'auto'")
     require(re.fullmatch(r'\w[\w.-]{0,99}', e.name), 'name', e.name, 'up to 100 letters, digits, dots and hyphens, a letter or digit first', 'It names the folder runs/NAME.')
     require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results, 'a file that ends in .csv')
@@ -104,13 +109,14 @@ def method_options(e, method:str, reduction:float)->dict: # One of METHODS; shar
 def parse_change(text:str # 'test_images=500', 'recover.epochs=0.5', 'methods=life,vtp' or 'dense=FILE'
                  )->tuple: # (the parts of the key, the value)
     "A change to a configuration as the command line gives it; the value is TOML, or text."
+    require(isinstance(text, str), 'set', text, 'KEY=VALUE, as text')
     key, sign, value = text.partition('=')
     require(sign and key.strip(), 'set', text, 'KEY=VALUE', 'For example --set test_images=500.')
     parts, value = key.strip().split('.'), value.strip()
     lists = [f.name for f in dataclasses.fields(Experiment) if isinstance(f.default, tuple)]
     is_list = parts[0] in lists and not value.startswith('[')
     for v in ([f'[{value}]'] if is_list else [value]):
-        with contextlib.suppress(tomllib.TOMLDecodeError): return parts, tomllib.loads(f'v = {v}')['v']
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError): return parts, tomllib.loads(f'v = {v}')['v']
     return parts, [w.strip() for w in value.split(',')] if is_list else value
 
 # %% ../nbs/25b_experiment.ipynb #7176a495
@@ -131,16 +137,17 @@ def read_experiment(path,       # A TOML file
                     changes=(), # As for `parse_change`; later ones win
                     )->Experiment: # Checked
     "The experiment that a file describes; without a name of its own it has the file's."
-    file = Path(path)
+    file = path_of('config', path)
     require(file.is_file(), 'config', path, 'an existing TOML file', 'The ones of the course are in configs/.')
-    try: values = tomllib.loads(file.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err: refuse('config', path, 'a TOML file', f'({err})')
+    try: values = tomllib.loads(file.read_text(encoding='utf-8-sig'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as err: refuse('config', path, 'a TOML file', f'({err})')
     for k in ('weights', 'dense', 'data', 'results'):
         v = values.get(k)
-        if isinstance(v, str) and v and v not in SETS: values[k] = os.path.normpath(file.parent/Path(v).expanduser())
+        if isinstance(v, str) and v and v not in SETS: values[k] = os.path.normpath(file.parent/os.path.expanduser(v))
     if isinstance(v := values.get('results'), str) and v:      # a file from somebody else must not say where to write
         inside = Path(os.path.abspath(v)).is_relative_to(os.path.abspath(file.parent))
         require(inside, 'results', v, f'a file in {file.parent} or below it', 'Give it on the command line (--results) to write elsewhere.')
+    require(isinstance(changes, (list, tuple)), 'changes', changes, "a list of 'KEY=VALUE'")
     for text in changes: apply_change(values, text)
     _known(values, [f.name for f in dataclasses.fields(Experiment)], 'config')
     return Experiment(**dict(dict(name=file.stem), **values))
@@ -275,7 +282,7 @@ def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
                 )->dict:      # JSON-able
     "Everything that rows of one file must agree in."
-    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data')}
+    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
     files = {k: sha256(getattr(e, k)) if getattr(e, k) else '' for k in ('weights', 'dense')}
     return json.loads(json.dumps(dict(own, **files, **found, code=code_hashes())))
 

@@ -26,14 +26,14 @@ from .measure import bench, dtype_name, time_reduction
 from .methods import METHODS, cost_of, load_pruned, prune, recover, save_pruned
 from .report import read_pairs, write_report
 from .results import answers, make_row, paired_difference
-from .train import Batches, TrainConfig, fit
-from .vit import COURSE, course_model, create_vit, wilson_interval
+from .train import Batches, TrainConfig, fit, pick_accelerator
+from .vit import COURSE, course_model, create_vit, find_weights, load_weights, model_kwargs, wilson_interval
 
 # %% ../nbs/26_run.ipynb #e579a189
-def open_sets(e:Experiment # data, classes, train_images, test_images
+def open_sets(e:Experiment # data, skip_damaged, classes, train_images, test_images
               )->tuple:    # (training images, test images), without transform
     "The images of an experiment."
-    train, test = load_data(e.data, 'train'), load_data(e.data, 'test')
+    train, test = (load_data(e.data, split, skip_damaged=e.skip_damaged) for split in ('train', 'test'))
     differ = sorted(set(train.classes) ^ set(test.classes))
     require(train.classes == test.classes, 'data', f'{e.data}, whose splits differ in {", ".join(differ[:3])}', 'the same classes for training and testing')
     if e.classes:
@@ -62,32 +62,29 @@ def keep_classes(model,        # A timm ViT with an ImageNet-1k head; changed in
         setattr(model, name, new)
     model.num_classes = len(rows)
 
-# %% ../nbs/26_run.ipynb #084928c6
-def _head_rows(file):
-    "Classes of the head in a checkpoint; None without one."
-    from timm.models import load_state_dict
-    require(Path(file).is_file(), 'weights', file, 'an existing checkpoint file')
-    try: head = load_state_dict(str(file)).get('head.weight')
-    except Exception as err: refuse('weights', file, 'a readable .safetensors or .pth checkpoint of a ViT', f'({type(err).__name__})')
-    return None if head is None else len(head)
-
 # %% ../nbs/26_run.ipynb #b59d64da
 def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, train
                 classes:list, # Of the images
                 )->torch.nn.Module:
     "The model before any training of ours, with a head for the classes of the images."
-    file, is_course = e.dense or e.weights or None, e.model == 'course'
-    name, args = (COURSE['model'], dict(COURSE['kwargs'], **e.model_args)) if is_course else (e.model, dict(e.model_args))
-    head = _head_rows(file) if file else None
-    fresh = e.train and not e.dense        # a new head will be learned
-    require(fresh or not file or head, 'dense' if e.dense else 'weights', file, 'a checkpoint with a head', 'Give [train], so that one is learned.')
-    n = len(classes) if fresh or not (head or e.pretrained) else head
-    set_seed(0)
-    if is_course and not file and not fresh: model = course_model()
+    file, what, is_course = e.dense or e.weights or None, 'dense' if e.dense else 'weights', e.model == 'course'
+    fresh, args = e.train and not e.dense, model_kwargs(e.model_args, 'model_args', from_file=True)   # fresh: a new head will be learned
+    as_shipped = is_course and not file and not fresh
+    require('num_classes' not in args, 'model_args', args, 'arguments other than num_classes', 'The images and the checkpoint decide it.')
+    require(not (as_shipped and args), 'model_args', args, 'nothing for the course model, which comes as it is', 'Give weights, dense or [train], or name a timm model.')
+    require(not (is_course and e.pretrained), 'pretrained', True, 'false for the course model, which has its own weights')
+    require(not (e.weights and e.pretrained), 'pretrained', True, 'false beside weights', 'Give one of the two.')
+    if as_shipped: model = course_model()
     else:
+        name, args = (COURSE['model'], {k: v for k, v in dict(COURSE['kwargs'], **args).items() if k != 'num_classes'}) if is_course else (e.model, args)
+        head = len(find_weights(file, create_vit(name, **args).state_dict(), what)[0].get('head.weight', ())) if file else 0
+        require(fresh or not file or head, what, file, 'a checkpoint with a head', 'Give [train], so that one is learned.')
+        n = len(classes) if fresh or not (head or e.pretrained) else head
+        set_seed(0)
+        model = create_vit(name, pretrained=e.pretrained and not file, **{**args, **({'num_classes': n} if n else {})})
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*it has no head that fits')
-            model = create_vit(name, weights=file, pretrained=e.pretrained, **{**args, **({'num_classes': n} if n else {})})
+            if file: load_weights(model, file, what)
     if model.num_classes != len(classes): keep_classes(model, classes)
     return model
 
@@ -95,10 +92,9 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
 def processes(device='auto' # 'auto', 'cpu', 'cuda' or 'mps'
               ):            # An `accelerate.Accelerator`
     "This process among all; patient enough for a search that only the first one does."
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from vitprune_nb.core import pick_device
+    from accelerate import InitProcessGroupKwargs
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    return Accelerator(cpu=pick_device(device).type == 'cpu', mixed_precision='no', kwargs_handlers=[patience])
+    return pick_accelerator(device, kwargs_handlers=[patience])
 
 # %% ../nbs/26_run.ipynb #d6c76575
 def together(acc,   # From `processes`
@@ -475,10 +471,12 @@ def run_config(path,           # A TOML file: see `Experiment`
                device=None,    # Instead of its `device`
                accept_code:bool=False, # Go on although the code changed since the run began
                redo:bool=False, # Make the rows of methods again whose options changed since
+               skip_damaged:bool=False, # Also where the file does not say so
                )->dict:        # name, rows, failed, results, seconds; with `dry_run`: name, plan, macs, speed
     "Do an experiment, or what is left of it."
     given = {k: str(v) for k, v in dict(data=data, weights=weights, results=results, device=device).items() if v is not None}
-    e = dataclasses.replace(read_experiment(path, changes), **given)
+    e = read_experiment(path, changes)
+    e = dataclasses.replace(e, skip_damaged=skip_damaged or e.skip_damaged, **given)
     out = Path('runs')/e.name if out is None else out
     if dry_run: require(not Path(out).exists() or Path(out).is_dir(), 'out', out, 'a folder, or a name that is still free')
     else: check_place(e, out)
