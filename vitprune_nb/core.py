@@ -6,8 +6,8 @@
 __all__ = ['MARK', 'VitpruneError', 'printable', 'refuse', 'require', 'for_shell', 'is_number', 'is_whole', 'path_of',
            'check_seed', 'set_seed', 'fold_seed', 'pick_device', 'cpu_name', 'git_commit', 'environment', 'fast_dtype',
            'autocast', 'progress', 'temp_folder', 'writing', 'temporary_path', 'remove', 'sweep', 'check_output',
-           'write_atomic', 'append_text', 'write_folder_atomic', 'repo_root', 'data_path', 'sha256', 'content_hash',
-           'made_in', 'is_ours', 'check_ours', 'claim', 'sign', 'publish', 'only_one']
+           'write_atomic', 'append_text', 'write_folder_atomic', 'repo_root', 'data_path', 'sha256', 'read_json',
+           'content_hash', 'made_in', 'is_ours', 'check_ours', 'claim', 'sign', 'publish', 'only_one']
 
 # %% ../nbs/00_core.ipynb #f336f3ef
 import atexit, contextlib, errno, functools, hashlib, json, math, os, platform
@@ -419,6 +419,21 @@ def sha256(path # A file
     with open(path, 'rb') as f:
         for piece in iter(lambda: f.read(1 << 20), b''): h.update(piece)
     return h.hexdigest()
+
+# %% ../nbs/00_core.ipynb #b7e0c102
+def read_json(path,         # The file
+              kind,         # What it must hold: a pydantic model, or a type such as dict[str, int]
+              argument:str, # What the caller calls it
+              allowed:str,  # What would have been fine
+              ):            # An object of that kind
+    "A JSON file in UTF-8 whose content has a given type; anything else is refused with the place and the reason."
+    from pydantic import TypeAdapter, ValidationError
+    require(Path(path).is_file(), argument, path, 'an existing JSON file')
+    try: return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        where = '.'.join(map(str, first['loc'])) + ': ' if first['loc'] else ''
+    refuse(argument, path, allowed, f'({where}{first["msg"]})')
 
 # %% ../nbs/00_core.ipynb #a1c0de0d
 MARK = '.vitprune.json'   # in a folder that this program works in: what of it is ours
