@@ -10,6 +10,9 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 RUN     = $(VENV)/.installed-run
 DEV     = $(VENV)/.installed-dev
+# The oldest timm that settings.ini allows, in a folder of its own: tests/test_weights.py reads hostile files under it too.
+OLDEST  = $(VENV)/oldest-timm
+TIMM    = $(shell sed -n 's/^requirements.* timm>=\([0-9.]*\).*/\1/p' settings.ini)
 
 .PHONY: help demo test test-sync test-notebooks test-suite test-slow lab install install-dev notebooks export results record clean
 .NOTPARALLEL:
@@ -33,7 +36,7 @@ test-sync: $(DEV)
 test-notebooks: $(DEV)
 	$(IN_TEMP) $(BIN)/python tests/notebooks.py
 
-test-suite: $(DEV)
+test-suite: $(DEV) $(OLDEST)/.installed
 	$(IN_TEMP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 tests
 
 # What `make test` samples only: hundreds of kills, and whatever else is marked slow.
@@ -44,7 +47,7 @@ lab: $(DEV)
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 install: $(RUN)
-install-dev: $(DEV)
+install-dev: $(DEV) $(OLDEST)/.installed
 
 # Run every notebook from top to bottom, keep its outputs, drop its execution counts.
 notebooks: $(DEV)
@@ -119,3 +122,8 @@ $(RUN): settings.ini setup.py | $(BIN)/python
 $(DEV): settings.ini setup.py | $(BIN)/python
 	$(PIP) install -e '.[dev]'
 	@touch $@ $(RUN)
+
+$(OLDEST)/.installed: settings.ini | $(BIN)/python
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) timm==$(TIMM)
+	@touch $@

@@ -21,6 +21,7 @@ from .methods import macs_of, prune
 from .patch_figures import Subject, figure_table, recorded
 from .results import append_rows, paired_difference
 from .train import fit
+from .vit import read_checkpoint
 
 # %% ../nbs/13c_life_tables.ipynb #bc2a92c8
 PUBLISHED = {'Table III': {.9: 79.7, .8: 79.5, .7: 79.3},                                # keep rate
@@ -156,10 +157,9 @@ def load_predictor(path,  # What `save_predictor` wrote
                    plan,  # The `LifePlan` that it was trained for
                    dim:int)->LifeScore: # dim: width D of the model
     "Read a life predictor back."
-    from safetensors.torch import load_file
     require(Path(path).is_file(), 'path', path, 'a file that save_predictor wrote')
     score = plan.score(dim)
-    found = {k: v.float() for k, v in load_file(path).items()}
+    found = {k: v.float() for k, v in read_checkpoint(path, 'path').items()}
     shapes = lambda d: {k: tuple(v.shape) for k, v in d.items()}
     require(shapes(found) == shapes(score.state_dict()), 'path', path, f'a life predictor of width {dim}')
     score.load_state_dict(found)

@@ -16,6 +16,7 @@ from .channels import PAPER, add_gates, gates
 from .core import require, set_seed
 from .results import make_row
 from .train import TrainConfig, Trainer
+from .vit import read_checkpoint
 
 # %% ../nbs/30b_pull.ipynb #30b00012
 CLOSED = .05   # Of its start: below it a gate counts as closed
@@ -72,7 +73,7 @@ def gate_row(run,      # Folder of a run
     "A result row of the network whose gates a run trained, before the cut; its note says what share of the gates is closed."
     file, options = Path(run)/'shared'/f"vtp-s{cut['seed']}"/'checkpoint.pt', json.loads(cut['schedule'])['options']
     require(file.is_file(), 'run', run, 'a folder in which `vitprune run` trained gates', f'There is no {file.name} in shared/{file.parent.name}.')
-    saved = torch.load(file, map_location='cpu', weights_only=True)
+    saved = read_checkpoint(file, 'run')
     gated = add_gates(copy.deepcopy(dense), options['gate_start'])
     gated.load_state_dict(saved['model'])
     a = torch.cat([g.detach().abs() for g in gates(gated).values()])

@@ -152,7 +152,7 @@ class Run:
 # %% ../nbs/26_run.ipynb #5945b09f
 def dense_model(run:Run):
     "Train the dense model, or take it as it is; afterwards it is in OUT/dense.safetensors, and in `run.model`."
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     e, file, model = run.e, run.out/'dense.safetensors', run.model
     if not file.exists():
         place = run.work(units(e)[0])/'train'
@@ -160,7 +160,7 @@ def dense_model(run:Run):
         if run.acc.is_main_process:
             with write_atomic(file) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     run.acc.wait_for_everyone()
-    model.load_state_dict(load_file(file))
+    load_weights(model, file, 'out')
     run.model, run.weights = model.eval().to(run.acc.device), f'{Path(e.dense or e.weights).name or e.model}, sha256 {sha256(file)[:12]}'
     if run.acc.is_main_process: shutil.rmtree(run.work(units(e)[0])/'train', ignore_errors=True)   # its checkpoint; log.jsonl stays
 

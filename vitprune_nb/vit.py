@@ -81,13 +81,12 @@ def _prefixes(table, names):
 
 def in_short(names:list # Names of tensors
              )->str:
-    "Names in a line: a few as they are, many by what they begin with."
+    "Names in a line: a few as they are, of many the first of each part with their number."
     say = lambda k: k.encode('unicode_escape').decode()[:60]
-    groups = collections.Counter(k.split('.')[0] for k in names)
-    few = len(names) <= 4 or len(groups) < 3
-    parts = [say(k) for k in names] if few else [f'{say(g)}.… ({n})' if n > 1 else say(g) for g, n in groups.items()]
-    show = 4 if few else 6
-    return ', '.join(parts[:show]) + (f' and {len(parts) - show} more' if len(parts) > show else '')
+    groups = {}
+    for k in names: groups.setdefault(k.split('.')[0] if len(names) > 4 else k, []).append(k)
+    parts = [say(g[0]) + (f' … ({len(g)})' if len(g) > 1 else '') for g in groups.values()]
+    return ', '.join(parts[:6]) + (f' and {len(parts) - 6} more' if len(parts) > 6 else '')
 
 # %% ../nbs/02_vit.ipynb #5a50a4e4
 def find_weights(file,               # For `read_checkpoint`
@@ -216,7 +215,7 @@ def create_vit(name:str,          # A timm model name, e.g. 'deit_small_patch16_
     try:
         with _weights_only(): model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:   # from deep inside timm or PyTorch, each with errors of its own
-        if pretrained and isinstance(e, (OSError, RuntimeError)):
+        if pretrained and not isinstance(e, (TypeError, AssertionError, ValueError)):
             refuse('pretrained', name, 'a model whose weights the Hugging Face hub has, and a network that reaches it',
                    f'Without one, pass a local file: weights=FILE. ({type(e).__name__})')
         if kwargs: refuse('kwargs', kwargs, f'what timm.create_model takes for {name}', f'({type(e).__name__}: {e})')
