@@ -363,7 +363,7 @@ def test_names_that_are_not_utf8_go_everywhere_that_names_go(tmp_path, capsys):
 
 def test_homes_of_nobody_and_odd_paths_are_refused():
     for path in ('~nobody_of_this_name/x', 'no\0where', 'x'*5000):
-        with pytest.raises(VitpruneError, match="an existing folder"): load_data(path)
+        with pytest.raises(VitpruneError, match="data: got .*'embedded', 'cifar10', 'cifar100' or a"): load_data(path)
 
 
 # The command line
@@ -388,7 +388,7 @@ def said(capsys, *words):
 
 
 WITH_DATA = {'eval': ['eval'], 'bench': ['bench', '--batch', 2, '--repeats', 2], 'prune': ['prune', '--method', 'uniform', '--calibration', 41, '--out', 'pruned'],
-             'demo': ['demo', '--images', 40, '--calibration', 41, '--repeats', 2, '--batch', 8, '--out', 'demo']}
+             'demo': ['demo', '--images', 10, '--calibration', 41, '--repeats', 2, '--batch', 8, '--out', 'demo']}
 
 
 @pytest.mark.parametrize('command', WITH_DATA)
@@ -398,7 +398,7 @@ def test_commands_leave_damaged_files_out_where_told_to(command, damaged, tmp_pa
     if command not in ('bench', 'demo'):      # bench sees the first images only, and the demo balances over the classes
         code, out, err = said(capsys, *words)
         assert code == 2 and err.count('\n') == 1 and '9.png' in err and 'leave out all such files with --skip-damaged.' in err and 'skip_damaged' not in err
-    if '--calibration' in words: words[words.index('--calibration') + 1] = 8
+    if '--calibration' in words: words[words.index('--calibration') + 1] = 4
     code, out, err = said(capsys, *words, '--skip-damaged', '--json')
     record = json.loads(out.splitlines()[-1])
     assert code == 0 and 'ten/' in out and 'left out 1 damaged file(s): cat/9.png' in out
@@ -421,7 +421,7 @@ device = "cpu"
 
 
 @pytest.mark.parametrize('skip, words, ok', [('', [], False), ('skip_damaged = true', [], True), ('', ['--skip-damaged'], True),
-                                             ('', ['--set', 'skip_damaged=true'], True), ('skip_damaged = "yes"', [], False)])
+                                             ('skip_damaged = "yes"', [], False)])
 def test_a_run_leaves_damaged_files_out_where_its_file_or_the_command_line_say_so(skip, words, ok, damaged, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'c.toml').write_text(TOML.format(data=damaged, skip=skip))
