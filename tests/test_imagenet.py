@@ -105,7 +105,7 @@ def test_photos_without_train_are_split_into_disjoint_sets(tree, tmp_path):
 
 
 @pytest.mark.parametrize('words, said', [
-    (['--data', 'nowhere'], 'data: got nowhere'), (['--calibration', '0'], 'calibration: got 0'), (['--images', '0'], 'limit: got 0'), (['--methods', 'life'], "methods: got ['life']"), (['--methods', 'vtp'], "methods: got ['vtp']"),
+    (['--data', 'nowhere'], 'data: got nowhere'), (['--calibration', '0'], 'calibration: got 0'), (['--images', '0'], 'images: got 0'), (['--methods', 'life'], "methods: got ['life']"), (['--methods', 'vtp'], "methods: got ['vtp']"),
     (['--reductions', '1.5'], 'reductions: got 1.5'), (['--model', 'vit_huge_nonsense'], 'model: got vit_huge_nonsense'), (['--model', 'deit_tiny_patch16_224', '--weights', 'no.pth'], 'weights: got no.pth'),
     (['--weights', 'x.pth'], 'model: got course with weights'), (['--device', 'tpu'], 'device: got tpu'), (['--out', 'README.md'], 'results: got README.md')])
 def test_bad_words_get_one_sentence_and_write_nothing(words, said, tmp_path, monkeypatch, capsys):

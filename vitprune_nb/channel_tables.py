@@ -57,7 +57,7 @@ def uniform_at(model,       # A dense timm ViT, gated or not
     "The uniform plan whose cost comes closest to `macs` from above."
     heads, dense = model.blocks[0].attn.num_heads, plan_cost(model, uniform_channels(scores, 0., model.blocks[0].attn.num_heads))[0]
     low, high = 0, 1000                        # ratio in thousandths; low still costs enough
-    require(0 < macs <= dense, 'macs', macs, f'at most {dense:,}, the MACs of the dense model')
+    require(0 < macs <= dense, 'macs', macs, f'a number above 0 and at most {dense:,}, the MACs of the dense model')
     while high - low > 1:
         mid = (low + high)//2
         try: enough = plan_cost(model, uniform_channels(scores, mid/1000, heads))[0] >= macs

@@ -73,6 +73,7 @@ def composites(ds:ImageSet,   # Where the pictures come from
                )->tuple:      # (ImageSet, bool (n, H, W): the object's pixels)
     "Pictures cut out as discs and pasted at random places on smooth random backgrounds: objects whose place is known."
     require(0 < size <= 1, 'size', size, 'a share in (0, 1]')
+    require(len(ds) > 0, 'ds', 'no images', 'at least one image')
     require(1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name}')
     rng = np.random.default_rng(seed)
     W, H = ds.image(0).size; k = max(1, round(size*min(W, H)))

@@ -296,6 +296,7 @@ def fidelity_sets(data='embedded',     # As for `load_data`; a folder may lack t
     load = lambda split, limit: load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
     if not folder.is_dir() or (folder/'train').is_dir(): return load('test', limit), load('train', calibration)
     ds = load('test', None)
+    require(len(ds) > 1, 'data', f'{ds.name} with one image', 'two images or more, or a folder with train/ and val/')
     require(calibration < len(ds), 'calibration', calibration, f'fewer than the {len(ds)} images of {ds.name}')
     require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
     order = np.random.default_rng(seed).permutation(len(ds))
@@ -324,6 +325,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     p.add_argument('--methods', nargs='+', default=list(LABEL_FREE)); p.add_argument('--reductions', nargs='+', type=float, default=list(BUDGETS))
     o = p.parse_args(args)
     try:
+        require(o.images is None or o.images >= 1, 'images', o.images, 'a positive number of images')
         test, calib = fidelity_sets(o.data, o.calibration, o.images, o.seed, o.skip_damaged)
         net, out = fidelity_model(o.model, o.weights, o.img_size), o.out or data_path('results', 'fidelity.csv')
         name = o.name or (o.model if o.img_size is None else f'{o.model} at {o.img_size} px')   # what rows call the model

@@ -39,6 +39,7 @@ def stage_counts(keep_rate,  # Share of the patches that survive a stage, in (0,
                  n_patches:int,# N, without prefix tokens
                  )->list:    # T counts, entry 0 for block 1
     "Patches used in each block (life regression, section III-D; removal takes effect in the block after the stage)."
+    require(n_blocks > 1, 'model', 'a single block', 'two blocks or more, for patches leave between blocks')
     stages = [stages] if isinstance(stages, int) else list(stages)
     whole = all(isinstance(s, int) and 1 <= s < n_blocks for s in stages)
     require(len(stages) > 0 and whole and stages == sorted(set(stages)), 'stages', stages, f'rising block numbers from 1 to {n_blocks - 1}')

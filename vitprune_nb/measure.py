@@ -142,6 +142,7 @@ def time_reduction(rows:list,  # From one `bench`
                    )->list:    # One dict a model: name, time_reduction with low and high, speed_up
     "Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is."
     by = {r['name']: r for r in rows}
+    require(len(by) > 0, 'rows', 'no rows', 'the rows of one bench')
     require(base in by, 'base', base, f'one of {list(by)}')
     settings = {(r['batch'], r['device'], r['dtype'], r['threads'], r['repeats']) for r in rows}
     require(len(settings) == 1 and len(by) == len(rows), 'rows', f'{len(rows)} rows of {len(settings)} settings', 'the rows of one bench')

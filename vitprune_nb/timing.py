@@ -346,8 +346,10 @@ def draw_methods(table,        # From `timing_table`, of one device, dtype, engi
     "Measured over theoretical reduction, one bar a method and backbone."
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import style
-    t = table[(table.method != 'dense') & (table.batch == batch)]
-    require(len(t) > 0, 'batch', batch, f'one of {sorted(set(table.batch))}')
+    pruned = table[table.method != 'dense']
+    require(len(pruned) > 0, 'table', 'no pruned rows', 'the rows of at least one case')
+    t = pruned[pruned.batch == batch]
+    require(len(t) > 0, 'batch', batch, f'one of {sorted(set(pruned.batch))}')
     _one_setting(t)
     wide = t.pivot_table(index='method', columns='backbone', values='realised').reindex([m for m in TIMED if m in set(t.method)])
     wide = wide[t.groupby('backbone').macs.max().sort_values().index]

@@ -114,6 +114,7 @@ class Batches(torch.utils.data.Dataset):
                  rank:int=0,            # Which process this is
                  world:int=1,           # How many there are; each gets 1/world of every batch
                  ):
+        require(len(ds) > 0, 'ds', 'no images', 'at least one training image')
         require(len(ds) >= cfg.batch_size, 'batch_size', cfg.batch_size, f'at most {len(ds)}, the number of training images')
         each = 2*world if cfg.mixup or cfg.cutmix else world
         require(cfg.batch_size % each == 0, 'batch_size', cfg.batch_size, f'a multiple of {each}' +

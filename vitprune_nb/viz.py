@@ -145,7 +145,7 @@ def show_kept(image,        # As the model saw it: PIL image, uint8 (H, W, 3), o
               ):            # Array of axes: the image, then one a layer
     "The image, then what is left of it block by block: dropped patches are greyed."
     im, kept = as_image(image, norm), np.asarray(torch.as_tensor(kept).cpu(), dtype=bool)
-    require(kept.ndim == 2, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches', 'Pick one image of a batch with kept[i].')
+    require(kept.ndim == 2 and len(kept) > 0, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches', 'Pick one image of a batch with kept[i].')
     layers = layers_to_show(kept) if layers is None else list(layers)
     bad = [l for l in layers if not 0 <= l < len(kept)]
     require(not bad, 'layers', bad, f'block indices from 0 to {len(kept) - 1}')
