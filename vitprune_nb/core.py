@@ -6,8 +6,8 @@
 __all__ = ['MARK', 'VitpruneError', 'printable', 'refuse', 'require', 'for_shell', 'at_most', 'at_least', 'is_number', 'is_whole',
            'path_of', 'check_seed', 'set_seed', 'fold_seed', 'pick_device', 'cpu_name', 'git_commit', 'environment',
            'fast_dtype', 'autocast', 'progress', 'temp_folder', 'writing', 'temporary_path', 'remove', 'sweep',
-           'check_output', 'write_atomic', 'write_folder_atomic', 'repo_root', 'data_path', 'sha256', 'read_json',
-           'content_hash', 'made_in', 'is_ours', 'check_ours', 'claim', 'sign', 'only_one']
+           'check_output', 'write_atomic', 'append_text', 'write_folder_atomic', 'repo_root', 'data_path', 'sha256',
+           'read_json', 'content_hash', 'made_in', 'is_ours', 'check_ours', 'claim', 'sign', 'publish', 'only_one']
 
 # %% ../nbs/00_core.ipynb #f336f3ef
 import atexit, contextlib, errno, functools, hashlib, json, math, os, platform
@@ -301,7 +301,7 @@ def check_output(path,               # A file or folder that shall be written
     "Refuse a place that cannot be written, is a link or has too little room; nothing is touched."
     text, kind = str(path), 'a folder' if folder else 'a file'
     path = Path(path)
-    allowed = f'{kind} or a name that is still free'
+    allowed = f'{kind}, or a name that is still free'
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
     if path.is_symlink():
         refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
@@ -340,6 +340,20 @@ def write_atomic(path, # The file to write or replace
             _sync(path.parent)
         finally:
             with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #a1c0de13
+def append_text(path, # A text file; made when it is missing
+                text:str, # What to add, with its line break
+                ):
+    "Add text to the end of a file: all of it or nothing."
+    left = text.encode()
+    with writing(path), open(path, 'ab', buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while left: left = left[file.write(left):]
+        except OSError:
+            file.truncate(size)
+            raise
 
 # %% ../nbs/00_core.ipynb #a1c0de0a
 def _as_umask_says(folder, file_mode, folder_mode):
@@ -485,14 +499,15 @@ def _write_mark(owner, made):
         tmp.write_text(json.dumps({'made by vitprune': made}, indent=1) + '\n', encoding='utf-8')
 
 def claim(folder,             # A folder to work in, made when it is missing
-          *names:str,         # Files and folders in it that will go on changing while we work
+          *names,             # Files and folders in it, or elsewhere, that will go on changing while we work
           argument:str='out', # What the caller calls the folder
+          sure:bool=False,    # What is there is known to be ours: a version without marks made it
           )->Path:
     "Enter names in a folder's mark, so that what is under them is ours; refuses names that are somebody's."
     folder = check_output(folder, argument)
     made = made_in(folder)
-    check_ours([folder/n for n in names], folder, argument)
-    new = [n for n in names if made.get(n) != []]
+    if not sure: check_ours([folder/n for n in names], folder, argument)
+    new = [n for n in (_entry(folder, folder/n) for n in names) if made.get(n) != []]
     if new: _write_mark(folder, made | {n: [] for n in new})
     return folder
 
@@ -501,11 +516,22 @@ def sign(owner,    # The folder with the mark
          ):
     "Enter finished files or folders in a mark, just before they are renamed; a kill in between does no harm."
     check_ours(list(new), owner)
-    made = made_in(owner)
+    made = before = made_in(owner)
     for path, source in new.items():
-        old = [content_hash(path)] if os.path.lexists(path) else []
-        made[_entry(owner, path)] = [*old, content_hash(source)]
-    _write_mark(owner, made)
+        both = [content_hash(p) for p in (path, source) if os.path.lexists(p)]
+        known = made.get(_entry(owner, path), [])
+        if not set(both) <= set(known): made = made | {_entry(owner, path): both}
+    if made != before: _write_mark(owner, made)
+
+def publish(stage, # A folder with finished files and folders, on the same disk
+            owner, # Where they go; what is there under their names must be ours
+            ):
+    "Move finished things into a folder, each in one step, and enter them in its mark; nothing else is touched."
+    new = {Path(owner)/p.name: p for p in sorted(Path(stage).iterdir())}
+    sign(owner, new)
+    for path, source in new.items():
+        if path.is_dir(): _swap(source, path)
+        else: os.replace(source, path)
 
 # %% ../nbs/00_core.ipynb #a1c0de10
 @contextlib.contextmanager
