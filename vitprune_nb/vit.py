@@ -294,6 +294,9 @@ def standard_blocks(model # A timm VisionTransformer
                     )->torch.nn.ModuleList: # Its L blocks
     "The blocks of a model that this course can take apart; anything but timm's standard `Block` is refused by name."
     from timm.models.vision_transformer import Attention, Block
+    require(not hasattr(model, '_orig_mod'), 'model', 'one from torch.compile', 'the module before it was compiled', 'Pass model._orig_mod.')
+    require(not hasattr(model, 'policy'), 'model', f'a {type(model).__name__}, whose tokens are pruned', 'a dense ViT, or one with cut channels',
+            'Pass its .model; to look inside it, use capture(slim) or slim.forward_intermediates(images).')
     blocks = getattr(model, 'blocks', None)
     allowed = "a timm VisionTransformer whose blocks are timm's standard Block (ViT, DeiT)"
     require(isinstance(blocks, (torch.nn.Sequential, torch.nn.ModuleList)), 'model', f'{type(model).__name__}, which has no list of blocks', allowed)
@@ -304,12 +307,12 @@ def standard_blocks(model # A timm VisionTransformer
 
 # %% ../nbs/02_vit.ipynb #27951f71
 class Captured:
-    "What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention` (L of (B, H, N, N)), `cls_rows` (L of (B, H, N))."
+    "What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention` (L of (B, H, N, N)), `cls_rows` (L of (B, H, N)); of a SlimViT also `computed` (L of (B, N))."
     def __init__(self): self.clear()
 
     def clear(self):
         "Forget everything, in place."
-        self.tokens, self.attention, self.cls_rows = [], [], []
+        self.tokens, self.attention, self.cls_rows, self.computed = [], [], [], []
 
     def __repr__(self):
         shape = tuple(self.tokens[0].shape) if self.tokens else None
@@ -317,11 +320,15 @@ class Captured:
 
 # %% ../nbs/02_vit.ipynb #99d99228
 @contextlib.contextmanager
-def capture(model,               # A timm VisionTransformer of standard blocks
+def capture(model,               # A timm VisionTransformer of standard blocks, or a SlimViT around one
             attention:bool=True, # Keep the full maps (B, H, N, N); False keeps only the CLS rows
             ):                   # Yields a `Captured`
     """Within the `with`, each forward pass fills `tokens` (the input of block 1, then the output of each block), `attention`
-    and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook outlives the `with`."""
+    and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook outlives the `with`. For a SlimViT, all of
+    it is on the full grid, and `computed` says which tokens are new in each block: see `SlimViT.capture`."""
+    if hasattr(model, 'capture') and not hasattr(model, '_orig_mod'):
+        with model.capture(attention) as cap: yield cap
+        return
     cap, blocks, handles = Captured(), standard_blocks(model), []
     has_cls = getattr(model, 'cls_token', None) is not None
     def on_qkv(attn):
