@@ -392,7 +392,9 @@ def prune(name:str,  # One of METHODS
           ):         # In eval mode: a `SlimViT`, or a timm ViT with smaller layers; `.info` says how it was made
     "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
     from vitprune_nb.core import pick_device, require
+    from vitprune_nb.engine import freeze_choices
     from vitprune_nb.train import same_random_after
+    model = getattr(model, '_orig_mod', model)       # compiled: what comes out can be compiled again
     m, o = check_options(name, options), Options(**options)
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
@@ -406,7 +408,7 @@ def prune(name:str,  # One of METHODS
     out.info = json.loads(json.dumps(memory | used | dials, default=str))
     out.info['reduction'] = cost_of(out.eval())['reduction']
     if done: save_pruned(out, done)
-    return out.to(pick_device(o.device))
+    return freeze_choices(out).to(pick_device(o.device))
 
 # %% ../nbs/25_methods.ipynb #2028f3f3
 def recover(model,         # A pruned model; trained in place

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from .core import read_json, refuse, require, write_folder_atomic
 from .data import data_config
-from .engine import SlimViT
+from .engine import SlimViT, freeze_choices
 from .plan import Plan
 from .policy import Policy
 from .recipe import from_recipe, recipe_of
@@ -205,7 +205,7 @@ def load_pruned(folder,             # What `save_pruned` wrote
     _fill(model, folder/'model.safetensors')
     model.info, model.classes = config.info, getattr(config, 'classes', None)
     if (folder/'plan.json').is_file(): model.plan = _plan_of(folder/'plan.json', getattr(model, 'model', model))
-    return model.eval()
+    return freeze_choices(model).eval()
 
 def _plan_of(file, vit)->Plan:
     plan = Plan.load(file)
