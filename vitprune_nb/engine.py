@@ -66,6 +66,8 @@ def same_grid(slim, # A `SlimViT`
 def _embed(slim, images):
     "(B, N, D) tokens that enter the first block."
     m = slim.model
+    require(isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == m.in_chans, 'images',
+            getattr(images, 'shape', type(images).__name__), f'a tensor (B, {m.in_chans}, H, W)')
     require(not (slim.training and slim.mode == 'packed'), 'mode', 'packed in training', "'mask' or 'gather' in training")
     require(not (slim.training and slim.policy.steps and getattr(m.patch_drop, 'prob', 0)), 'patch_drop', 'patch dropout together with a policy', 'one of the two')
     same_grid(slim, m.patch_embed.dynamic_feat_size(images.shape[-2:]))
@@ -120,7 +122,7 @@ class _Traced(_Frame):
 class _Switched(_Traced):
     def set_mode(self, mode:str):
         "Switch between 'mask', 'gather' and 'packed'; returns self."
-        require(mode in MODES, 'mode', mode, "'mask', 'gather' or 'packed'")
+        require(isinstance(mode, str) and mode in MODES, 'mode', mode, "'mask', 'gather' or 'packed'")
         require(mode != 'gather' or not any(s.ragged for s in self.policy.steps.values()), 'mode', mode, "'packed' or 'mask' for a threshold",
                 'A threshold keeps another number of tokens in each image, and gather needs the same.')
         static_indices(self.policy.steps, self.n_tokens, self.num_prefix_tokens, mode)
@@ -182,6 +184,7 @@ class SlimViT(_Switched):
         super().__init__()
         model, self.layers = getattr(model, '_orig_mod', model), None
         standard_blocks(model)
+        require(policy is None or isinstance(policy, Policy), 'policy', policy, 'a Policy, or None')
         require(model.global_pool in ('token', 'avg'), 'model', f'one with global_pool={model.global_pool!r}', "global_pool 'token' or 'avg'")
         self.model, self.policy, self.info = model, policy or Policy({}, 'dense'), {}
         self.grid = own_grid(model)

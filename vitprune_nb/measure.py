@@ -12,7 +12,7 @@ import contextlib, os, time
 # %% ../nbs/21_measure.ipynb #7d5c8538
 import numpy as np
 import torch
-from .core import VitpruneError, autocast, fast_dtype, pick_device, progress, refuse, require
+from .core import VitpruneError, autocast, check_seed, fast_dtype, is_number, is_whole, pick_device, progress, refuse, require
 
 # %% ../nbs/21_measure.ipynb #6b0cc881
 def summary(times_ms, # Times of single calls in ms
@@ -63,7 +63,7 @@ def stopwatch(device='cpu',           # The device that computes
 def num_threads(n:int|None=None # Threads within the `with`; None leaves them as they are
                 ):              # Yields the number in force
     "PyTorch's CPU threads, restored on exit."
-    require(n is None or (isinstance(n, int) and n > 0), 'threads', n, 'a positive integer, or None')
+    require(n is None or is_whole(n) and 0 < n <= 4096, 'threads', n, 'a positive integer, at most 4096, or None')
     old = torch.get_num_threads()
     try:
         if n is not None: torch.set_num_threads(n)
@@ -87,6 +87,7 @@ def dtype_name(dtype='auto', # As `autocast` takes it
                )->str:       # 'fp32', 'bf16' or 'fp16'
     "How a row calls the arithmetic: that of the images unless they are float32, else that of autocast."
     names = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
+    require(isinstance(dtype, (str, torch.dtype)), 'dtype', dtype, "'auto', 'fp32' or 'bf16'")
     if x is not None and x.dtype != torch.float32: return names.get(x.dtype, str(x.dtype))
     return names.get(fast_dtype(device) if dtype == 'auto' else dtype, dtype)
 
@@ -101,8 +102,9 @@ def bench(models:dict,       # {name: module or function of x}
           clock=time.perf_counter, # Returns seconds; on a CUDA device the default is replaced by CUDA events
           )->list:           # One dict a model: name, batch, latency_ms …, first_ms, times_ms
     "Latency and throughput of several models, timed in turn in one process: median and quartiles."
-    require(isinstance(models, dict) and len(models) > 0, 'models', models, 'a dict of at least one name and module', "For example {'dense': model}.")
-    for arg, n in (('warmup', warmup), ('repeats', repeats)): require(isinstance(n, int) and n > 0, arg, n, 'a positive integer')
+    ok = isinstance(models, dict) and len(models) > 0 and all(map(callable, models.values()))
+    require(ok, 'models', models, 'a dict of at least one name and module', "For example {'dense': model}.")
+    for arg, n in (('warmup', warmup), ('repeats', repeats)): require(is_whole(n) and 0 < n <= 10**6, arg, n, 'a positive integer, at most a million')
     require(isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) > 0, 'x', getattr(x, 'shape', type(x).__name__), 'a tensor of at least one image')
     device = pick_device(device)
     x, used = x.to(device), dtype_name(dtype, device, x)
@@ -118,6 +120,13 @@ def bench(models:dict,       # {name: module or function of x}
                  first_ms=w[0], times_ms=t) for n, (w, t) in times.items()]
 
 # %% ../nbs/21_measure.ipynb #df0e8360
+def _times(name, values):
+    try: times = np.asarray(values, dtype=float)
+    except (TypeError, ValueError): times = np.zeros(0)
+    ok = times.ndim == 1 and len(times) > 0 and np.isfinite(times).all() and (times > 0).all()
+    require(ok, name, values, 'a list of times in ms, at least one, all above 0')
+    return times
+
 def ratio_interval(new,           # Times in ms, one a round
                    old,           # Times in ms; the same rounds as `new` when paired
                    paired:bool=True, # Draw the same rounds from both
@@ -126,10 +135,11 @@ def ratio_interval(new,           # Times in ms, one a round
                    level:float=.95, # Coverage of the interval
                    )->tuple:      # (ratio, low, high)
     "median(new) / median(old) with a bootstrap interval."
-    new, old = np.asarray(new, dtype=float), np.asarray(old, dtype=float)
-    require(len(new) > 0 and len(old) > 0, 'times', f'{len(new)} and {len(old)} times', 'at least one each')
+    new, old = _times('new', new), _times('old', old)
+    require(is_whole(draws) and 1 <= draws <= 10**6, 'draws', draws, 'an integer from 1 to a million')
+    require(is_number(level) and 0 < level < 1, 'level', level, 'a share in (0, 1)')
     require(not paired or len(new) == len(old), 'times', f'{len(new)} and {len(old)} times', 'equally many when paired=True')
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     i = rng.integers(0, len(new), (draws, len(new)))
     j = i if paired else rng.integers(0, len(old), (draws, len(old)))
     low, high = np.quantile(np.median(new[i], 1)/np.median(old[j], 1), ((1 - level)/2, (1 + level)/2))
@@ -141,12 +151,15 @@ def time_reduction(rows:list,  # From one `bench`
                    macs:dict|None=None, # {name: MACs}; adds mac_reduction and realised
                    )->list:    # One dict a model: name, time_reduction with low and high, speed_up
     "Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is."
+    ok = isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r) for r in rows)
+    require(ok, 'rows', rows, 'the rows of one bench')
     by = {r['name']: r for r in rows}
-    require(len(by) > 0, 'rows', 'no rows', 'the rows of one bench')
-    require(base in by, 'base', base, f'one of {list(by)}')
+    require(isinstance(base, str) and base in by, 'base', base, f'one of {list(by)}')
     settings = {(r['batch'], r['device'], r['dtype'], r['threads'], r['repeats']) for r in rows}
     require(len(settings) == 1 and len(by) == len(rows), 'rows', f'{len(rows)} rows of {len(settings)} settings', 'the rows of one bench')
+    require(macs is None or isinstance(macs, dict), 'macs', macs, 'a dict of MACs, or None')
     require(macs is None or set(by) <= set(macs), 'macs', list(macs or ()), f'one entry for each of {list(by)}')
+    require(macs is None or all(is_number(macs[n]) and macs[n] > 0 for n in by), 'macs', macs, 'MACs above 0')
     out = []
     for n, r in by.items():
         ratio, low, high = ratio_interval(r['times_ms'], by[base]['times_ms'])

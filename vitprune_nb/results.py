@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import special
-from .core import autocast, environment, pick_device, progress, refuse, require, write_atomic
-from .data import data_config, eval_transform, loader
-from .vit import classes_of
+from .core import autocast, check_model, environment, path_of, pick_device, progress, refuse, require, write_atomic
+from .data import check_set, data_config, eval_transform, loader
+from .vit import classes_of, logits_of
 
 # %% ../nbs/22_results.ipynb #1a98ecf9
 FIELDS = dict(method=str, backbone=str, weights=str, schedule=str, recovery=str, seed=int, # what was done
@@ -69,8 +69,8 @@ def to_csv(rows:list # Dicts with keys of FIELDS
 def read_rows(path # A CSV that `append_rows` wrote
               )->list: # Dicts with typed values, None where unknown
     "All rows of a results file."
-    require(Path(path).is_file(), 'results', path, 'an existing CSV file')
-    with open(path, encoding='utf-8', newline='') as f:
+    require(path_of('results', path).is_file(), 'results', path, 'an existing CSV file')
+    with open(path, encoding='utf-8', errors='replace', newline='') as f:      # what is no text has not these columns
         reader = csv.DictReader(f)
         require(list(reader.fieldnames or []) == list(FIELDS), 'results', path, 'a CSV whose columns are ' + ', '.join(FIELDS), 'Write to a new file.')
         rows = list(reader)
@@ -161,7 +161,8 @@ def paired_difference(correct_a,     # bool (images,), from `answers`
                       level:float=.95, # Coverage of the interval
                       )->dict:       # difference, low, high (B minus A, in top-1), only_a, only_b, p_value
     "Top-1 of B minus top-1 of A on the same images: paired bootstrap interval and exact McNemar test."
-    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    a, b = (np.asarray(c) for c in (correct_a, correct_b))
+    for name, c in dict(correct_a=a, correct_b=b).items(): require(c.dtype == bool, name, f'values of {c.dtype}', 'right or wrong (bool) for each image')
     require(a.ndim == 1 and a.shape == b.shape and len(a) > 0, 'correct_a, correct_b', f'shapes {a.shape} and {b.shape}', 'right or wrong for the same images')
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     drawn = np.random.default_rng(seed).multinomial(n, [only_a/n, only_b/n, 1 - (only_a + only_b)/n], draws)
@@ -188,10 +189,11 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
             )->np.ndarray:  # bool (images,): was the model right?
     "Right or wrong, image by image: what `evaluate` sums up, for `paired_difference`."
     device = pick_device(device)
+    check_model(model), check_set(ds)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
     model.eval().to(device)
     with autocast(device, dtype):
-        right = [classes_of(model(x.to(device))) == y for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
+        right = [classes_of(logits_of(model, x.to(device))) == y for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
     model.train(was_training)
     return torch.cat(right).numpy()

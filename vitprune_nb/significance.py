@@ -13,7 +13,7 @@ import contextlib, itertools, math
 # %% ../nbs/10_significance.ipynb #801018ba
 import torch
 from .core import fold_seed, pick_device, progress, refuse, require
-from .data import ImageSet, data_config, eval_transform, loader
+from .data import ImageSet, check_set, data_config, eval_transform, loader
 from .vit import Captured, capture, standard_blocks
 
 # %% ../nbs/10_significance.ipynb #f0dbb612
@@ -235,8 +235,8 @@ def significance(model,             # A timm VisionTransformer that reads its CL
                  device='cpu',      # Where to compute
                  )->torch.Tensor:   # (L, N) float64 on the CPU
     "Mean score of every token in every block over a data set, streamed batch by batch, in float32 or better."
-    require(kind in KINDS, 'kind', kind, ', '.join(KINDS))
-    require(len(ds) > 0, 'ds', 'no images', 'at least one calibration image')
+    require(isinstance(kind, str) and kind in KINDS, 'kind', kind, ', '.join(KINDS))
+    check_set(ds)
     L, N = len(standard_blocks(model)), model.patch_embed.num_patches + model.num_prefix_tokens
     if kind == 'random': return torch.rand(L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(fold_seed(seed, L, N)))
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USED', 'PARTS', 'FLOATS', 'COURSE', 'VARIANTS', 'read_checkpoint', 'in_short', 'find_weights', 'shape_of',
            'load_weights', 'model_kwargs', 'create_vit', 'fit_kwargs', 'fit_vit', 'attention_rows', 'standard_blocks',
-           'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'evaluate']
+           'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'logits_of', 'evaluate']
 
 # %% ../nbs/02_vit.ipynb #a0b7e91b
 import argparse, collections, contextlib, difflib, inspect, json, math, os, pickle, re, time, warnings
@@ -14,8 +14,8 @@ from pathlib import Path
 
 # %% ../nbs/02_vit.ipynb #05bccbad
 import torch
-from .core import VitpruneError, autocast, data_path, pick_device, progress, refuse, require, sha256
-from .data import ImageSet, data_config, eval_transform, loader
+from .core import VitpruneError, autocast, check_model, data_path, is_whole, pick_device, progress, refuse, require, sha256
+from .data import ImageSet, check_set, data_config, eval_transform, loader
 
 # %% ../nbs/02_vit.ipynb #6a50a4e0
 def _what_it_is(file, start, error):
@@ -145,7 +145,7 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
                  )->torch.nn.Module:    # The same model
     """Load a local checkpoint: position embeddings are resized, a head of other classes is left alone, tensors of other parts
     are named and left out, all else must fit."""
-    own, heads = model.state_dict(), (*_heads(model), 'head')
+    own, heads = check_model(model).state_dict(), (*_heads(model), 'head')
     raw, unused = find_weights(file, own, what)
     state = _as_timm(raw, model)
     extra = [k for k in state if k not in own]
@@ -368,7 +368,7 @@ def wilson_interval(correct:int, # Right answers
                     z:float=1.959964, # Standard normal quantile: 95%
                     )->tuple:    # (low, high), both in [0, 1]
     "Wilson's score interval for a share: honest near 0 and 1, unlike p ± z·sqrt(p(1-p)/n)."
-    require(n > 0 and 0 <= correct <= n, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
+    require(is_whole(n) and is_whole(correct) and n > 0 and 0 <= correct <= n, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
     p = correct/n; d = 1 + z*z/n
     mid, half = (p + z*z/(2*n))/d, z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/d
     return max(0., mid - half), min(1., mid + half)
@@ -382,6 +382,20 @@ def classes_of(logits:torch.Tensor # (B, classes)
             'Look for NaN in the weights and the images, and for numbers too large for its dtype.')
     return logits.argmax(-1).cpu()
 
+def logits_of(model,          # From images to logits
+              x:torch.Tensor, # (B, 3, H, W)
+              )->torch.Tensor:# (B, classes)
+    "What a model says about images; what it says against them is a refusal."
+    try: out = model(x)
+    except VitpruneError: raise
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
+        if isinstance(e, torch.OutOfMemoryError): raise
+        refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}', 'a model that takes these images',
+               f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
+    ok = isinstance(out, torch.Tensor) and out.ndim == 2 and len(out) == len(x) and out.shape[1] > 0
+    require(ok, 'model', f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}', f'logits ({len(x)}, classes)')
+    return out
+
 @torch.inference_mode()
 def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, classes)
              ds:ImageSet,           # Its transform is made from the model when it has none
@@ -392,13 +406,14 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
              )->dict: # top1, top1_low, top1_high, correct, images, seconds
     "Top-1 accuracy with its 95% interval."
     device = pick_device(device)
+    check_model(model), check_set(ds)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
     model.eval().to(device)
     correct, start = 0, time.perf_counter()
     with autocast(device, dtype):
         for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
-            correct += (classes_of(model(x.to(device))) == y).sum().item()
+            correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
     model.train(was_training)
     low, high = wilson_interval(correct, len(ds))
     return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds), seconds=time.perf_counter() - start)
