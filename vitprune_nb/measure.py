@@ -154,6 +154,7 @@ def time_reduction(rows:list,  # From one `bench`
     ok = isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r) for r in rows)
     require(ok, 'rows', rows, 'the rows of one bench')
     by = {r['name']: r for r in rows}
+    require(len(by) > 0, 'rows', 'no rows', 'the rows of one bench')
     require(isinstance(base, str) and base in by, 'base', base, f'one of {list(by)}')
     settings = {(r['batch'], r['device'], r['dtype'], r['threads'], r['repeats']) for r in rows}
     require(len(settings) == 1 and len(by) == len(rows), 'rows', f'{len(rows)} rows of {len(settings)} settings', 'the rows of one bench')

@@ -394,8 +394,10 @@ def prune(name:str,  # One of METHODS
     "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
     from vitprune_nb.core import check_model, pick_device, require
     from vitprune_nb.data import check_set
+    from vitprune_nb.engine import freeze_choices
     from vitprune_nb.train import same_random_after
     from vitprune_nb.vit import standard_blocks
+    model = getattr(model, '_orig_mod', model)       # compiled: what comes out can be compiled again
     m, o = check_options(name, options), Options(**options)
     pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
@@ -410,7 +412,7 @@ def prune(name:str,  # One of METHODS
     out.info = json.loads(json.dumps(memory | used | dials, default=str))
     out.info['reduction'] = cost_of(out.eval())['reduction']
     if done: save_pruned(out, done)
-    return out.to(pick_device(o.device))
+    return freeze_choices(out).to(pick_device(o.device))
 
 # %% ../nbs/25_methods.ipynb #2028f3f3
 def recover(model,         # A pruned model; trained in place

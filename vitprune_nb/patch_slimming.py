@@ -13,7 +13,8 @@ from pathlib import Path
 
 # %% ../nbs/11_patch_slimming.ipynb #1a2683f9
 import torch
-from .core import data_path, fold_seed, is_number, is_whole, pick_device, progress, refuse, require, write_atomic
+from .core import (at_least, at_most, data_path, fold_seed, is_number, is_whole, pick_device, progress,
+                              refuse, require, write_atomic)
 from .data import ImageSet, calibration, data_config, embedded, eval_transform, loader
 from .engine import attn_branch, mlp_branch
 from .plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
@@ -302,7 +303,7 @@ def _add_patches(self, node, eps, tune_epochs, lr):
     while error > eps and k < self.n_patches:
         k = min(k + self.step, self.n_patches)
         error = _try(self, node, k, eps, tune_epochs, lr)
-    require(error <= eps, 'eps', eps, f'at least {error:.2g} for this model and these images',
+    require(error <= eps, 'eps', eps, f'{at_least(error)} for this model and these images',
             f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches.")
     return k, error
 
@@ -360,7 +361,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
     s = Search(model, ds, scores, **search)
     most = Plan('none', '', s.n_patches, s.n_prefix, [()]*len(s.blocks)).reduction(model, s.keys)
-    require(reduction <= most, 'reduction', reduction, f'at most {most:.2f} for this model with keys={s.keys!r}')
+    require(reduction <= most, 'reduction', reduction, f'{at_most(most)} for this model with keys={s.keys!r}')
     eps, low, high, best = .02, None, None, (math.inf, None)
     for _ in range(rounds):
         plan = s.run(eps)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../nbs/10b_plan.ipynb #e527424f
 import torch
-from .core import fold_seed, is_number, is_whole, refuse, require, sha256, write_atomic
+from .core import at_most, fold_seed, is_number, is_whole, refuse, require, sha256, write_atomic
 from .cost import model_macs
 from .engine import Policy, SlimViT, Step
 from .policy import patch_indices
@@ -201,7 +201,7 @@ def random_plan(plan:Plan,  # Gives the number of patches in each block
 def _most(make, reduction, model, keys): # make() is the cheapest plan
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
     most = make().reduction(model)
-    require(most >= reduction, 'reduction', reduction, f'at most {most:.2f} for this model with keys={keys!r}')
+    require(most >= reduction, 'reduction', reduction, f'{at_most(most)} for this model with keys={keys!r}')
 
 def _last_patches(model): # that the last block must compute: none where the head reads CLS, one where it averages patches
     return int(getattr(model, 'global_pool', 'token') != 'token')
