@@ -106,6 +106,8 @@ def result(out):
         name = str(p.relative_to(out))
         if p.suffix == '.safetensors':
             found[name] = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in load_file(p).items()}
+        elif p.name == 'checkpoint.pt':
+            found[name] = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in train.load_checkpoint(p)['model'].items()}
         elif p.name == 'results.csv': found[name] = [{k: v for k, v in r.items() if k not in CLOCK} for r in read_rows(p)]
         elif p.name == 'log.csv': found[name] = [(r['step'], r['lr'], r['loss']) for r in train.read_log(p)]
         elif p.name == 'results_pairs.csv' or p.suffix == '.npy': found[name] = p.read_bytes().hex()
