@@ -152,7 +152,7 @@ def test_the_first_picture_of_a_file_counts(tmp_path):
 NOT_READABLE = {'no bytes': b'', 'text': b'once upon a time', 'half a PNG': saved(COLOUR, 'PNG')[:200], 'half a JPEG': saved(COLOUR, 'JPEG')[:500],
                 'half a GIF': saved(GREY, 'GIF')[:300], 'half a TIFF': saved(COLOUR, 'TIFF')[:100], 'half a WebP': saved(COLOUR, 'WEBP')[:100],
                 'no pixels': b'GIF89a' + bytes(7) + b'\x2c' + bytes(9) + b'\x02\x02\x44\x01\x00\x3b', 'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n',
-                'a video': b'\x00\x00\x01\xb3' + bytes(90), 'a huge PNG': png(20_000, 20_000, 8, 0, [b'']), 'a PNG of 2^31 pixels a side': png(2**31 - 1, 2**31 - 1, 8, 2, [b''])}
+                'a video': b'\x00\x00\x01\xb3' + bytes(90), 'a strip': saved(np.zeros((1, 1001), np.uint8), 'PNG'), 'a huge PNG': png(20_000, 20_000, 8, 0, [b'']), 'a PNG of 2^31 pixels a side': png(2**31 - 1, 2**31 - 1, 8, 2, [b''])}
 
 
 @pytest.mark.parametrize('kind', NOT_READABLE)
@@ -161,6 +161,7 @@ def test_what_cannot_be_read_is_one_sentence_with_its_name(kind, tmp_path):
     text = str(e.value)
     assert text.startswith(f'data: got {tmp_path/"picture.png"}; allowed: readable image files.') and '\n' not in text and 'skip_damaged' in text
     assert ('pixels, make it smaller' in text) == ('huge' in kind or '2^31' in kind)
+    assert ('1,001×1 pixels' in text) == (kind == 'a strip')
 
 
 def test_files_with_flipped_bytes_are_read_or_refused(tmp_path):

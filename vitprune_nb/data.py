@@ -92,7 +92,8 @@ def open_image(path # An image file
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # a large picture or one with odd tags is read, a huge one refused
             with Image.open(path, formats=image_formats()) as im: shown = as_shown(im)
-        if not shown.width*shown.height: raise ValueError('it has no pixels')
+        if max(shown.size) > 1000*min(shown.size):   # a resized strip would fill the memory
+            raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many one way as the other')
     except Exception as e: _refuse_image(path, e)
     return shown
 
