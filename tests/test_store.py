@@ -91,7 +91,6 @@ VARIANTS = {
     'CLIP': dict(name='vit_base_patch32_clip_quickgelu_224'), 'DINOv2': dict(name='vit_small_patch14_reg4_dinov2'),
     'SigLIP': dict(name='vit_base_patch16_siglip_gap_224'), 'MAE-like': dict(name='vit_small_patch16_18x2_224'),
 }
-REFUSED = {'18x2', 'no'}
 
 
 @pytest.mark.parametrize('kind', PRUNED)
@@ -100,3 +99,201 @@ def test_every_vit_comes_back_or_is_refused_at_saving(variant, kind, tmp_path):
     try: pruned = PRUNED[kind](make(**VARIANTS[variant]))
     except VitpruneError: pytest.skip('not a model that can be pruned in this way')
     comes_back(pruned, tmp_path/'m')
+
+
+# --- what no constructor argument says
+
+def head_of_5(m): m.reset_classifier(5)
+def average_after_all(m): m.reset_classifier(7, 'avg')
+def own_head_size(m): m.head = nn.Linear(24, 4)
+def no_head(m): m.reset_classifier(0)
+def one_eps(m): m.blocks[1].norm2.eps = .3
+def drop_path(m): m.blocks[1].drop_path1 = DropPath(.25)
+def slow_attention(m):
+    for b in m.blocks: b.attn.fused_attn = False
+def other_size(m): m.set_input_size((48, 48))
+def own_scale(m): m.blocks[0].attn.scale *= 2
+LATER = dict(head_of_5=head_of_5, average_after_all=average_after_all, own_head_size=own_head_size, no_head=no_head, one_eps=one_eps, drop_path=drop_path,
+             slow_attention=slow_attention, other_size=other_size, own_scale=own_scale)
+
+
+@pytest.mark.parametrize('kind', PRUNED)
+@pytest.mark.parametrize('name', LATER)
+def test_changes_to_the_dense_model_come_back(name, kind, tmp_path):
+    torch.manual_seed(3)
+    m = make()
+    LATER[name](m)
+    comes_back(PRUNED[kind](shake(m)), tmp_path/'m')
+
+
+@pytest.mark.parametrize('kind', PRUNED)
+@pytest.mark.parametrize('name', ['head_of_5', 'own_head_size', 'no_head', 'one_eps', 'drop_path'])
+def test_changes_to_the_pruned_model_come_back(name, kind, tmp_path):
+    pruned = PRUNED[kind](make())
+    LATER[name](getattr(pruned, 'model', pruned))
+    back = comes_back(pruned, tmp_path/'m')
+    if name == 'drop_path': assert getattr(back, 'model', back).blocks[1].drop_path1.drop_prob == .25
+
+
+@pytest.mark.parametrize('kind', PRUNED)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_number_formats_come_back(dtype, kind, tmp_path):
+    pruned = PRUNED[kind](make()).to(dtype)
+    assert next(comes_back(pruned, tmp_path/'m').parameters()).dtype == dtype
+
+
+def test_two_number_formats_in_one_model_come_back(tmp_path):
+    slim = SlimViT(make(), dynamic())
+    slim.model.cls_token.data = slim.model.cls_token.data.half()
+    assert comes_back(slim, tmp_path/'m').model.cls_token.dtype == torch.float16
+
+
+def test_a_vit_built_directly_comes_back(tmp_path):
+    torch.manual_seed(0)
+    m = shake(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5, act_layer='relu'))
+    slim = SlimViT(m, STATIC)
+    slim.plan = Plan('p', model_name(m), 16, 1, [range(16), range(9), range(2)])
+    assert model_name(comes_back(slim, tmp_path/'m').model) == model_name(m)
+
+
+def test_a_shared_scorer_stays_shared(tmp_path):
+    from vitprune_nb.cosine import CosineScore
+    score = CosineScore(24, 8)
+    slim = SlimViT(make(), Policy({0: Step(count=12, score=score), 2: Step(count=5, score=score)}, 'shared'))
+    back = comes_back(slim, tmp_path/'m')
+    assert back.policy.steps[0].score is back.policy.steps[2].score and len(back.scorers) == 1
+
+
+def test_compiled_models_and_frozen_parts(tmp_path):
+    slim = SlimViT(make(), STATIC)
+    slim.train()
+    slim.model.blocks[0].eval()
+    save_pruned(torch.compile(slim, backend='eager'), tmp_path/'m')
+    assert slim.training and not slim.model.blocks[0].training
+    with torch.no_grad(): assert torch.equal(load_pruned(tmp_path/'m')(pixels(slim)), slim.eval()(pixels(slim)))
+
+
+# --- what cannot be built again
+
+def hook(m): m.blocks[1].register_forward_hook(lambda mod, args, out: out*2)
+def pre_hook(m): m.patch_embed.register_forward_pre_hook(lambda mod, args: (args[0] + 1,))
+def own_activation(m): m.blocks[2].mlp.act = nn.Softplus()
+def mixed_activations(m): m.blocks[2].mlp.act = nn.ReLU()
+def own_head(m): m.head = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 5))
+def head_without_bias(m): m.head = nn.Linear(24, 5, bias=False)
+def own_forward(m): m.norm.forward = lambda x: x
+def tied(m): m.blocks[1].mlp.fc2.weight = m.blocks[0].mlp.fc2.weight
+def same_block(m): m.blocks[2] = m.blocks[1]
+def weight_norm(m): nn.utils.parametrizations.weight_norm(m.head)
+def no_weights(m): m.to('meta')
+ODD = dict(hook=(hook, 'blocks.1 has hooks'), pre_hook=(pre_hook, 'patch_embed has hooks'), own_activation=(own_activation, 'Softplus'), mixed=(mixed_activations, 'blocks.2.mlp.act is ReLU'),
+           own_head=(own_head, 'head is Sequential'), head_without_bias=(head_without_bias, 'head.bias is None'), own_forward=(own_forward, 'computes something else'),
+           tied=(tied, 'are the same tensor'), same_block=(same_block, 'are the same tensor'), weight_norm=(weight_norm, 'ParametrizedLinear'), no_weights=(no_weights, 'one without weights'))
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_what_cannot_be_built_again_is_refused(name, tmp_path):
+    change, why = ODD[name]
+    slim = SlimViT(make(), STATIC)
+    change(slim.model)
+    with pytest.raises(VitpruneError, match=why) as e: save_pruned(slim, tmp_path/'m')
+    assert '\n' not in str(e.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_class_of_ones_own_is_refused(tmp_path):
+    class Mine(VisionTransformer):
+        def forward(self, x): return super().forward(x) + 1
+    with pytest.raises(VitpruneError, match='kind: got .*Mine'): save_pruned(SlimViT(Mine(**SMALL), STATIC), tmp_path/'m')
+    with pytest.raises(VitpruneError, match='info: got'): save_pruned(SlimViT(make(), STATIC), tmp_path/'m', what=object())
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- grids
+
+def test_a_pruned_model_refuses_another_grid(tmp_path):
+    for policy in (STATIC, dynamic()):
+        slim = SlimViT(make(dynamic_img_size=True), policy)
+        with pytest.raises(VitpruneError, match='a grid of 6 by 6 patches; allowed: 4 by 4'): slim(torch.randn(1, 3, 48, 48))
+        with pytest.raises(VitpruneError, match='a grid of 2 by 8 patches'): slim(torch.randn(1, 3, 16, 64))       # as many patches, elsewhere
+        slim.model.set_input_size((48, 48))
+        with pytest.raises(VitpruneError, match='6 by 6'): cost_of(slim)
+        with pytest.raises(VitpruneError, match=r'grid is \(4, 4\), where its config builds \(6, 6\)'): save_pruned(slim, tmp_path/'m')
+    assert SlimViT(make(dynamic_img_size=True))(torch.randn(1, 3, 48, 48)).shape == (1, 5)       # nothing is dropped: nothing to be wrong about
+
+
+def test_a_plan_refuses_another_grid(tmp_path):
+    plan = ramp_plan(make(), .3)
+    plan.save(tmp_path/'p.json')
+    with pytest.raises(VitpruneError, match='one of 2 by 8 patches; allowed: 4 by 4'): Plan.load(tmp_path/'p.json').slim(make(img_size=(16, 64)))
+    assert Plan.load(tmp_path/'p.json') == plan and plan.slim(make()).grid == (4, 4)
+
+
+# --- classes
+
+def images(classes, n=2, split='test', name='mine'):
+    from vitprune_nb.data import ImageSet
+    g = np.random.default_rng(0)
+    return ImageSet(g.integers(0, 255, (n*len(classes), 32, 32, 3), dtype=np.uint8), np.repeat(np.arange(len(classes)), n), classes, name, split, 'x'*64)
+
+
+NAMES = ['ape', 'bat', 'cow', 'dog', 'elk']
+
+
+def named(tmp_path, names=NAMES):
+    slim = SlimViT(make(), STATIC)
+    slim.classes = names
+    return load_pruned(save_pruned(slim, tmp_path/'named'))
+
+
+def test_class_names_are_kept_and_matched(tmp_path):
+    from vitprune_nb.vit import evaluate
+    model = named(tmp_path)
+    ds = images(NAMES)
+    assert model.classes == NAMES
+    order = [3, 0, 4, 1, 2]
+    mixed = ds.but(classes=[NAMES[i] for i in order], targets=np.asarray([order.index(t) for t in ds.targets]))
+    assert evaluate(model, mixed)['correct'] == evaluate(model, ds)['correct']
+    some = ds.subset([i for i, t in enumerate(ds.targets) if t in (1, 3)]).but(classes=['bat', 'dog'])
+    some.targets = np.asarray([{1: 0, 3: 1}[t] for t in some.targets])
+    full = ds.subset([i for i, t in enumerate(ds.targets) if t in (1, 3)])
+    assert evaluate(model, some)['correct'] == evaluate(model, full)['correct']
+
+
+def test_other_class_names_are_refused(tmp_path):
+    from vitprune_nb.methods import prune, recover
+    from vitprune_nb.vit import evaluate
+    model, wrong = named(tmp_path), images([*NAMES[:4], 'zebra'])
+    for call in (lambda: evaluate(model, wrong), lambda: recover(model, wrong), lambda: recover(model, images(NAMES), test_set=wrong)):
+        with pytest.raises(VitpruneError, match='with the class zebra; allowed: the classes that the model was pruned for, elk among them'): call()
+    assert evaluate(model, wrong.but(classes=NAMES))['images'] == 10
+    model.classes = None
+    assert evaluate(model, wrong)['images'] == 10                   # folders of version 0 have no names
+
+
+def test_prune_remembers_class_names_and_a_new_head_forgets_them(tmp_path):
+    from vitprune_nb.methods import prune
+    pruned = prune('attention', make(depth=4), images(NAMES, split='train'), reduction=.3, calibration=4)
+    assert load_pruned(save_pruned(pruned, tmp_path/'a')).classes == NAMES
+    pruned.model.reset_classifier(3)
+    with pytest.warns(UserWarning, match='5 class names for a head of 3'): save_pruned(pruned, tmp_path/'b')
+    assert load_pruned(tmp_path/'b').classes is None
+
+
+def test_the_command_line_says_which_class_differs(tmp_path, capsys):
+    from PIL import Image
+    from vitprune_nb.cli import main
+    named(tmp_path)
+    def tree(root, names):
+        for split, c in itertools.product(('train', 'test'), names):
+            (root/split/c).mkdir(parents=True)
+            for i in range(2): Image.fromarray(np.full((32, 32, 3), 40*i + 9, np.uint8)).save(root/split/c/f'{i}.png')
+        return str(root)
+    good, bad = tree(tmp_path/'good', NAMES), tree(tmp_path/'bad', [*NAMES[:4], 'zebra'])
+    run = lambda *words: (main([*words, '--device', 'cpu']), capsys.readouterr())
+    code, said = run('eval', str(tmp_path/'named'), '--data', good)
+    assert code == 0, said.err
+    code, said = run('eval', str(tmp_path/'named'), '--data', bad)
+    assert code == 2 and said.err.count('\n') == 1 and 'zebra' in said.err and '--rename-classes' in said.err
+    assert run('eval', str(tmp_path/'named'), '--data', bad, '--rename-classes')[0] == 0
+    code, said = run('bench', str(tmp_path/'named'), '--data', bad, '--batch', '2', '--repeats', '1', '--warmup', '0')
+    assert code == 0 and 'other classes' in said.err

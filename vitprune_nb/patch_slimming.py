@@ -16,7 +16,7 @@ import torch
 from .core import (at_least, at_most, data_path, fold_seed, is_number, is_whole, pick_device, progress,
                               refuse, require, write_atomic)
 from .data import ImageSet, calibration, data_config, embedded, eval_transform, loader
-from .engine import attn_branch, mlp_branch
+from .engine import attn_branch, mlp_branch, own_grid
 from .plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
 from .results import make_row
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
@@ -330,7 +330,8 @@ def search_run(self:Search,       # Cached inputs and what was measured
         errors, node = [error, *errors], self.child(node, k)
         if checkpoint: _save_state(self, checkpoint, settings, node, errors)
     keep = [node['masks'][l][self.n_prefix:].nonzero().flatten().tolist() for l in range(len(self.blocks))]
-    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors), _tuned_weights(self) or None)
+    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors), _tuned_weights(self) or None,
+                own_grid(self.model))
 
 Search.run = search_run
 
