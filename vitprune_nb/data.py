@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CIFAR10', 'SYSTEM_NAMES', 'to_sheet', 'from_sheet', 'image_formats', 'image_endings', 'as_shown', 'open_image',
            'ImageSet', 'write_sheets', 'embedded', 'is_hidden', 'visible_files', 'class_folders', 'few', 'folder_data',
-           'cifar', 'class_subset', 'calibration', 'match_classes', 'data_config', 'eval_transform', 'train_transform',
-           'load_data', 'loader']
+           'cifar', 'class_subset', 'check_set', 'calibration', 'match_classes', 'data_config', 'eval_transform',
+           'train_transform', 'load_data', 'loader']
 
 # %% ../nbs/01_data.ipynb #f2533129
 import copy, hashlib, json, os, random, stat, unicodedata, warnings
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from .core import (VitpruneError, check_seed, data_path, fold_seed, is_whole, path_of, printable, progress,
-                              refuse, require, set_seed, sha256, write_atomic)
+from .core import (VitpruneError, check_model, check_seed, data_path, fold_seed, is_whole, path_of, printable,
+                              progress, refuse, require, set_seed, sha256, write_atomic)
 
 # %% ../nbs/01_data.ipynb #e08330b4
 def to_sheet(images:np.ndarray, # uint8 (n, h, w, 3); n a multiple of `columns`
@@ -92,7 +92,8 @@ def open_image(path # An image file
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # a large picture or one with odd tags is read, a huge one refused
             with Image.open(path, formats=image_formats()) as im: shown = as_shown(im)
-        if not shown.width*shown.height: raise ValueError('it has no pixels')
+        if max(shown.size) > 1000*min(shown.size):   # a resized strip would fill the memory
+            raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many one way as the other')
     except Exception as e: _refuse_image(path, e)
     return shown
 
@@ -308,7 +309,7 @@ def class_subset(ds:ImageSet,     # Any image set
                  seed:int=0,      # Decides which ones are drawn
                  )->ImageSet:     # Labels are renumbered from 0
     "Only some of the classes, e.g. ImageNet-100 out of ImageNet: `class_subset(ds, 100)`."
-    require(isinstance(ds, ImageSet), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
+    check_set(ds)
     seed = check_seed(seed)
     if is_whole(classes):
         require(1 <= classes <= len(ds.classes), 'classes', classes, f'1 to {len(ds.classes)}, the classes of {ds.name}')
@@ -325,13 +326,19 @@ def class_subset(ds:ImageSet,     # Any image set
     return out.but(targets=np.array([new[t] for t in out.targets]), classes=chosen, name=f'{ds.name}-{len(chosen)}')
 
 # %% ../nbs/01_data.ipynb #79d5be4a
+def check_set(ds, # What was given
+              argument:str='ds')->ImageSet: # Its name
+    "Refuse what is no set of images, or has none."
+    given = 'no images' if isinstance(ds, ImageSet) else type(ds).__name__
+    require(isinstance(ds, ImageSet) and len(ds) > 0, argument, given, 'an ImageSet with images, e.g. from load_data')
+    return ds
+
 def calibration(ds:ImageSet, # Usually a training set
                 n:int,       # How many images
                 seed:int=0,  # Decides which ones
                 )->ImageSet:
     "A class-balanced subset (to within one image a class), the same for the same seed."
-    require(isinstance(ds, ImageSet), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
-    require(len(ds) > 0, 'ds', 'no images', 'at least one image')
+    check_set(ds)
     require(is_whole(n) and 1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
     rng = np.random.default_rng(check_seed(seed))
     order = rng.permutation(len(ds))
@@ -359,17 +366,24 @@ def data_config(model # A timm model, or anything with its `pretrained_cfg`
                 )->dict: # input_size, interpolation, mean, std, crop_pct
     "timm's data configuration, with the input size that the model really has."
     import timm.data
-    cfg = timm.data.resolve_model_data_config(model)
+    cfg = timm.data.resolve_model_data_config(check_model(model))
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     if size is not None: cfg['input_size'] = (cfg['input_size'][0], *size)
     if cfg['input_size'][-1] <= 64: cfg['crop_pct'] = 1.0   # tiny images have no margin to cut away
     return {k: cfg[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
 
+def _check_config(cfg):
+    allowed = 'what data_config gives: input_size, interpolation, mean, std, crop_pct'
+    require(isinstance(cfg, dict) and set(cfg) == {'input_size', 'interpolation', 'mean', 'std', 'crop_pct'}, 'cfg', cfg, allowed)
+    size = cfg['input_size']
+    require(isinstance(size, (list, tuple)) and len(size) == 3 and all(is_whole(n) and n > 0 for n in size), 'input_size', size, '(channels, height, width)')
+    return cfg
+
 def eval_transform(cfg:dict # From `data_config`
                    ):       # PIL image -> float tensor (3, H, W)
     "timm's evaluation transform: resize, centre crop, normalise."
     import timm.data
-    return timm.data.create_transform(**cfg, is_training=False)
+    return timm.data.create_transform(**_check_config(cfg), is_training=False)
 
 # %% ../nbs/01_data.ipynb #0c1ee282
 def train_transform(cfg:dict,            # From `data_config`
@@ -378,8 +392,8 @@ def train_transform(cfg:dict,            # From `data_config`
     "A training transform from torchvision's and timm's parts."
     import timm.data
     from torchvision import transforms as T
-    require(augment in ('none', 'light', 'deit'), 'augment', augment, "'none', 'light' or 'deit'")
-    size = cfg['input_size'][-1]
+    require(isinstance(augment, str) and augment in ('none', 'light', 'deit'), 'augment', augment, "'none', 'light' or 'deit'")
+    size = _check_config(cfg)['input_size'][-1]
     if augment == 'deit':   # mmax9: above it timm posterises to 0 bits, which Pillow 13 refuses
         return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mmax9-mstd0.5-inc1', re_prob=.25, re_mode='pixel')
     if augment == 'none': return eval_transform(cfg)

@@ -119,8 +119,8 @@ def counts_of(model,       # Any ViT, pruned or not
               images=None, # (B, 3, H, W) or an `ImageSet`, where the counts depend on the image; None: those remembered from pruning
               ):           # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
     "How many tokens each block computes."
-    from vitprune_nb.core import require
-    policy = getattr(model, 'policy', None)
+    from vitprune_nb.core import check_model, require
+    policy = getattr(check_model(model), 'policy', None)
     if policy is None: return None
     remembered = getattr(model, 'info', {}).get('counts')
     if not any(s.ragged for s in policy.steps.values()): return policy.counts(len(model.blocks), model.n_tokens, model.num_prefix_tokens)
@@ -346,7 +346,8 @@ def check_options(name:str,     # One of METHODS
                   )->Method:
     "The method of this name, if it reads every option that was given."
     from vitprune_nb.core import require
-    require(name in METHODS, 'method', name, ', '.join(METHODS))
+    require(isinstance(name, str) and name in METHODS, 'method', name, ', '.join(METHODS))
+    require(isinstance(options, dict), 'options', options, 'a dict of options')
     m = METHODS[name]
     shown = ', '.join(k for k in m.reads if k not in ('device', 'work'))
     for k, v in options.items():
@@ -391,10 +392,14 @@ def prune(name:str,  # One of METHODS
           **options, # Fields of `Options` that the method reads
           ):         # In eval mode: a `SlimViT`, or a timm ViT with smaller layers; `.info` says how it was made
     "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
-    from vitprune_nb.core import pick_device, require
-    from vitprune_nb.data import match_classes
+    from vitprune_nb.core import check_model, pick_device, require
+    from vitprune_nb.data import check_set, match_classes
+    from vitprune_nb.engine import freeze_choices
     from vitprune_nb.train import same_random_after
+    from vitprune_nb.vit import standard_blocks
+    model = getattr(model, '_orig_mod', model)       # compiled: what comes out can be compiled again
     m, o = check_options(name, options), Options(**options)
+    pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
     train_set = match_classes(model, train_set)
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
@@ -409,7 +414,7 @@ def prune(name:str,  # One of METHODS
     out.info['reduction'] = cost_of(out.eval())['reduction']
     out.classes = list(train_set.classes) if len(train_set.classes) == out.num_classes else None
     if done: save_pruned(out, done)
-    return out.to(pick_device(o.device))
+    return freeze_choices(out).to(pick_device(o.device))
 
 # %% ../nbs/25_methods.ipynb #2028f3f3
 def recover(model,         # A pruned model; trained in place
@@ -425,11 +430,17 @@ def recover(model,         # A pruned model; trained in place
             **kw)->list:   # kw: for `fit`, e.g. test_set, teacher; returns the rows of the log
     "Fine-tune what is left, with the course's trainer."
     import torch
-    from vitprune_nb.data import match_classes
+    from vitprune_nb.core import check_model, require
+    from vitprune_nb.data import check_set, match_classes
     from vitprune_nb.life_run import frozen
     from vitprune_nb.train import TrainConfig, fit, pick_accelerator
+    check_model(model), check_set(train_set, 'train_set')
+    others = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ('epochs', 'lr', 'batch_size', 'seed', 'dtype')]
+    ok = recipe is None or isinstance(recipe, dict) and set(recipe) <= set(others)
+    require(ok, 'recipe', recipe, f'a dict with some of {", ".join(others)}')
     train_set, kw = match_classes(model, train_set), {k: match_classes(model, v) if k == 'test_set' and v is not None else v for k, v in kw.items()}
-    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=batch_size or min(64, len(train_set)), seed=seed, dtype=dtype, **dict(save_every=50) | (recipe or {}))
+    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=min(64, len(train_set)) if batch_size is None else batch_size, seed=seed, dtype=dtype,
+                      **dict(save_every=50) | (recipe or {}))
     packed = getattr(model, 'mode', None) == 'packed'
     if packed: model.set_mode('mask')
     try:

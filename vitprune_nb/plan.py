@@ -13,9 +13,10 @@ from pathlib import Path
 
 # %% ../nbs/10b_plan.ipynb #e527424f
 import torch
-from .core import VitpruneError, fold_seed, read_json, refuse, require, sha256, write_atomic
+from .core import VitpruneError, at_most, fold_seed, is_number, is_whole, read_json, refuse, require, sha256, write_atomic
 from .cost import model_macs
 from .engine import Policy, SlimViT, Step, own_grid
+from .policy import patch_indices
 from .vit import create_vit, standard_blocks
 
 # %% ../nbs/10b_plan.ipynb #f633fc00
@@ -34,8 +35,13 @@ class Plan:
     grid:tuple|None = dataclasses.field(default=None, repr=False) # (rows, columns) of the patches; None: not known, in old files
 
     def __post_init__(self):
+        for name in ('method', 'model'): require(isinstance(getattr(self, name), str), name, getattr(self, name), 'text')
+        require(is_whole(self.n_patches) and self.n_patches >= 1, 'n_patches', self.n_patches, 'a whole number, 1 or more')
+        require(is_whole(self.n_prefix) and self.n_prefix >= 0, 'n_prefix', self.n_prefix, 'a whole number, 0 or more')
+        require(isinstance(self.info, dict), 'info', self.info, 'a dict')
+        require(isinstance(self.keep, (list, tuple)), 'keep', self.keep, 'a list with the patch indices of each block')
+        self.keep = [patch_indices(k, f'keep[{l}]') for l, k in enumerate(self.keep)]
         if self.grid is not None: self.grid = tuple(self.grid)
-        self.keep = [tuple(sorted(int(i) for i in k)) for k in self.keep]
         require(len(self.keep) > 0, 'keep', 'no blocks', 'one tuple of patch indices for each block')
         for l, k in enumerate(self.keep):
             require(len(set(k)) == len(k) and (not k or 0 <= k[0] and k[-1] < self.n_patches), f'keep[{l}]', list(k)[:8],
@@ -52,8 +58,8 @@ class Plan:
 
 # %% ../nbs/10b_plan.ipynb #f1c5c134
 def _keys(plan, keys):
-    keys = keys or plan.info.get('keys', 'entering')
-    require(keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
+    if keys is None: keys = plan.info.get('keys', 'entering')
+    require(isinstance(keys, str) and keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
     return keys
 
 def plan_counts(plan:Plan,    # Which patches each block keeps
@@ -206,9 +212,9 @@ def random_plan(plan:Plan,  # Gives the number of patches in each block
 
 # %% ../nbs/10b_plan.ipynb #3a92c443
 def _most(make, reduction, model, keys): # make() is the cheapest plan
-    require(isinstance(reduction, (int, float)) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
     most = make().reduction(model)
-    require(most >= reduction, 'reduction', reduction, f'at most {most:.2f} for this model with keys={keys!r}')
+    require(most >= reduction, 'reduction', reduction, f'{at_most(most)} for this model with keys={keys!r}')
 
 def _last_patches(model): # that the last block must compute: none where the head reads CLS, one where it averages patches
     return int(getattr(model, 'global_pool', 'token') != 'token')
@@ -221,6 +227,8 @@ def uniform_plan(model,               # A timm VisionTransformer
     """The same patches in every block whose patches are read, best first by mean share of the score; the first blocks keep
     one more where the budget allows. The last block keeps none in a model that reads its CLS token."""
     L, P, n_prefix = len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens
+    ok = isinstance(scores, torch.Tensor) and tuple(scores.shape) == (L, n_prefix + P) and bool(torch.isfinite(scores).all())
+    require(ok, 'scores', f'shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else type(scores).__name__, f'finite scores of shape ({L}, {n_prefix + P})')
     least = _last_patches(model)
     n = L if least else L - 1                     # blocks that share the patches
     require(n > 0, 'model', 'a single block, of which only CLS is read', 'two blocks or more')

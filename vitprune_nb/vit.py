@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USED', 'PARTS', 'FLOATS', 'COURSE', 'VARIANTS', 'read_checkpoint', 'in_short', 'find_weights', 'shape_of',
            'load_weights', 'model_kwargs', 'create_vit', 'fit_kwargs', 'fit_vit', 'attention_rows', 'standard_blocks',
-           'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'evaluate']
+           'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'logits_of', 'evaluate']
 
 # %% ../nbs/02_vit.ipynb #a0b7e91b
 import argparse, collections, contextlib, difflib, inspect, json, math, os, pickle, re, time, warnings
@@ -15,8 +15,8 @@ from typing_extensions import Required, TypedDict   # of PyTorch and pydantic; t
 
 # %% ../nbs/02_vit.ipynb #05bccbad
 import torch
-from .core import VitpruneError, autocast, data_path, pick_device, progress, read_json, refuse, require, sha256
-from .data import ImageSet, data_config, eval_transform, loader, match_classes
+from .core import VitpruneError, autocast, check_model, data_path, is_whole, pick_device, progress, read_json, refuse, require, sha256
+from .data import ImageSet, check_set, data_config, eval_transform, loader, match_classes
 
 # %% ../nbs/02_vit.ipynb #6a50a4e0
 def _what_it_is(file, start, error):
@@ -146,7 +146,7 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
                  )->torch.nn.Module:    # The same model
     """Load a local checkpoint: position embeddings are resized, a head of other classes is left alone, tensors of other parts
     are named and left out, all else must fit."""
-    own, heads = model.state_dict(), (*_heads(model), 'head')
+    own, heads = check_model(model).state_dict(), (*_heads(model), 'head')
     raw, unused = find_weights(file, own, what)
     state = _as_timm(raw, model)
     extra = [k for k in state if k not in own]
@@ -295,6 +295,9 @@ def standard_blocks(model # A timm VisionTransformer
                     )->torch.nn.ModuleList: # Its L blocks
     "The blocks of a model that this course can take apart; anything but timm's standard `Block` is refused by name."
     from timm.models.vision_transformer import Attention, Block
+    require(not hasattr(model, '_orig_mod'), 'model', 'one from torch.compile', 'the module before it was compiled', 'Pass model._orig_mod.')
+    require(not hasattr(model, 'policy'), 'model', f'a {type(model).__name__}, whose tokens are pruned', 'a dense ViT, or one with cut channels',
+            'Pass its .model; to look inside it, use capture(slim) or slim.forward_intermediates(images).')
     blocks = getattr(model, 'blocks', None)
     allowed = "a timm VisionTransformer whose blocks are timm's standard Block (ViT, DeiT)"
     require(isinstance(blocks, (torch.nn.Sequential, torch.nn.ModuleList)), 'model', f'{type(model).__name__}, which has no list of blocks', allowed)
@@ -305,12 +308,12 @@ def standard_blocks(model # A timm VisionTransformer
 
 # %% ../nbs/02_vit.ipynb #27951f71
 class Captured:
-    "What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention` (L of (B, H, N, N)), `cls_rows` (L of (B, H, N))."
+    "What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention` (L of (B, H, N, N)), `cls_rows` (L of (B, H, N)); of a SlimViT also `computed` (L of (B, N))."
     def __init__(self): self.clear()
 
     def clear(self):
         "Forget everything, in place."
-        self.tokens, self.attention, self.cls_rows = [], [], []
+        self.tokens, self.attention, self.cls_rows, self.computed = [], [], [], []
 
     def __repr__(self):
         shape = tuple(self.tokens[0].shape) if self.tokens else None
@@ -318,11 +321,15 @@ class Captured:
 
 # %% ../nbs/02_vit.ipynb #99d99228
 @contextlib.contextmanager
-def capture(model,               # A timm VisionTransformer of standard blocks
+def capture(model,               # A timm VisionTransformer of standard blocks, or a SlimViT around one
             attention:bool=True, # Keep the full maps (B, H, N, N); False keeps only the CLS rows
             ):                   # Yields a `Captured`
     """Within the `with`, each forward pass fills `tokens` (the input of block 1, then the output of each block), `attention`
-    and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook outlives the `with`."""
+    and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook outlives the `with`. For a SlimViT, all of
+    it is on the full grid, and `computed` says which tokens are new in each block: see `SlimViT.capture`."""
+    if hasattr(model, 'capture') and not hasattr(model, '_orig_mod'):
+        with model.capture(attention) as cap: yield cap
+        return
     cap, blocks, handles = Captured(), standard_blocks(model), []
     has_cls = getattr(model, 'cls_token', None) is not None
     def on_qkv(attn):
@@ -369,7 +376,7 @@ def wilson_interval(correct:int, # Right answers
                     z:float=1.959964, # Standard normal quantile: 95%
                     )->tuple:    # (low, high), both in [0, 1]
     "Wilson's score interval for a share: honest near 0 and 1, unlike p ± z·sqrt(p(1-p)/n)."
-    require(n > 0 and 0 <= correct <= n, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
+    require(is_whole(n) and is_whole(correct) and n > 0 and 0 <= correct <= n, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
     p = correct/n; d = 1 + z*z/n
     mid, half = (p + z*z/(2*n))/d, z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/d
     return max(0., mid - half), min(1., mid + half)
@@ -383,6 +390,20 @@ def classes_of(logits:torch.Tensor # (B, classes)
             'Look for NaN in the weights and the images, and for numbers too large for its dtype.')
     return logits.argmax(-1).cpu()
 
+def logits_of(model,          # From images to logits
+              x:torch.Tensor, # (B, 3, H, W)
+              )->torch.Tensor:# (B, classes)
+    "What a model says about images; what it says against them is a refusal."
+    try: out = model(x)
+    except VitpruneError: raise
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
+        if isinstance(e, torch.OutOfMemoryError): raise
+        refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}', 'a model that takes these images',
+               f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
+    ok = isinstance(out, torch.Tensor) and out.ndim == 2 and len(out) == len(x) and out.shape[1] > 0
+    require(ok, 'model', f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}', f'logits ({len(x)}, classes)')
+    return out
+
 @torch.inference_mode()
 def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, classes)
              ds:ImageSet,           # Its transform is made from the model when it has none
@@ -393,6 +414,7 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
              )->dict: # top1, top1_low, top1_high, correct, images, seconds
     "Top-1 accuracy with its 95% interval."
     device = pick_device(device)
+    check_model(model), check_set(ds)
     ds = match_classes(model, ds)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
@@ -400,7 +422,7 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
     correct, start = 0, time.perf_counter()
     with autocast(device, dtype):
         for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
-            correct += (classes_of(model(x.to(device))) == y).sum().item()
+            correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
     model.train(was_training)
     low, high = wilson_interval(correct, len(ds))
     return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds), seconds=time.perf_counter() - start)
