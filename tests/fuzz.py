@@ -189,7 +189,7 @@ NUMBERS = ['nan', 'inf', '-inf', '-1', '0', '0.0', '-0.0', '1', '1.5', '2', '1e9
            'x', '', ' ', '½', '٣', 'True', '0x10', '1_0', '1,2', '--', '1e', 'None', '3' * 400]
 WORDS = ['', ' ', 'x', 'ü', '💥', 'a' * 3000, 'a\nb', '..', '.', '/', '-', '--', 'None', 'null', '\udcff', '../..', '~', '%s%n', '{}', 'auto', 'all', '7', 'Ω/ω', "'", '[1]', '\x1b[31m']
 PATHS = ['', '.', '..', '/', '~', 'none', 'none/none', '{zoo}/file', '{zoo}/file/x', '{zoo}/void', '{zoo}/tree', '{zoo}/w.safetensors', '{zoo}/w.pth/', '/dev/null', '/dev/full', '/proc/self/mem',
-         'a' * 300, 'a\nb', 'ü', '\udcff', '{zoo}/none\0'.replace('\0', ''), '-', '{zoo}/broken/0/config.json', '{zoo}/text.pth', '{zoo}/uniform', '//', '{zoo}/../zoo/tree', './/x/../y', 'x' + '/x' * 400]
+         'a' * 300, 'a\nb', 'ü', '\udcff', '-', '{zoo}/broken/0/config.json', '{zoo}/text.pth', '{zoo}/uniform', '//', '{zoo}/../zoo/tree', './/x/../y', 'x' + '/x' * 400]
 DEVICES = ['tpu', 'cpu:x', 'cpu:1', 'cpu:0', 'cpu:', 'cuda', 'cuda:99', 'cuda:-1', 'mps', 'mps:1', 'CPU', '', 'cpu ', 'meta', 'xpu', '3', ':', 'auto:0', 'cpu,cpu', 'hpu', 'privateuseone']
 GOOD_MODELS = ['test_vit --weights {zoo}/w.safetensors'] * 6 + ['course'] * 3 + ['{zoo}/uniform', '{zoo}/planned', '{zoo}/cut', '{zoo}/life', '{zoo}/both']
 DENSE_MODELS = ['test_vit --weights {zoo}/w.safetensors'] * 4 + ['course'] * 2 + ['{zoo}/cut']
@@ -530,7 +530,9 @@ def fuzz(kind, numbers, arena, verbose=False, say=print):
         what, wrong, code, out, err, seconds = getattr(arena, kind)(i)
         codes[code] += 1
         if verbose: say(f'{what}\n--- {code} in {seconds:.2f} s\n{out}\n---\n{err}')
-        if wrong: bad.append((i, what, wrong, sites(err)))
+        if wrong:
+            bad.append((i, what, wrong, sites(err)))
+            say(f'{kind} {i}: {sites(err) if code == 70 else wrong[0][:200]}', flush=True)
         if seconds > 60: say(f'{kind} {i} took {seconds:.0f} s: {what}')
     return bad, codes
 

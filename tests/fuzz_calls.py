@@ -15,6 +15,9 @@ def number(good, bad=(), often=.3, none=False): return Arg(good, [v for v in NO_
 def word(good, bad=(), often=.3, none=False): return Arg(good, ["'none'", "''", '3', 'True', '[]'] + ([] if none else ['None']) + list(bad), often)
 
 
+def text(good, often=1.): return Arg(good, ['3', 'True', 'None', '[]'], often)
+
+
 DEVICE = Arg(["'cpu'", "'auto'", "torch.device('cpu')"], ["'tpu'", "'cpu:x'", "'cuda:99'", "'mps:1'", "''", '3', 'None', '[]', "'cpu:1'", "'meta'", "torch.device('meta')"], .25)
 MODEL = Arg(['model()'] * 5, ['None', '3', "'course'", 'torch.nn.Linear(3, 3)', 'torch.nn.Identity()', 'object()', '[]'])
 SET = Arg(["tree('train')"] * 4, ['None', '3', "'embedded'", 'object()', "tree('train').subset([])"])
@@ -58,7 +61,7 @@ CALLS = {   # function: {argument: values}
     'save_slim': dict(slim=Arg(['slim()', 'packed()'], ['model()', 'None', '3']), folder=OUT, note=Arg(["'text'"], ['object()'], .3)),
     'save_sliced': dict(model=Arg(['sliced()'], ['model()', 'None', '3', 'slim()']), folder=OUT),
     'SlimViT': dict(model=MODEL, policy=POLICY, mode=word(["'gather'", "'packed'", "'mask'"], often=.5)),
-    'Policy': dict(steps=Arg(['{}', 'None', '{1: Step(keep=(0,))}'], ['3', "'x'", '[1]', '{-1: Step(keep=(0,))}', '{1: 3}', "{'1': Step(keep=(0,))}", '{True: Step(keep=(0,))}', '{1.5: Step(keep=(0,))}']), name=word(["'mine'"])),
+    'Policy': dict(steps=Arg(['{}', 'None', '{1: Step(keep=(0,))}'], ['3', "'x'", '[1]', '{-1: Step(keep=(0,))}', '{1: 3}', "{'1': Step(keep=(0,))}", '{True: Step(keep=(0,))}', '{1.5: Step(keep=(0,))}']), name=text(["'mine'"], .3)),
     'Step/keep': dict(STEP, keep=Arg(['(0, 1)', '[3, 2]', 'range(4)', 'torch.arange(3)', 'np.arange(2)'], ['3', "'x'", "'12'", '(0, 0)', '(-1,)', '(nan,)', '(1.5,)', "('a',)", '(None,)', '(True,)', 'object()'])),
     'Step/count': dict(STEP, score=Arg(['NormScore()', 'RandomScore()'], ['3', "'x'", 'None', 'print']), count=number(['2', '5'], ['-1', '1.5', '10**30'], 1.)),
     'Step/threshold': dict(STEP, score=Arg(['NormScore()'], ['3', 'None']), threshold=number(['1.', '0', '-3.5'], [], 1.)),
@@ -69,7 +72,7 @@ CALLS = {   # function: {argument: values}
                            '[.5, None, 1, 1, 1, 1]', '{1.5: .5}', '{True: .5}', "Path('a.txt')"]), n_blocks=number(['6'], ['0', '-1', '1.5'], 1.)),
     'schedule_policy': dict(schedule=Arg(['.5', '{2: .5}'], ['0', "'x'", 'None', 'nan']), n_blocks=number(['6'], ['0', '-1', '1.5'], 1.), n_patches=number(['16'], ['0', '-1', '1.5'], 1.), score=Arg(['NormScore()'], ['3', 'None', "'norm'"]), **STEP),
     'pyramid': dict(n_blocks=number(['6'], ['0', '-1', '1.5'], 1.), n_patches=number(['16'], ['0', '-1', '1.5'], 1.), rates=Arg(['{2: .5}', '{2: .5, 4: .3}'], ['3', "'x'", 'None', '{9: .5}', "{2: 'x'}", '{2: 0}', '{2: nan}', '{2: 1.5}']), seed=SEED),
-    'Plan': dict(method=word(["'mine'"], often=1.), model=word(["'test_vit'"], ["'no_such'"][:0], 1.), n_patches=number(['16'], ['0', '-1', '1.5'], 1.), n_prefix=number(['1'], ['-1', '1.5'], 1.),
+    'Plan': dict(method=text(["'mine'"]), model=text(["'test_vit'"]), n_patches=number(['16'], ['0', '-1', '1.5'], 1.), n_prefix=number(['1'], ['-1', '1.5'], 1.),
                  keep=Arg(['[(0, 1)]*6', '[range(16), (0,), (0,), (), (), ()]'], ['3', "'x'", 'None', '[]', '[(99,)]*6', '[(0,), (1,)]', '[(nan,)]', "[('a',)]", '[3]', '[(0, 0)]', '[(1.5,)]', '[(-1,)]', "['12']", '[(True,)]']), info=Arg(['{}', "dict(keys='all')"], ['3', "'x'", '[]', 'None'], .3)),
     'plan().slim': dict(model=Arg(['model()'] * 3, [*MODEL.bad, "create_vit('test_vit')", "create_vit('test_vit2')"]), keys=KEYS, mode=word(["'gather'", "'mask'", "'packed'"])),
     'plan().counts': dict(keys=KEYS), 'plan().policy': dict(keys=KEYS), 'plan().reduction': dict(model=MODEL, keys=KEYS), 'plan().save': dict(path=Arg(["new('plan.json')"], ["zoo/'tree'", '3', 'None', "zoo/'file'/'x'", "''"])),
@@ -85,7 +88,7 @@ CALLS = {   # function: {argument: values}
     'loader': dict(ds=Arg(["test_set()"], ['None', '3', "'x'"]), batch_size=BATCH, workers=number(['0'], ['-1', '1.5', '10**30'])),
     'train_transform': dict(cfg=Arg(['data_config(model())'], ['3', 'None', '{}', "'x'", "{'input_size': 3}"]), augment=word(["'none'", "'light'", "'deit'"])),
     'eval_transform': dict(cfg=Arg(['data_config(model())'], ['3', 'None', "'x'", "{'input_size': 'x'}", "{'colour': 1}"])),
-    'data_config': dict(model=MODEL),
+    'data_config': dict(model=Arg(['model()', 'slim()'], ['None', '3', "'course'", '[]'])),
     'create_vit': dict(name=Arg(["'test_vit'"] * 4, ["'no_such'", "''", 'None', '3', '[]', "'a\\nb'", "'" + 'a' * 300 + "'"]), weights=Arg(["zoo/'w.safetensors'", "zoo/'w.pth'", 'None'], ["zoo/'cut.pth'", "zoo/'list.pth'", "zoo/'text.safetensors'", "zoo/'empty.pth'", "'none'", '3', "zoo/'tree'", '[]', "''"], .3),
                        img_size=Arg(['32', '(32, 32)', '64'], ['0', '-1', "'x'", '[]', '1.5', '7', '(32,)', 'nan'], .8), patch_size=Arg(['8', '(8, 8)'], ['0', '-1', "'x'", '[]', '1.5', '999'], .8), num_classes=Arg(['10', '0', '3'], ['-1', "'x'", '1.5', '[]'], .5),
                        depth=Arg(['2'], ['-1', "'x'", '1.5'], .1), num_heads=Arg(['2'], ['0', '-1', "'x'", '7'], .1), global_pool=Arg(["'avg'", "'token'"], ["'x'", '3'], .1), colour=Arg([], ['1'], .03), init_values=Arg(['1e-5', 'None'], ["'x'", '[]'], .1), act_layer=Arg(["'relu'"], ["'x'", '3'], .05),
@@ -96,7 +99,7 @@ CALLS = {   # function: {argument: values}
     'evaluate': dict(model=Arg(['model()', 'slim()', 'sliced()', 'packed()'], MODEL.bad), ds=Arg(["tree('test')"] * 3, ['None', '3', "'x'", "tree('test').subset([])"]), batch_size=BATCH, device=DEVICE, dtype=DTYPE),
     'bench': dict(models=Arg(["{'a': model()}", "{'a': model(), 'b': slim()}"], ['3', 'None', '{}', '[]', "{'a': 3}", "{'a': None}", "{3: model()}"[:0] or "{'a': 'x'}"]), x=Arg(['images(2)'] * 3, ['None', '3', "'x'", 'torch.zeros(0, 3, 32, 32)', 'torch.zeros(2, 3, 16, 16)', 'torch.zeros(3)', 'images(2).int()']),
                   warmup=number(['1'], ['0', '-1', '1.5'], 1.), repeats=number(['1', '2'], ['0', '-1', '1.5'], 1.), device=DEVICE, dtype=DTYPE, threads=number(['1', '2'], ['0', '-1', '1.5'], .2, none=True)),
-    'time_reduction': dict(rows=Arg(["bench({'a': model(), 'b': slim()}, images(1), 1, 1)"], ['3', 'None', '[]', '[{}]', '[3]', "'x'"]), base=word(["'a'"], often=1.), macs=Arg(['None', "{'a': 2, 'b': 1}"], ['3', "{'a': 1}", '{}', "{'a': 0, 'b': 1}", "{'a': 'x', 'b': 1}"], .4)),
+    'time_reduction': dict(rows=Arg(["bench({'a': model(), 'b': slim()}, images(1), 1, 1)"], ['3', 'None', '[]', '[{}]', '[3]', "'x'"]), base=Arg(["'a'"], ["'none'", '3', 'None', '[]']), macs=Arg(['None', "{'a': 2, 'b': 1}"], ['3', "{'a': 1}", '{}', "{'a': 0, 'b': 1}", "{'a': 'x', 'b': 1}"], .4)),
     'ratio_interval': dict(new=Arg(['[1., 2.]'], ['3', 'None', '[]', "['a', 'b']", '[nan, 1]', "'x'", '[1.]']), old=Arg(['[2., 3.]'], ['3', 'None', '[]', "['a', 'b']", '[0., 0.]', '[nan, 1]']), draws=number(['20'], ['0', '-1', '1.5']), seed=SEED, level=number(['.9'], ['0', '1', '-1', '1.5'])),
     'cost_of': dict(model=Arg(['model()', 'slim()', 'sliced()', 'packed()'], ['None', '3', "'x'", 'torch.nn.Linear(3, 3)', 'object()']), images=Arg(['None', 'images(2)', "tree('test')"], [], .5)),
     'counts_of': dict(model=Arg(['model()', 'slim()', 'sliced()'], ['None', '3', "'x'"]), images=Arg(['None', 'images(2)'], [], .5)),
@@ -123,7 +126,7 @@ CALLS = {   # function: {argument: values}
     'for_budget': dict(model=MODEL, ds=Arg(['test_set()'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), reduction=Arg(['.2', '.3'], REDUCTION.bad), keys=word(["'entering'", "'all'", "'kept'"]), device=DEVICE, batch_size=BATCH),
     'life_plan': dict(model=MODEL, keep_rate=Arg(['.7', '[.9, .8]'], ['0', '1.5', "'x'", '[]', 'nan', 'None', 'True']), stages=Arg(['[2, 4]', '(2, 4)'], ['[]', '[4, 2]', '[2, 99]', '3', "'x'", 'None', '[0]', '[nan]', '[True]', '[1.5]']), t_base=number(['1', '2'], ['-1', '1.5', '99'], .2, none=True)),
     'prune_channels': dict(model=MODEL, ratio=number(['.1', '.3'], ['1', '-1'], 1.), l1=number(['1e-4', '0'], ['-1']), rule=word(["'folded'", "'gate'"]), multiple=number(['1', '4'], ['0', '1.5', '-1']), whole_heads=Arg(['True', 'False'], [], .2)),
-    'make_row': dict(method=word(["'dense'"], often=1.), model=word(["'m'"], often=.5), macs=number(['3', '1e9'], [], .3), colour=Arg([], ['1'], .05)),
+    'make_row': dict(method=Arg(["'dense'"], odd=False), backbone=Arg(["'m'"], odd=False), macs=number(['3', '1e9'], [], .3), colour=Arg([], ['1'], .05)),
     'read_rows': dict(path=Arg(["zoo/'tree'"], ["zoo/'tree'", "'none'", '3', 'None', "zoo/'w.pth'", "write('r.csv', 'a,b\\n1,2')", "write('r.csv', '')"])),
     'paired_difference': dict(correct_a=Arg(['np.array([True, False])'], ['3', 'None', '[]', "'x'", 'np.array([])', 'np.array([.5, nan])', 'np.array([True])']), correct_b=Arg(['np.array([True, True])'], ['3', 'None', '[]'])),
     'answers': dict(model=Arg(['model()', 'slim()'], ['None', '3']), ds=Arg(["tree('test')"], ['None', '3', "tree('test').subset([])"]), batch_size=BATCH, device=DEVICE, dtype=DTYPE),

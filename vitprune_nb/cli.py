@@ -31,7 +31,6 @@ def in_words_of_ours(e:Exception # From this package or one below it
     if isinstance(e, VitpruneError): return for_shell(str(e))
     if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e): return 'out of memory. Choose a smaller --batch.'
-    if isinstance(e, RuntimeError) and 'PytorchStreamWriter' in str(e): return 'a file could not be written. Is the disk full?'
 
 def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from .core import (VitpruneError, check_model, check_seed, data_path, fold_seed, is_whole, path_of, printable,
-                              progress, refuse, require, set_seed, sha256, write_atomic)
+                              progress, refuse, require, set_seed, sha256, write_atomic, writing)
 
 # %% ../nbs/01_data.ipynb #e08330b4
 def to_sheet(images:np.ndarray, # uint8 (n, h, w, 3); n a multiple of `columns`
@@ -297,7 +297,8 @@ def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
     require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
     root = Path(os.path.expanduser(path_of('root', root or '~/.cache/vitprune')))
     cls = torchvision.datasets.CIFAR10 if name == 'cifar10' else torchvision.datasets.CIFAR100
-    try: ds = cls(str(root), train=split == 'train', download=download)
+    try:
+        with writing(root/cls.base_folder, 'root'): ds = cls(str(root), train=split == 'train', download=download)
     except (OSError, RuntimeError) as e:
         refuse('data', name, f'a network, or {cls.filename} unpacked below {root}',
                f"Fetch it from {cls.url} elsewhere, unpack it there, or point --data to an ImageFolder tree. ({type(e).__name__})")

@@ -26,6 +26,7 @@ def _check_step(s):
     require(isinstance(s.fate, str) and s.fate in FATES, 'fate', s.fate, ', '.join(map(repr, FATES)))
     given = [n for n in ('keep', 'count', 'threshold') if getattr(s, n) is not None]
     require(len(given) == 1, 'Step', given or 'nothing', "exactly one of keep=(…), count=k or threshold=t")
+    require(s.score is None or isinstance(s.score, nn.Module), 'score', s.score, 'a scorer, e.g. NormScore()')
     require((s.keep is not None) == (s.score is None), 'score', type(s.score).__name__,
             'a scorer together with count or threshold, and none together with keep')
     require(s.count is None or s.count >= 0, 'count', s.count, 'a number of patch tokens, 0 or more')
