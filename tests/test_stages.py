@@ -198,6 +198,17 @@ def test_recovery_in_the_same_process_is_that_after_a_reload(name, options, star
     assert rows[0] == rows[1] and same(pruned, back)
 
 
+@pytest.mark.parametrize('name', ['uniform', 'vtp', 'cosine'])
+def test_dropout_of_the_model_itself_is_there_before_and_after_a_reload(name, tmp_path):
+    model = dense(drop_path_rate=.2, proj_drop_rate=.1, attn_drop_rate=.1, pos_drop_rate=.1, drop_rate=.1)
+    pruned = prune(name, model, images(), **METHODS[name])
+    back = load_pruned(save_pruned(pruned, tmp_path/'pruned'))
+    rows = [steady(recover(m, images(), **AFTER)) for m in (pruned, back)]
+    assert rows[0] == rows[1] and same(pruned, back)
+    plain = prune(name, dense(), images(), **METHODS[name])
+    assert steady(recover(plain, images(), **AFTER)) != rows[0], 'it is no dropout that does nothing'
+
+
 def test_methods_do_not_depend_on_what_was_pruned_before():
     model, order = dense(), ['life', 'vtp', 'cosine', 'uniform']
     def all_of(names):
@@ -310,7 +321,7 @@ def test_the_course_recipe_resumed_after_its_first_stage(monkeypatch, count, tmp
     monkeypatch.setattr(course, '_big_model', lambda file: create_vit('vit_small_patch14_dinov2', weights=file, **big))
     set_seed(0)
     save_file(create_vit('vit_small_patch14_dinov2', **big).state_dict(), tmp_path/'big.safetensors')
-    monkeypatch.setattr(course, 'load_data', lambda data, split, limit=None: images(24) if split == 'train' else images(10))
+    monkeypatch.setattr(course, 'load_data', lambda data, split, **kw: images(24) if split == 'train' else images(10))
     def run(out):
         course.train_course(tmp_path/'big.safetensors', 'embedded', out, 'cpu', epochs=1., batch_size=8, lr=1e-3, save_every=1, dtype='fp32')
         return load_checkpoint(out/'stage2'/'checkpoint.pt')['model']      # the stored model is rounded
