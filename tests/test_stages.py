@@ -362,6 +362,23 @@ def test_pruning_leaves_the_generators_where_they_stood():
         assert states() == before, name
 
 
+def test_what_a_kill_left_of_a_write_goes_with_the_next(tmp_path):
+    "Of dead processes only, and only of the file or folder that is written."
+    from vitprune_nb.core import write_atomic, write_folder_atomic
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    alive = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    names = {(what, p): tmp_path/f'.{what}.{p.pid}.vitprune.tmp' for what in ('a.csv', 'b', 'other') for p in (dead, alive)}
+    for (what, _), place in names.items():
+        if what == 'a.csv': place.write_text('half')
+        else: place.mkdir(); (place/'half').write_text('')
+    with write_atomic(tmp_path/'a.csv') as file: file.write_text('whole')
+    with write_folder_atomic(tmp_path/'b') as folder: (folder/'whole').write_text('')
+    alive.communicate(b'\n')
+    assert [k for k, v in names.items() if not v.exists()] == [('a.csv', dead), ('b', dead)]
+    assert sorted(p.name for p in (tmp_path/'b').iterdir()) == ['whole']
+
+
 # Real kills
 
 def kills(folder, n, seed):

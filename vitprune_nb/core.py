@@ -273,6 +273,11 @@ def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
     for left in _left_behind(folder): remove(left)
 
+def _sweep_of(path):
+    "Remove what dead processes left of a write to this very file or folder."
+    for left in _left_behind(Path(path).parent):
+        if left.name.startswith(f'.{Path(path).name}.'): remove(left)
+
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
     Path(path).unlink(missing_ok=True)
@@ -336,6 +341,7 @@ def write_atomic(path, # The file to write or replace
     path = Path(path)
     tmp = temporary_path(path)
     check_output(path, 'file', folder=False)
+    _sweep_of(path)
     with writing(path):
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
@@ -395,6 +401,7 @@ def write_folder_atomic(folder,             # The folder to write
     "Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed."
     folder = check_output(folder, argument)
     _restore(Path(os.path.abspath(folder)))
+    _sweep_of(os.path.abspath(folder))
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
