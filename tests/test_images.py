@@ -237,12 +237,19 @@ def locked(monkeypatch, *names):
     monkeypatch.setattr(os, 'scandir', scandir)
 
 
-@pytest.mark.parametrize('name', ['cat', 'deeper', 'test', 'train'])
+@pytest.mark.parametrize('name', ['cat', 'deeper', 'test'])
 def test_a_folder_that_cannot_be_read_is_named_and_not_skipped(name, tmp_path, monkeypatch):
     root = tree(tmp_path/'photos', test=['cat', 'dog', 'dog/deeper'], train=['cat', 'dog'])
     locked(monkeypatch, name)
     for skip in (False, True):
         with pytest.raises(VitpruneError, match=f'data: got .*{name}; allowed: folders that can be read'): folder_data(root, skip_damaged=skip)
+
+
+def test_a_split_that_is_not_asked_for_may_be_kept_from_the_user(tmp_path, monkeypatch):
+    root = tree(tmp_path/'photos', test=['cat'], train=['cat', 'dog'])
+    locked(monkeypatch, 'test')
+    assert len(load_data(root, 'train')) == 4
+    with pytest.raises(VitpruneError, match='folders that can be read'): load_data(root, 'test')
 
 
 def test_a_class_without_images_is_named_and_keeps_its_number(tmp_path, capsys):

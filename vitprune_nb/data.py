@@ -225,7 +225,8 @@ def _check_classes_of_splits(root, base, classes):
     "Labels are positions of folders, so all splits must have the same ones."
     others = ('train',) if base.name != 'train' else ('val', 'test')
     other = next((n for n in others if os.path.isdir(root/n)), None)
-    theirs = class_folders(root/other) if other else []
+    try: theirs = class_folders(root/other) if other else []
+    except VitpruneError: return      # images that are kept from this user, and not asked for
     lone = [f'{c} only in {s}/' for a, b, s in ((classes, theirs, base.name), (theirs, classes, other)) for c in sorted(set(a) - set(b))]
     require(not theirs or not lone, 'data', f'{root}, with {few(lone)}', f'the same class folders in {base.name}/ and {other}/',
             'The order of the folders numbers the classes. Rename them, or add empty ones where a class has no images.')
