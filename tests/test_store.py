@@ -297,3 +297,130 @@ def test_the_command_line_says_which_class_differs(tmp_path, capsys):
     assert run('eval', str(tmp_path/'named'), '--data', bad, '--rename-classes')[0] == 0
     code, said = run('bench', str(tmp_path/'named'), '--data', bad, '--batch', '2', '--repeats', '2', '--warmup', '1')
     assert code == 0 and 'other classes' in said.err, said.err
+
+
+# --- files that somebody has changed
+
+def places(value, path=()):
+    "Every place in a JSON value."
+    yield path
+    for k, v in (value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()): yield from places(v, (*path, k))
+
+
+def put(value, path, new):
+    "A copy with another value at a place; `REMOVE` takes it away."
+    value = copy.deepcopy(value)
+    if not path: return new
+    at = functools.reduce(lambda v, k: v[k], path[:-1], value)
+    if new is REMOVE: del at[path[-1]]
+    else: at[path[-1]] = new
+    return value
+
+
+REMOVE = object()
+BAD_VALUES = [REMOVE, None, True, -1, 0, 3, 2**31, 10**12, 10**400, .5, -.5, 1e308, math.nan, math.inf, '', 'x', '../../etc/passwd', 'os.system', '\udfff', 'ß'*5000, [], [[]],
+              [1, 2], [-1], ['x'], {}, {'x': 1}, {'kind': 'norm'}, {'kind': 'life', 'dim': 30000}, {'kind': 'random', 'size': 10**9}]
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    "Pruned folders of both formats."
+    root = tmp_path_factory.mktemp('folders')
+    for f in FIXTURES.iterdir():
+        shutil.copytree(f, root/f'0-{f.name}')
+        save_pruned(load_pruned(f), root/f'2-{f.name}')
+    return root
+
+
+def load_changed(folder, name, content):
+    "None if the changed folder loads and runs, else the refusal; any other exception is a failure of the test."
+    file = folder/name
+    good = file.read_bytes()
+    try:
+        file.write_bytes(content)
+        model = load_pruned(folder)
+        with torch.no_grad(): model(pixels(model, 2))
+    except VitpruneError as e: return str(e)
+    finally: file.write_bytes(good)
+
+
+def changes(folder, name):
+    value = json.loads((folder/name).read_text())
+    return [(name, p, i) for p in places(value) for i in range(len(BAD_VALUES)) if p or BAD_VALUES[i] is not REMOVE]
+
+
+def test_every_change_to_a_json_file_loads_or_is_refused_in_a_sentence(folders):
+    g = np.random.default_rng(23)
+    every = [(f, *c) for f in sorted(folders.iterdir()) for n in ('config.json', 'plan.json') if (f/n).is_file() for c in changes(f, n)]
+    refused = 0
+    for k in g.permutation(len(every))[:int(os.environ.get('VITPRUNE_FUZZ', 600))]:
+        folder, name, path, i = every[k]
+        content = json.dumps(put(json.loads((folder/name).read_text()), path, BAD_VALUES[i]))
+        why = load_changed(folder, name, content.encode())
+        refused += why is not None
+        if why is not None: assert '\n' not in why and len(why) < 1500, (folder.name, name, path, BAD_VALUES[i], why)
+    assert refused > 200
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'\xff\xfe{}', b'[]', b'null', b'"x"', b'{"a":' * 5000, b'[' * 10**5, b'\x00', b'{} {}', 'é'.encode('latin-1'), b'{"model": NaN}'])
+@pytest.mark.parametrize('name', ['config.json', 'plan.json'])
+def test_what_is_no_json_is_refused(folders, name, content):
+    why = load_changed(folders/'2-slim', name, content)
+    assert why and '\n' not in why and str(folders/'2-slim') in why
+
+
+@pytest.mark.parametrize('name', ['0-slim', '0-both', '2-life', '2-sliced'])
+def test_changed_folders_cost_one_line(folders, name, capsys):
+    from vitprune_nb.cli import main
+    file, g = folders/name/'config.json', np.random.default_rng(1)
+    good, every = file.read_bytes(), changes(folders/name, 'config.json')
+    try:
+        for k in g.permutation(len(every))[:12]:
+            _, path, i = every[k]
+            file.write_text(json.dumps(put(json.loads(good), path, BAD_VALUES[i])))
+            code, said = main(['cost', str(folders/name)]), capsys.readouterr()
+            assert code == 0 or code == 2 and said.err.count('\n') == 1 and said.err.startswith('vitprune: '), (path, BAD_VALUES[i], said.err)
+    finally: file.write_bytes(good)
+
+
+def test_nothing_in_a_folder_names_a_file_outside(folders, tmp_path):
+    shutil.copytree(folders/'2-slim', tmp_path/'m')
+    outside = tmp_path/'outside.safetensors'
+    save_file({'head.bias': torch.zeros(5)}, outside)
+    for key in ('weights', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained', 'cache_dir', 'embed_layer', 'block_fn', 'device'):
+        for f in ('2-slim', '0-slim'):
+            config = json.loads((folders/f/'config.json').read_text())
+            config['kwargs'][key] = str(outside)
+            assert load_changed(folders/f, 'config.json', json.dumps(config).encode()), key
+    import hashlib
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+    plan = json.loads((tmp_path/'m/plan.json').read_text())
+    for file in ('../outside.safetensors', str(outside), '..\\outside.safetensors', '.', '..', 'config.json'):
+        plan['weights'] = dict(file=file, sha256=digest)
+        assert 'weights.file' in load_changed(tmp_path/'m', 'plan.json', json.dumps(plan).encode())
+    shutil.copy(outside, tmp_path/'m/beside.safetensors')
+    plan['weights'] = dict(file='beside.safetensors', sha256=digest)
+    (tmp_path/'m/plan.json').write_text(json.dumps(plan))
+    assert list(load_pruned(tmp_path/'m').plan.weights) == ['head.bias']
+
+
+def test_a_config_for_a_larger_model_is_refused_before_memory_is_asked_for(folders):
+    for key, value in (('embed_dim', 2**20), ('depth', 1000), ('num_classes', 2**20), ('img_size', [2**20, 2**20]), ('mlp_ratio', 1e5)):
+        config = json.loads((folders/'2-life/config.json').read_text())
+        config['kwargs'][key] = value
+        if key == 'img_size': config['data']['input_size'] = [3, *value]
+        if key == 'depth': config['drop_path'] = [[0., 0.]]*1000
+        assert load_changed(folders/'2-life', 'config.json', json.dumps(config).encode()), key
+
+
+def test_the_right_file_of_weights(folders, tmp_path):
+    shutil.copytree(folders/'2-sliced', tmp_path/'m')
+    file = tmp_path/'m/model.safetensors'
+    state = load_file(file)
+    first = 'head.weight'
+    for name, new in {'short': {k: v for k, v in state.items() if k != first}, 'long': dict(state, more=torch.zeros(1)), 'shape': dict(state, **{first: torch.zeros(3)}),
+                      'kind': dict(state, **{first: state[first].long()})}.items():
+        save_file(new, file)
+        with pytest.raises(VitpruneError, match='weights that fit its config.json'): load_pruned(tmp_path/'m')
+    file.unlink()
+    with pytest.raises(VitpruneError, match='a pruned model, with model.safetensors in it'): load_pruned(tmp_path/'m')
