@@ -156,7 +156,7 @@ def make(text, zoo):
     import copy, os
     from pathlib import Path
     import numpy as np, torch
-    from vitprune_nb import core, cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, surgery, train, vit
+    from vitprune_nb import core, cost, data, engine, store, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, surgery, train, vit
     here = Path.cwd()
     def write(name, content, encoding='utf-8'): (here.parent/'case'/name).write_text(content, encoding=encoding); return here.parent/'case'/name
     def model(): return vit.create_vit('test_vit', weights=zoo/'w.safetensors', img_size=32, patch_size=8, num_classes=10)
@@ -165,7 +165,7 @@ def make(text, zoo):
     def tree(split): return data.load_data(zoo/'tree', split)
     def slim(): return methods.load_pruned(zoo/'uniform')
     def test_set(): return tree('test').but(transform=data.eval_transform(data.data_config(model()))).subset(range(4))
-    space = {k: v for m in (cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, surgery, train, vit, core) for k, v in vars(m).items() if not k.startswith('_')}
+    space = {k: v for m in (cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, store, surgery, train, vit, core) for k, v in vars(m).items() if not k.startswith('_')}
     space |= dict(torch=torch, np=np, Path=Path, nan=math.nan, inf=math.inf, zoo=zoo, new=lambda n: here/n, write=write, config=lambda t: write('c.toml', t), model=model, images=images, tree=tree, slim=slim, test_set=test_set, cost=cost,
                   policy=policy_, packed=lambda: slim().set_mode('packed'), sliced=lambda: methods.load_pruned(zoo/'cut'), plan=lambda: plan.load_plan(zoo/'planned/plan.json'))
     result = eval(text, space)

@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../nbs/04b_policy.ipynb #87af71d1
 import torch
 from torch import nn
-from .core import check_seed, is_number, is_whole, path_of, refuse, require
+from .core import VitpruneError, check_seed, is_number, is_whole, path_of, refuse, require
 from .cost import block_widths
 
 # %% ../nbs/04b_policy.ipynb #2e6fc449
@@ -273,7 +273,10 @@ def policy_to_dict(policy:Policy # Any policy
 def policy_from_dict(d:dict # What `to_dict` gave
                      )->Policy:
     "The inverse of `to_dict`. Also `Policy.from_dict(d)`."
-    return Policy({int(i): _step_from_dict(s) for i, s in d['steps'].items()}, d['name'])
+    try: return Policy({int(i): _step_from_dict(s) for i, s in d['steps'].items()}, d['name'])
+    except VitpruneError: raise
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        refuse('d', d, 'what Policy.to_dict gave', f'({type(e).__name__}: {e})')
 
 Policy.to_dict, Policy.from_dict = policy_to_dict, staticmethod(policy_from_dict)
 
