@@ -273,6 +273,11 @@ def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
     for left in _left_behind(folder): remove(left)
 
+def _sweep_of(path):
+    "Remove what dead processes left of a write to this very file or folder."
+    for left in _left_behind(Path(path).parent):
+        if left.name.startswith(f'.{Path(path).name}.'): remove(left)
+
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
     Path(path).unlink(missing_ok=True)
@@ -307,8 +312,9 @@ def check_output(path,               # A file or folder that shall be written
                  )->Path:
     "Refuse a place that cannot be written, is a link or has too little room; nothing is touched."
     text, kind = str(path), 'a folder' if folder else 'a file'
-    path = Path(path)
     allowed = f'{kind}, or a name that is still free'
+    require(isinstance(path, (str, os.PathLike)), argument, path, allowed)
+    path = Path(path)
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
     if path.is_symlink():
         refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
@@ -335,6 +341,7 @@ def write_atomic(path, # The file to write or replace
     "Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed."
     path = check_output(path, 'file', folder=False)
     tmp = temporary_path(path)
+    _sweep_of(path)
     with writing(path):
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
@@ -394,6 +401,7 @@ def write_folder_atomic(folder,             # The folder to write
     "Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed."
     folder = check_output(folder, argument)
     _restore(Path(os.path.abspath(folder)))
+    _sweep_of(os.path.abspath(folder))
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
