@@ -12,13 +12,13 @@ import dataclasses, enum, json, warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-# %% ../nbs/05b_store.ipynb #0d18b40e
+# %% ../nbs/05b_store.ipynb #de07db0e
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from .core import path_of, read_json, refuse, require, write_folder_atomic
+from .core import VitpruneError, path_of, read_json, refuse, require, write_folder_atomic
 from .data import data_config
-from .engine import SlimViT, freeze_choices
+from .engine import SlimViT
 from .plan import Plan
 from .policy import Policy
 from .recipe import from_recipe, recipe_of
@@ -191,7 +191,20 @@ def _fill(model, file):
     if len(kinds) == 1: model.to(kinds.pop())           # for what is not in the file, such as tables of random numbers
     model.load_state_dict(state, assign=True)
 
-# %% ../nbs/05b_store.ipynb #6b3a8b78
+# %% ../nbs/05b_store.ipynb #aface990
+def _probe(model)->torch.Tensor: # (2, classes)
+    "Logits of two random images, whatever mode the model and its parts are in."
+    vit, modes = getattr(model, 'model', model), [(m, m.training) for m in model.modules()]
+    g = torch.Generator().manual_seed(0)
+    w = vit.patch_embed.proj.weight
+    x = torch.randn(2, w.shape[1], *vit.patch_embed.img_size, generator=g).to(w.device, w.dtype)
+    try:
+        with torch.no_grad(), torch.autocast(w.device.type, enabled=False): return model.eval()(x)
+    except Exception as e: refuse('model', type(vit).__name__, 'one that runs on images of its own size', f'({_first_line(e)})')   # from any layer
+    finally:
+        for m, was in modes: m.training = was
+
+# %% ../nbs/05b_store.ipynb #be4fea57
 def load_pruned(folder,             # What `save_pruned` wrote
                 mode:str|None=None, # Another mode than it was saved with, for a `SlimViT`
                 )->nn.Module: # In eval mode; `.info`, `.classes` and, if there is one, `.plan` are what was remembered
@@ -204,9 +217,11 @@ def load_pruned(folder,             # What `save_pruned` wrote
         refuse('config.json', folder, 'a pruned model that can be built', f'({_first_line(e)})')
     if mode is not None: model = SlimViT(model.model, model.policy, mode)
     _fill(model, folder/'model.safetensors')
+    try: _probe(model)       # a policy can be fine step by step and still not run
+    except VitpruneError as e: refuse('config.json', folder, 'a pruned model that runs', f'({_first_line(e)})')
     model.info, model.classes = config.info, getattr(config, 'classes', None)
     if (folder/'plan.json').is_file(): model.plan = _plan_of(folder/'plan.json', getattr(model, 'model', model))
-    return freeze_choices(model).eval()
+    return model.eval()
 
 def _plan_of(file, vit)->Plan:
     plan = Plan.load(file)
@@ -269,7 +284,7 @@ def config_of(model, # A pruned model
     config.set = {p.removeprefix('model.'): ours for p, (ours, _) in found.items()}
     return config
 
-# %% ../nbs/05b_store.ipynb #c1eae0f2
+# %% ../nbs/05b_store.ipynb #85686681
 def _tensors(model)->dict:
     "The state of a model as safetensors takes it."
     seen, out = {}, {}
@@ -279,18 +294,6 @@ def _tensors(model)->dict:
         require(v.numel() == 0 or place not in seen, 'model', f'one whose {k} and {seen.get(place)} are the same tensor', 'one whose weights are not tied', 'Copy one of them.')
         seen[place], out[k] = k, v.detach().cpu().contiguous()
     return out
-
-def _probe(model):
-    "Logits of two random images, whatever mode the model and its parts are in."
-    vit, modes = getattr(model, 'model', model), [(m, m.training) for m in model.modules()]
-    g = torch.Generator().manual_seed(0)
-    w = vit.patch_embed.proj.weight
-    x = torch.randn(2, w.shape[1], *vit.patch_embed.img_size, generator=g).to(w.device, w.dtype)
-    try:
-        with torch.no_grad(), torch.autocast(w.device.type, enabled=False): return model.eval()(x)
-    except Exception as e: refuse('model', type(vit).__name__, 'one that runs on images of its own size', f'({_first_line(e)})')
-    finally:
-        for m, was in modes: m.training = was
 
 def _prove(model, saved):
     "Refuse when what was read back gives other logits than the model."
