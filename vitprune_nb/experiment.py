@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'SHARED', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit',
            'units', 'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text', 'module_hash',
-           'imported', 'code_hashes', 'flat', 'fingerprint', 'read_json', 'hold_to', 'Ledger']
+           'imported', 'code_hashes', 'flat', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, json, os, re, time
@@ -287,7 +287,7 @@ def fingerprint(e:Experiment, # What shall be done
     return json.loads(json.dumps(dict(own, **files, **found, code=code_hashes())))
 
 # %% ../nbs/25b_experiment.ipynb #a06c6fb3
-def read_json(file # That a run wrote
+def _read_object(file # That a run wrote
               )->dict:
     "A JSON object; another file is refused."
     try: d = json.loads(Path(file).read_text(encoding='utf-8'))
@@ -303,7 +303,7 @@ def hold_to(file,                  # settings.json of a run; made when missing
     "Refuse to go on with other settings than a run began with."
     file = Path(file)
     if file.is_file():
-        old = read_json(file)
+        old = _read_object(file)
         before = old.pop('before', [])
         a, b = flat(old), flat(new)
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
@@ -337,7 +337,7 @@ class Ledger:
 
     def files(self)->list: return sorted(self.folder.glob('[0-9]*-*.json'))
     def keys(self)->list: return [f.stem.partition('-')[2] for f in self.files()]
-    def rows(self)->list: return [read_json(f) for f in self.files()]
+    def rows(self)->list: return [_read_object(f) for f in self.files()]
     def find(self, key)->dict: return dict(zip(self.keys(), self.rows()))[key]
 
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`

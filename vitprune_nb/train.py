@@ -8,16 +8,16 @@ __all__ = ['TrainConfig', 'make_optimizer', 'make_scheduler', 'Batches', 'loss_a
            'Trainer', 'trainer_state', 'restore_trainer', 'same_random_after', 'clean_stage', 'fit']
 
 # %% ../nbs/20_train.ipynb #c9290aac
-import contextlib, csv, dataclasses, json, math, random, time, zipfile
+import contextlib, csv, dataclasses, io, json, math, random, time, zipfile
 from pathlib import Path
 
 # %% ../nbs/20_train.ipynb #b523b70f
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import (VitpruneError, autocast, check_model, check_output, check_seed, environment, fold_seed, is_number,
-                              is_whole, path_of, pick_device, progress, refuse, require, set_seed, sweep, write_atomic)
-from .data import ImageSet, check_set, data_config, eval_transform, train_transform
+from .core import (VitpruneError, append_text, autocast, check_seed, claim, environment, fold_seed, is_number,
+                              is_whole, only_one, pick_device, progress, refuse, require, set_seed, sweep, write_atomic)
+from .data import ImageSet, data_config, eval_transform, train_transform
 from .vit import evaluate
 
 # %% ../nbs/20_train.ipynb #6ac22121
@@ -114,7 +114,6 @@ class Batches(torch.utils.data.Dataset):
                  rank:int=0,            # Which process this is
                  world:int=1,           # How many there are; each gets 1/world of every batch
                  ):
-        require(len(ds) > 0, 'ds', 'no images', 'at least one training image')
         require(len(ds) >= cfg.batch_size, 'batch_size', cfg.batch_size, f'at most {len(ds)}, the number of training images')
         each = 2*world if cfg.mixup or cfg.cutmix else world
         require(cfg.batch_size % each == 0, 'batch_size', cfg.batch_size, f'a multiple of {each}' +
@@ -215,11 +214,8 @@ def read_log(path # log.csv of a run
              )->list: # Rows as dicts of numbers; what a row does not have is left out
     "The rows of a training log; a row that a kill cut short is left out."
     number = lambda k, v: int(v) if k in ('step', 'images') else float(v)
-    require(path_of('path', path).is_file(), 'path', path, 'an existing log.csv')
-    try:
-        with open(path, newline='', encoding='utf-8') as f: rows = [r for r in csv.DictReader(f) if None not in r.values()]
-        return [{k: number(k, v) for k, v in r.items() if v != ''} for r in rows]
-    except (ValueError, csv.Error) as e: refuse('path', path, 'a log that this trainer wrote', f'({e})')
+    with open(path, newline='', encoding='utf-8') as f: rows = [r for r in csv.DictReader(f) if None not in r.values()]
+    return [{k: number(k, v) for k, v in r.items() if v != ''} for r in rows]
 
 # %% ../nbs/20_train.ipynb #8fc8370e
 class Log:
@@ -232,15 +228,17 @@ class Log:
         self.path = Path(path) if path else None
         self.rows = [r for r in read_log(path) if r['step'] <= step] if path and step and self.path.exists() else []
         if self.path:
-            with write_atomic(self.path) as tmp: tmp.write_text(','.join(self.fields) + '\n', encoding='utf-8'); self._append(tmp, self.rows)
+            with write_atomic(self.path) as tmp: tmp.write_text(','.join(self.fields) + '\n' + self._text(self.rows), encoding='utf-8')
 
-    def _append(self, path, rows):
-        with open(path, 'a', newline='', encoding='utf-8') as f: csv.DictWriter(f, self.fields, lineterminator='\n').writerows(rows)
+    def _text(self, rows):
+        text = io.StringIO()
+        csv.DictWriter(text, self.fields, lineterminator='\n').writerows(rows)
+        return text.getvalue()
 
     def add(self, **row):
         "Append one row, to six significant digits."
         self.rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
-        if self.path: self._append(self.path, self.rows[-1:])
+        if self.path: append_text(self.path, self._text(self.rows[-1:]))
 
 # %% ../nbs/20_train.ipynb #9d948060
 def pick_accelerator(device='auto', # 'auto', 'cpu', 'cuda' or 'mps'
@@ -358,10 +356,15 @@ def _row(tr, test_set=None):
 
 def _open_folder(out, tr):
     "The log of a run, after clearing what a kill in the middle of a write left and recording the recipe."
+    claim(out, 'checkpoint.pt', 'log.csv', 'config.json', sure=(Path(out)/'checkpoint.pt').exists())   # which the trainer has read
     sweep(out)
     record = dict(dataclasses.asdict(tr.cfg), data=repr(tr.batches.ds), **environment(tr.acc.device.type))
     with write_atomic(Path(out)/'config.json') as tmp: tmp.write_text(json.dumps(record, indent=1))
     return Log(Path(out)/'log.csv', tr.step)
+
+def _alone(out, tr):
+    "No two trainings write into one folder."
+    return only_one(out) if out and tr.acc.is_main_process else contextlib.nullcontext()
 
 # %% ../nbs/20_train.ipynb #20c1ea52
 @contextlib.contextmanager
@@ -409,14 +412,7 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         )->list:               # The rows of the log, dicts of numbers
     """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without gradients;
     a further `fit` of it gives what it would give after saving and loading."""
-    check_model(model), check_set(train_set, 'train_set')
-    require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
-    require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
-    require(teacher is None or isinstance(teacher, torch.nn.Module), 'teacher', type(teacher).__name__, 'a model, or None')
-    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers, 'a number of processes from 0 to 256')
-    if test_set is not None: check_set(test_set, 'test_set')
-    if out is not None: check_output(path_of('out', out))
-    with clean_stage(model, teacher), contextlib.closing(Trainer(model, train_set, cfg, teacher, loss, accelerator, workers)) as tr:
+    with clean_stage(model, teacher), contextlib.closing(Trainer(model, train_set, cfg, teacher, loss, accelerator, workers)) as tr, _alone(out, tr):
         main, ckpt = tr.acc.is_main_process, Path(out)/'checkpoint.pt' if out else None
         if ckpt and ckpt.exists(): restore_trainer(tr, ckpt)
         log, total = _open_folder(out, tr) if out and main else Log(), tr.batches.steps
