@@ -7,12 +7,13 @@ __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device',
            'Reduction', 'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart',
            'Rule', 'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor',
            'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'in_words_of_ours',
-           'explain', 'one_line', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data',
-           'cli_eval', 'first_images', 'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option',
-           'listed', 'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'explain', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval',
+           'first_images', 'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'unfinished', 'flag',
+           'own_options', 'option', 'listed', 'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo',
+           'cli_train', 'cli_run']
 
 # %% ../nbs/24_cli.ipynb #937961bc
-import contextlib, json, os, shutil, sys, warnings
+import contextlib, json, os, shutil, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -31,6 +32,7 @@ def in_words_of_ours(e:Exception # From this package or one below it
     if isinstance(e, VitpruneError): return for_shell(str(e))
     if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e): return 'out of memory. Choose a smaller --batch.'
+    if isinstance(e, RuntimeError) and 'PytorchStreamWriter' in str(e): return 'a file could not be written. Is the disk full?'
 
 def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug
@@ -48,15 +50,10 @@ def explain(e:BaseException # What a command raised
     return code
 
 # %% ../nbs/24_cli.ipynb #46c115e8
-def one_line(warning, *where)->str:
-    "A warning as the shell shows it; where in the code it arose is no use there."
-    return f'vitprune: {" ".join(str(warning).split())}\n'
-
 def main(args:Optional[list]=None # The words after `vitprune`; None takes them from the shell
          )->int:                  # The exit code
     "The console script."
-    code, before = 0, warnings.formatwarning
-    warnings.formatwarning = one_line
+    code = 0
     with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # file names may hold any byte
     try:
         code = app(args=args, prog_name='vitprune', standalone_mode=False)   # an int after typer.Exit, else a command's record
@@ -67,7 +64,6 @@ def main(args:Optional[list]=None # The words after `vitprune`; None takes them 
         code = explain(e)
         if code is None: raise
         return code
-    finally: warnings.formatwarning = before
     return code if isinstance(code, int) else 0
 
 # %% ../nbs/24_cli.ipynb #156eae63
@@ -160,24 +156,18 @@ def open_data(data,       # As for `load_data`
               limit=None, # A balanced part of so many images
               seed:int=0, # Decides which ones
               skip_damaged:bool=False, # Leave out files that cannot be read
-              rename:bool=False, # Take the class folders, in their order, for the classes of the model
               ):          # An `ImageSet` without transform
     "The images that --data names, refused when their classes do not fit the model's head."
-    from vitprune_nb.data import load_data, match_classes
+    from vitprune_nb.data import load_data
     from vitprune_nb.demo import check_classes
     ds = load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
-    if model is None: return ds
-    if rename and getattr(model, 'classes', None): ds = ds.but(classes=model.classes if len(model.classes) == len(ds.classes) else ds.classes)
-    ds = match_classes(model, ds, 'Rename the folders; where they are the same classes in the same order, `vitprune eval --rename-classes` says so.')
-    check_classes(model, ds)
+    if model is not None: check_classes(model, ds)
     return ds
 
 # %% ../nbs/24_cli.ipynb #b7b83b86
 HELP['eval'] = '''Measure the top-1 accuracy of a model, with its 95% interval.
 
 The interval is Wilson's. Two models should differ by more than its width, or be compared image by image.
-A pruned model knows the names of its classes. Folders in another order are matched by name, and names that it does not know are refused;
---rename-classes says that they are the same classes, in the same order.
 
 \b
 Examples:
@@ -188,12 +178,12 @@ Examples:
 # %% ../nbs/24_cli.ipynb #2edb9312
 @app.command('eval', short_help='top-1 accuracy with its interval', help=HELP['eval'])
 def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False, limit:Limit=None, device:Device='auto', dtype:Dtype='fp32',
-             batch:Batch=64, rename:Annotated[bool, typer.Option('--rename-classes', help='class folders of other names are the classes of the model, in its order')]=False, json_:Json=False):
+             batch:Batch=64, json_:Json=False):
     "Print a model's top-1 accuracy on test images."
     from vitprune_nb.core import pick_device
     from vitprune_nb.vit import evaluate
     m, device = open_model(model, weights), pick_device(device)
-    ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged, rename=rename)
+    ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged)
     d, r = cost_of(m, first_images(m, ds, min(batch, len(ds)))), evaluate(m, ds, batch, device, dtype, f'eval {model}')
     print(f'{model} on {ds.name} {ds.split}: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f}), '
           f'{r["correct"]:,} of {r["images"]:,} images right, in {r["seconds"]:.1f} s')
@@ -214,16 +204,28 @@ def first_images(model,  # Decides the transform
     return torch.stack([t(ds.image(i)) for i in range(n)])
 
 # %% ../nbs/24_cli.ipynb #bcd62936
+def is_pruned_folder(folder # Any path
+                     )->bool:
+    "Does it hold a pruned model of ours, and nothing else?"
+    folder = Path(folder)
+    if folder.is_symlink() or not folder.is_dir(): return False
+    if {p.name for p in folder.iterdir()} - {'plan.json'} != {'config.json', 'model.safetensors'}: return False
+    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False
+    is_dict = isinstance(config, dict)
+    return is_dict and (str(config.get('format')).startswith('vitprune') or {'model', 'kwargs', 'info'} <= set(config))
+
 def check_out(out,              # The folder that shall be written
               force:bool=False, # Replace a pruned model that is there
+              need:int=0,       # Bytes that it will take
               )->Path:
-    "The folder, if it is free or may be replaced."
-    from vitprune_nb.core import require
-    out = Path(out)
-    held = sorted(p.name for p in out.iterdir()) if out.is_dir() else [out.name] if out.exists() else []
-    ours = out.is_dir() and {'config.json', 'model.safetensors'} == set(held) - {'plan.json'}
-    require(not held or (ours and force), 'out', f'{out}, which is not empty' if out.is_dir() else f'{out}, which is a file', 'a new or empty folder',
-            'Replace the pruned model in it with --force.' if ours else 'Only a folder that holds a pruned model and nothing else can be replaced with --force.')
+    "The folder, if it can be written and is free or may be replaced."
+    from vitprune_nb.core import check_output, require
+    out = check_output(out, need=need, renamed=True)
+    held, ours = out.is_dir() and any(out.iterdir()), is_pruned_folder(out)
+    require(not held or (ours and force), 'out', f'{out}, which is not empty', 'a new or empty folder',
+            'Replace the pruned model in it with --force.' if ours else
+            'Only a folder that holds a pruned model and nothing else can be replaced with --force.')
     return out
 
 # %% ../nbs/24_cli.ipynb #81d1b6e4
@@ -233,29 +235,43 @@ def write_folder(model, # From `methods.prune`
                  **info,# What shall be remembered
                  )->Path:
     "`save_pruned`, but in place of what is there; until the last moment nothing is touched."
+    from vitprune_nb.core import write_folder_atomic
     out = check_out(out, force)
-    new = save_pruned(model, out.with_name(f'.{out.name}.{os.getpid()}'), **info)
-    try:
-        if out.exists(): shutil.rmtree(out)
-        os.replace(new, out)
-    finally: shutil.rmtree(new, ignore_errors=True)
+    with write_folder_atomic(out, lambda f: force and is_pruned_folder(f), 'out') as new: save_pruned(model, new, **info)
     return out
 
 # %% ../nbs/24_cli.ipynb #ba2bd5af
+def check_unfinished(out, # The folder that shall be written in the end
+                     **options, # All that decides the pruned model
+                     )->Path:  # OUT.unfinished
+    "Where the state of the work is kept: free, or that of a killed run with the same options."
+    from vitprune_nb.core import check_output, made_in, require
+    work, options = Path(f'{Path(out)}.unfinished'), json.loads(json.dumps(options))
+    check_output(work)
+    if not work.is_dir() or not any(work.iterdir()): return work
+    try: old = json.loads((work/'options.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): old = None
+    ours = isinstance(old, dict) and ('options.json' in made_in(work) or {'model', 'weights', 'method', 'data'} <= set(old))
+    require(ours, 'out', f'{out}, beside which {work.name} was not made by vitprune', 'a name where OUT.unfinished is free too',
+            'The state of the work is kept there. Name another folder.')
+    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in {**old, **options} if old.get(k) != options.get(k))
+    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
+    return work
+
 @contextlib.contextmanager
 def unfinished(out,         # The folder that shall be written in the end
                needed:bool, # False: yield None
                **options,   # All that decides the pruned model
                ):
     "Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work is done or was never begun."
-    from vitprune_nb.core import VitpruneError, read_json, require, write_atomic
-    if not needed: yield None; return
-    work, options = Path(f'{Path(out)}.unfinished'), json.loads(json.dumps(options))
-    file, new = work/'options.json', not work.exists()
-    old = read_json(file, dict, 'out', 'a file as `vitprune prune` wrote it') if file.is_file() else options
-    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in {**old, **options} if old.get(k) != options.get(k))
-    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
-    with write_atomic(file) as tmp: tmp.write_text(json.dumps(options, indent=1))
+    from vitprune_nb.core import VitpruneError, claim, write_atomic
+    if not needed:
+        yield None
+        return
+    work = check_unfinished(out, **options)
+    new = not work.exists()
+    claim(work, 'options.json', sure=True)
+    with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError:
         if new and not (work/'pruned').is_dir(): shutil.rmtree(work)
@@ -382,12 +398,17 @@ def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to
     "Prune a model and save it."
     given = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__ and k != 'device' and v is not None}
     from vitprune_nb import methods
-    from vitprune_nb.core import pick_device
+    from vitprune_nb.core import only_one, pick_device
     given = prune_options(method, given, recover, recover_lr)
+    row = METHODS[method]
+    long = bool(recover) or row.trains or eps is not None        # its state is kept in OUT.unfinished
+    options = dict(model=model, weights=weights, method=method, data=data, **given)
     check_out(out, force)
-    m, row, device = open_model(model, weights), METHODS[method], pick_device(device)
+    if long: check_unfinished(out, **options)
+    m, device = open_model(model, weights), pick_device(device)
     train = open_data(data, 'train', m if recover or row.trains else None, skip_damaged=skip_damaged)    # refuses other classes now, not after the search
-    with unfinished(out, bool(recover) or row.trains or eps is not None, model=model, weights=weights, method=method, data=data, **given) as work:
+    check_out(out, force, need=4*sum(p.numel() for p in m.parameters())*(6 if long else 1))
+    with only_one(out, beside=True), unfinished(out, long, **options) as work:
         pruned = methods.prune(method, m, train, device=device, work=work, **given)
         log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=seed, device=device, out=work/'recover') if recover else []
         (patches, line), d = what_is_left(pruned), cost_of(pruned)
@@ -419,9 +440,7 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
     from vitprune_nb.core import pick_device
     from vitprune_nb.measure import bench, time_reduction
     m, device = open_model(model, weights), pick_device(device)
-    ds = open_data(data, 'test', skip_damaged=skip_damaged)
-    if getattr(m, 'classes', None) and not set(ds.classes) <= set(m.classes): print('vitprune: these images show other classes than the model knows; its time is the same for all images of a size', file=sys.stderr)
-    x = first_images(m, ds, batch)
+    x = first_images(m, open_data(data, 'test', skip_damaged=skip_damaged), batch)
     pair = {model: m} if dense_of(m) is m else {'dense': dense_of(m).eval(), model: m}
     d, rows = cost_of(m, x), bench(pair, x, warmup, repeats, device, dtype)
     for r in rows: print(f'{r["name"]}: {r["latency_ms"]:.1f} ms a batch of {r["batch"]} (quartiles {r["latency_low"]:.1f} to {r["latency_high"]:.1f}), '

@@ -273,11 +273,6 @@ def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
     for left in _left_behind(folder): remove(left)
 
-def _sweep_of(path):
-    "Remove what dead processes left of a write to this very file or folder."
-    for left in _left_behind(Path(path).parent):
-        if left.name.startswith(f'.{Path(path).name}.'): remove(left)
-
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
     Path(path).unlink(missing_ok=True)
@@ -309,12 +304,12 @@ def check_output(path,               # A file or folder that shall be written
                  argument:str='out', # What the caller calls it
                  folder:bool=True,   # False: it is a file
                  need:int=0,         # Bytes that it will take, about
+                 renamed:bool=False, # The folder is made elsewhere and then renamed, in place of what is there
                  )->Path:
     "Refuse a place that cannot be written, is a link or has too little room; nothing is touched."
     text, kind = str(path), 'a folder' if folder else 'a file'
-    allowed = f'{kind}, or a name that is still free'
-    require(isinstance(path, (str, os.PathLike)), argument, path, allowed)
     path = Path(path)
+    allowed = f'{kind}, or a name that is still free'
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
     if path.is_symlink():
         refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
@@ -322,7 +317,10 @@ def check_output(path,               # A file or folder that shall be written
     found = 'a folder' if path.is_dir() else 'a file' if path.is_file() else 'a device'
     require(right, argument, f'{path}, which is {found}', allowed)
     there, new = _nearest(path)
-    if path.is_file(): there = there.parent     # a file is replaced in its folder
+    if renamed:
+        fixed = os.path.lexists(path) and (os.path.ismount(path) or os.path.samefile(path, '.'))
+        require(not fixed, argument, f'{path}, which cannot be replaced', 'a folder that can be renamed', 'Name a new folder in it.')
+    if there == Path(os.path.abspath(path)) and (renamed or path.is_file()): there = there.parent     # where the name stands
     require(there.is_dir(), argument, f'{path}, but {there} is no folder', f'a path through folders')
     longest = os.pathconf(there, 'PC_NAME_MAX') if hasattr(os, 'pathconf') else 255
     require(all(len(os.fsencode(n)) <= longest for n in new), argument, path, f'names of at most {longest} bytes')
@@ -339,9 +337,9 @@ def write_atomic(path, # The file to write or replace
                  owner=None, # A folder: replace only what is in its mark, and enter the new file there
                  ):
     "Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed."
-    path = check_output(path, 'file', folder=False)
+    path = Path(path)
     tmp = temporary_path(path)
-    _sweep_of(path)
+    check_output(path, 'file', folder=False)
     with writing(path):
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
@@ -399,17 +397,13 @@ def write_folder_atomic(folder,             # The folder to write
                         argument:str='folder', # What the caller calls it
                         ):
     "Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed."
-    folder = check_output(folder, argument)
-    _restore(Path(os.path.abspath(folder)))
-    _sweep_of(os.path.abspath(folder))
+    folder = Path(os.path.abspath(check_output(folder, argument, renamed=True)))
+    _restore(folder)
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
                 f'{folder}, which is not empty', 'a new or an empty folder', 'Delete it or choose another name.')
     check()
-    folder = Path(os.path.abspath(folder))
-    require(not os.path.ismount(folder) and folder != Path.cwd(), argument, folder,
-            'a folder that can be renamed', 'Name a new folder in it.')
     new = temporary_path(folder)
     with writing(folder, argument):
         try:
@@ -454,7 +448,7 @@ def read_json(path,         # The file
               ):            # An object of that kind
     "A JSON file in UTF-8 whose content has a given type; anything else is refused with the place and the reason."
     from pydantic import TypeAdapter, ValidationError
-    require(path_of(argument, path).is_file(), argument, path, 'an existing JSON file')
+    require(Path(path).is_file(), argument, path, 'an existing JSON file')
     try: return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
