@@ -311,16 +311,16 @@ def check_output(path,               # A file or folder that shall be written
     path = Path(path)
     allowed = f'{kind}, or a name that is still free'
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
-    if path.is_symlink():
+    if os.path.islink(path):
         refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
-    right = not os.path.lexists(path) or (path.is_dir() if folder else path.is_file())
-    found = 'a folder' if path.is_dir() else 'a file' if path.is_file() else 'a device'
+    right = not os.path.lexists(path) or (os.path.isdir(path) if folder else os.path.isfile(path))
+    found = 'a folder' if os.path.isdir(path) else 'a file' if os.path.isfile(path) else 'a device'
     require(right, argument, f'{path}, which is {found}', allowed)
     there, new = _nearest(path)
     if renamed:
         fixed = os.path.lexists(path) and (os.path.ismount(path) or os.path.samefile(path, '.'))
         require(not fixed, argument, f'{path}, which cannot be replaced', 'a folder that can be renamed', 'Name a new folder in it.')
-    if there == Path(os.path.abspath(path)) and (renamed or path.is_file()): there = there.parent     # where the name stands
+    if there == Path(os.path.abspath(path)) and (renamed or os.path.isfile(path)): there = there.parent     # where the name stands
     require(there.is_dir(), argument, f'{path}, but {there} is no folder', f'a path through folders')
     longest = os.pathconf(there, 'PC_NAME_MAX') if hasattr(os, 'pathconf') else 255
     require(all(len(os.fsencode(n)) <= longest for n in new), argument, path, f'names of at most {longest} bytes')

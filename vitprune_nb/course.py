@@ -150,8 +150,8 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
     require(Path(weights).is_file(), 'weights', weights, 'an existing checkpoint file', 'It is a timm vit_small_patch14_dinov2 state dict, .safetensors or .pth.')
     unknown = set(recipe) - {f.name for f in dataclasses.fields(TrainConfig)}
     require(not unknown, 'recipe', ', '.join(sorted(unknown)), 'fields of TrainConfig')
-    out, older = Path(out), _is_older(out)
-    check_output(out)
+    out = check_output(out)
+    older = _is_older(out)
     check_ours([] if older else [out/p for p in PARTS], out)
     seed, acc = recipe.pop('seed', 0), pick_accelerator(device)
     stages = [TrainConfig(**{**stage, **recipe}, seed=seed + k) for k, stage in enumerate(COURSE_STAGES)]
