@@ -143,7 +143,7 @@ def test_demo(vitprune, tmp_path):
     record = json.loads(r.stdout.splitlines()[-1])
     check_record({k: v for k, v in record.items() if k != 'throughput'})
     assert [x['method'] for x in record['rows']] == ['dense', 'patch_slimming', 'uniform', 'random']
-    assert sorted(p.name for p in (tmp_path/'demo').iterdir()) == ['accuracy_macs.png', 'kept.png', 'model', 'report.html', 'results.csv']
+    assert sorted(p.name for p in (tmp_path/'demo').glob('[!.]*')) == ['accuracy_macs.png', 'kept.png', 'model', 'report.html', 'results.csv']
     page = (tmp_path/'demo/report.html').read_text()
     assert page.count('src="data:image/png;base64,') == 3 and not re.search(r'(src|href)="(?!data:)', page)
     table = [l for l in r.stdout.splitlines() if l.startswith(('dense ', 'patch slimming ', 'uniform ', 'random '))]

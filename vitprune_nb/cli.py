@@ -156,18 +156,24 @@ def open_data(data,       # As for `load_data`
               limit=None, # A balanced part of so many images
               seed:int=0, # Decides which ones
               skip_damaged:bool=False, # Leave out files that cannot be read
+              rename:bool=False, # Take the class folders, in their order, for the classes of the model
               ):          # An `ImageSet` without transform
     "The images that --data names, refused when their classes do not fit the model's head."
-    from vitprune_nb.data import load_data
+    from vitprune_nb.data import load_data, match_classes
     from vitprune_nb.demo import check_classes
     ds = load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
-    if model is not None: check_classes(model, ds)
+    if model is None: return ds
+    if rename and getattr(model, 'classes', None): ds = ds.but(classes=model.classes if len(model.classes) == len(ds.classes) else ds.classes)
+    ds = match_classes(model, ds, 'Rename the folders; where they are the same classes in the same order, `vitprune eval --rename-classes` says so.')
+    check_classes(model, ds)
     return ds
 
 # %% ../nbs/24_cli.ipynb #b7b83b86
 HELP['eval'] = '''Measure the top-1 accuracy of a model, with its 95% interval.
 
 The interval is Wilson's. Two models should differ by more than its width, or be compared image by image.
+A pruned model knows the names of its classes. Folders in another order are matched by name, and names that it does not know are refused;
+--rename-classes says that they are the same classes, in the same order.
 
 \b
 Examples:
@@ -178,12 +184,12 @@ Examples:
 # %% ../nbs/24_cli.ipynb #2edb9312
 @app.command('eval', short_help='top-1 accuracy with its interval', help=HELP['eval'])
 def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False, limit:Limit=None, device:Device='auto', dtype:Dtype='fp32',
-             batch:Batch=64, json_:Json=False):
+             batch:Batch=64, rename:Annotated[bool, typer.Option('--rename-classes', help='class folders of other names are the classes of the model, in its order')]=False, json_:Json=False):
     "Print a model's top-1 accuracy on test images."
     from vitprune_nb.core import pick_device
     from vitprune_nb.vit import evaluate
     m, device = open_model(model, weights), pick_device(device)
-    ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged)
+    ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged, rename=rename)
     d, r = cost_of(m, first_images(m, ds, min(batch, len(ds)))), evaluate(m, ds, batch, device, dtype, f'eval {model}')
     print(f'{model} on {ds.name} {ds.split}: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f}), '
           f'{r["correct"]:,} of {r["images"]:,} images right, in {r["seconds"]:.1f} s')
@@ -440,7 +446,9 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
     from vitprune_nb.core import pick_device
     from vitprune_nb.measure import bench, time_reduction
     m, device = open_model(model, weights), pick_device(device)
-    x = first_images(m, open_data(data, 'test', skip_damaged=skip_damaged), batch)
+    ds = open_data(data, 'test', skip_damaged=skip_damaged)
+    if getattr(m, 'classes', None) and not set(ds.classes) <= set(m.classes): print('vitprune: these images show other classes than the model knows; its time is the same for all images of a size', file=sys.stderr)
+    x = first_images(m, ds, batch)
     pair = {model: m} if dense_of(m) is m else {'dense': dense_of(m).eval(), model: m}
     d, rows = cost_of(m, x), bench(pair, x, warmup, repeats, device, dtype)
     for r in rows: print(f'{r["name"]}: {r["latency_ms"]:.1f} ms a batch of {r["batch"]} (quartiles {r["latency_low"]:.1f} to {r["latency_high"]:.1f}), '

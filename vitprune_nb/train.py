@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import (VitpruneError, append_text, autocast, check_seed, claim, environment, fold_seed, is_number,
-                              is_whole, only_one, pick_device, progress, refuse, require, set_seed, sweep, write_atomic)
-from .data import ImageSet, data_config, eval_transform, train_transform
+from .core import (VitpruneError, append_text, autocast, check_model, check_output, check_seed, claim,
+                              environment, fold_seed, is_number, is_whole, only_one, path_of, pick_device, progress,
+                              refuse, require, set_seed, sweep, write_atomic)
+from .data import ImageSet, check_set, data_config, eval_transform, train_transform
 from .vit import evaluate
 
 # %% ../nbs/20_train.ipynb #6ac22121
@@ -114,6 +115,7 @@ class Batches(torch.utils.data.Dataset):
                  rank:int=0,            # Which process this is
                  world:int=1,           # How many there are; each gets 1/world of every batch
                  ):
+        require(len(ds) > 0, 'ds', 'no images', 'at least one training image')
         require(len(ds) >= cfg.batch_size, 'batch_size', cfg.batch_size, f'at most {len(ds)}, the number of training images')
         each = 2*world if cfg.mixup or cfg.cutmix else world
         require(cfg.batch_size % each == 0, 'batch_size', cfg.batch_size, f'a multiple of {each}' +
@@ -214,8 +216,11 @@ def read_log(path # log.csv of a run
              )->list: # Rows as dicts of numbers; what a row does not have is left out
     "The rows of a training log; a row that a kill cut short is left out."
     number = lambda k, v: int(v) if k in ('step', 'images') else float(v)
-    with open(path, newline='', encoding='utf-8') as f: rows = [r for r in csv.DictReader(f) if None not in r.values()]
-    return [{k: number(k, v) for k, v in r.items() if v != ''} for r in rows]
+    require(path_of('path', path).is_file(), 'path', path, 'an existing log.csv')
+    try:
+        with open(path, newline='', encoding='utf-8') as f: rows = [r for r in csv.DictReader(f) if None not in r.values()]
+        return [{k: number(k, v) for k, v in r.items() if v != ''} for r in rows]
+    except (ValueError, csv.Error) as e: refuse('path', path, 'a log that this trainer wrote', f'({e})')
 
 # %% ../nbs/20_train.ipynb #8fc8370e
 class Log:
@@ -412,6 +417,13 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         )->list:               # The rows of the log, dicts of numbers
     """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without gradients;
     a further `fit` of it gives what it would give after saving and loading."""
+    check_model(model), check_set(train_set, 'train_set')
+    require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
+    require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
+    require(teacher is None or isinstance(teacher, torch.nn.Module), 'teacher', type(teacher).__name__, 'a model, or None')
+    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers, 'a number of processes from 0 to 256')
+    if test_set is not None: check_set(test_set, 'test_set')
+    if out is not None: check_output(path_of('out', out))
     with clean_stage(model, teacher), contextlib.closing(Trainer(model, train_set, cfg, teacher, loss, accelerator, workers)) as tr, _alone(out, tr):
         main, ckpt = tr.acc.is_main_process, Path(out)/'checkpoint.pt' if out else None
         if ckpt and ckpt.exists(): restore_trainer(tr, ckpt)
