@@ -7,13 +7,13 @@ __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device',
            'Reduction', 'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart',
            'Rule', 'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor',
            'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'in_words_of_ours',
-           'explain', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval',
-           'first_images', 'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'unfinished', 'flag',
-           'own_options', 'option', 'listed', 'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo',
-           'cli_train', 'cli_run']
+           'explain', 'one_line', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data',
+           'cli_eval', 'first_images', 'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished',
+           'unfinished', 'flag', 'own_options', 'option', 'listed', 'prune_options', 'what_is_left', 'cli_prune',
+           'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/24_cli.ipynb #937961bc
-import contextlib, json, os, shutil, sys
+import contextlib, json, os, shutil, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,7 +32,6 @@ def in_words_of_ours(e:Exception # From this package or one below it
     if isinstance(e, VitpruneError): return for_shell(str(e))
     if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e): return 'out of memory. Choose a smaller --batch.'
-    if isinstance(e, RuntimeError) and 'PytorchStreamWriter' in str(e): return 'a file could not be written. Is the disk full?'
 
 def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug
@@ -50,10 +49,15 @@ def explain(e:BaseException # What a command raised
     return code
 
 # %% ../nbs/24_cli.ipynb #46c115e8
+def one_line(warning, *where)->str:
+    "A warning as the shell shows it; where in the code it arose is no use there."
+    return f'vitprune: {" ".join(str(warning).split())}\n'
+
 def main(args:Optional[list]=None # The words after `vitprune`; None takes them from the shell
          )->int:                  # The exit code
     "The console script."
-    code = 0
+    code, before = 0, warnings.formatwarning
+    warnings.formatwarning = one_line
     with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # file names may hold any byte
     try:
         code = app(args=args, prog_name='vitprune', standalone_mode=False)   # an int after typer.Exit, else a command's record
@@ -64,6 +68,7 @@ def main(args:Optional[list]=None # The words after `vitprune`; None takes them 
         code = explain(e)
         if code is None: raise
         return code
+    finally: warnings.formatwarning = before
     return code if isinstance(code, int) else 0
 
 # %% ../nbs/24_cli.ipynb #156eae63

@@ -273,6 +273,11 @@ def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
     for left in _left_behind(folder): remove(left)
 
+def _sweep_of(path):
+    "Remove what dead processes left of a write to this very file or folder."
+    for left in _left_behind(Path(path).parent):
+        if left.name.startswith(f'.{Path(path).name}.'): remove(left)
+
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
     Path(path).unlink(missing_ok=True)
@@ -308,8 +313,9 @@ def check_output(path,               # A file or folder that shall be written
                  )->Path:
     "Refuse a place that cannot be written, is a link or has too little room; nothing is touched."
     text, kind = str(path), 'a folder' if folder else 'a file'
-    path = Path(path)
     allowed = f'{kind}, or a name that is still free'
+    require(isinstance(path, (str, os.PathLike)), argument, path, allowed)
+    path = Path(path)
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
     if os.path.islink(path):
         refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
@@ -337,9 +343,9 @@ def write_atomic(path, # The file to write or replace
                  owner=None, # A folder: replace only what is in its mark, and enter the new file there
                  ):
     "Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed."
-    path = Path(path)
+    path = check_output(path, 'file', folder=False)
     tmp = temporary_path(path)
-    check_output(path, 'file', folder=False)
+    _sweep_of(path)
     with writing(path):
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
@@ -399,6 +405,7 @@ def write_folder_atomic(folder,             # The folder to write
     "Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed."
     folder = Path(os.path.abspath(check_output(folder, argument, renamed=True)))
     _restore(folder)
+    _sweep_of(folder)
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
@@ -448,7 +455,7 @@ def read_json(path,         # The file
               ):            # An object of that kind
     "A JSON file in UTF-8 whose content has a given type; anything else is refused with the place and the reason."
     from pydantic import TypeAdapter, ValidationError
-    require(Path(path).is_file(), argument, path, 'an existing JSON file')
+    require(path_of(argument, path).is_file(), argument, path, 'an existing JSON file')
     try: return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
