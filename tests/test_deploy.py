@@ -1,5 +1,5 @@
 """ONNX files of pruned models, run by ONNX Runtime: the same logits for images that the export never saw, and nothing left behind when it fails."""
-import sys
+import json, sys
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ pytest.importorskip('onnxruntime')
 from vitprune_nb import deploy
 from vitprune_nb.core import VitpruneError, set_seed
 from vitprune_nb.cost import count_macs
-from vitprune_nb.engine import NormScore, Policy, SlimViT, Step
+from vitprune_nb.engine import ClsAttention, NormScore, Policy, SlimViT, Step
 from vitprune_nb.vit import create_vit
 
 
@@ -56,9 +56,51 @@ def test_ties_are_broken_alike(static, tmp_path):
 
 
 @torch.no_grad()
-def test_any_batch(static, images, tmp_path):
-    f = deploy.OnnxModel(deploy.export_onnx(static['vtp'], tmp_path/'m.onnx', images, dynamic=True))
-    for n in (1, 3): assert deploy.logit_gap(f, static['vtp'], torch.randn(n, 3, 32, 32)) <= 1e-4
+@pytest.mark.parametrize('name', ['dense', 'patch slimming', 'vtp', 'life', 'life + vtp', 'slim life', 'fused', 'merged', 'idle', 'average'])
+def test_any_batch(static, images, tmp_path, name):
+    "Other sizes than that of the example, and the right logits for each."
+    dense = static['dense']
+    more = dict(fused={1: Step('middle', 'fuse', score=ClsAttention(), count=6)}, merged={1: Step(fate='merge', score=NormScore(), count=6)},
+                idle={1: Step('queries', 'idle', score=NormScore(), count=6)}, average={1: Step(score=NormScore(), count=6)})
+    if name == 'average': dense = create_vit('vit_tiny_patch16_224', global_pool='avg', img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
+    m = static['life'].slim if name == 'slim life' else SlimViT(dense, Policy(more[name])).eval() if name in more else static[name]
+    f = deploy.OnnxModel(deploy.export_onnx(m, tmp_path/'m.onnx', images, dynamic=True))
+    assert isinstance(f.input.shape[0], str)
+    for n in (1, 3, 8): assert deploy.logit_gap(f, m, torch.randn(n, 3, 32, 32)) <= 1e-4
+
+
+def test_a_file_that_would_be_fixed_to_its_batch_is_refused(images, tmp_path):
+    class Counts(torch.nn.Module):
+        def forward(self, x): return x.flatten(1)[:, :5]*len(x)      # Python's number, not the graph's
+    with pytest.raises(VitpruneError, match='dynamic: got True; allowed: False for this Counts, whose file takes 2 images. Export one file for each batch size.'):
+        deploy.export_onnx(Counts().eval(), tmp_path/'m.onnx', images, dynamic=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_the_file_knows_its_images_and_classes(static, images, tmp_path):
+    import onnxruntime
+    from vitprune_nb.data import data_config
+    names = ['plane', 'car', 'bird', 'Katze', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+    m = SlimViT(static['dense'], Policy({1: Step(keep=(1, 2, 3))})).eval()
+    f = deploy.OnnxModel(deploy.export_onnx(m, tmp_path/'a.onnx', images))
+    want = data_config(static['dense'])
+    assert f.about == dict(input_size=[3, 32, 32], mean=list(want['mean']), std=list(want['std']), interpolation=want['interpolation'], crop_pct=want['crop_pct'])
+    assert deploy.OnnxModel(deploy.export_onnx(m, tmp_path/'b.onnx', images, classes=names)).about['classes'] == names
+    m.classes = names
+    path = deploy.export_onnx(m, tmp_path/'c.onnx', images)
+    said = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).get_modelmeta().custom_metadata_map
+    assert json.loads(said['classes']) == names and json.loads(said['mean']) == list(want['mean'])
+    assert deploy.OnnxModel(deploy.export_onnx(static['life'], tmp_path/'d.onnx', images)).about['input_size'] == [3, 32, 32]
+    with pytest.raises(VitpruneError, match='classes: got 2 names; allowed: 10, as many as the model has logits'): deploy.export_onnx(m, tmp_path/'e.onnx', images, classes=names[:2])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'b.onnx', 'c.onnx', 'd.onnx']
+
+
+@torch.no_grad()
+def test_quantisation_finds_more_products_after_its_preprocessing(static, images, tmp_path):
+    float_products, gap = deploy.quantised(static['patch slimming'], tmp_path/'q.onnx', images)
+    assert float_products['as exported'] > float_products['pre-processed'] == 2*3, 'QKᵀ and AV of three blocks'
+    assert 0 < gap < .3 and [p.name for p in tmp_path.iterdir()] == ['q.onnx']
 
 
 def test_a_threshold_does_not_export_and_leaves_nothing(static, images, tmp_path):

@@ -128,3 +128,88 @@ def test_images_without_an_answer_are_counted():
     logits = torch.tensor([[0., 1.], [float('nan'), 1.], [2., 1.], [3., float('inf')]])
     assert classes_of(logits[[0, 2]]).tolist() == [1, 0]
     with pytest.raises(VitpruneError, match='for 2 of 4 images'): classes_of(logits)
+
+
+# --- every method on every kind of model
+
+def kinds():
+    from timm.models.vision_transformer import VisionTransformer
+    def direct(**kw):
+        torch.manual_seed(0)
+        return VisionTransformer(**TINY | kw).eval()
+    return {
+        'tall': lambda: vit(img_size=(64, 32), patch_size=(8, 4)),
+        'wide': lambda: vit(img_size=(32, 64)),
+        'one channel': lambda: vit(in_chans=1),
+        'no head': lambda: vit(num_classes=0),
+        'one block': lambda: vit(depth=1),
+        'no class token': lambda: vit(global_pool='avg', class_token=False),
+        'averages': lambda: vit(global_pool='avg'),
+        'half': lambda: vit().half(),
+        'bfloat16': lambda: vit().bfloat16(),
+        'double': lambda: vit().double(),
+        'built directly': direct,
+        'directly, registers': lambda: direct(reg_tokens=2, no_embed_class=True),
+        'compiled': lambda: torch.compile(vit(), backend='eager'),
+    }
+
+METHOD_OPTIONS = {
+    'vtp': dict(sparse_epochs=.5, batch_size=4, dtype='fp32'), 'life': dict(predictor_epochs=.5, backbone_epochs=.5, batch_size=4, dtype='fp32'),
+    **{m: dict(calibration=8) for m in ('patch-slimming', 'uniform', 'attention', 'random', 'cosine')},
+}
+RGB = 'input_size: got (1, 32, 32); allowed: three channels: pictures are read as RGB'
+CLS = 'a model that reads its CLS token'
+SENTENCES = {   # what does not work, and what is said
+    **{('one channel', m): RGB for m in METHOD_OPTIONS},
+    ('no head', 'vtp'): 'model: got one without a head (num_classes=0); allowed: a classifier, for vtp trains on labels',
+    ('no head', 'life'): 'model: got one without a head (num_classes=0); allowed: a classifier, for life trains on labels',
+    ('one block', 'uniform'): 'model: got a single block', ('one block', 'attention'): 'model: got a single block', ('one block', 'life'): 'model: got a single block',
+    ('no class token', 'patch-slimming'): CLS, ('no class token', 'random'): CLS, ('averages', 'patch-slimming'): CLS, ('averages', 'random'): CLS,
+    ('no class token', 'attention'): 'another kind for a model without a CLS token', ('no class token', 'life'): 'without a class token',
+    ('half', 'vtp'): 'model: got one in torch.float16; allowed: float32 or bfloat16, for vtp trains', ('half', 'life'): 'for life trains',
+}
+
+
+@pytest.mark.parametrize('method', METHOD_OPTIONS)
+@pytest.mark.parametrize('kind', kinds())
+def test_every_method_on_every_kind(kind, method, few, tmp_path):
+    "Pruned, finite, cheaper, and the same after a reload; or one sentence."
+    from vitprune_nb.methods import load_pruned, save_pruned
+    model, options = kinds()[kind](), dict(reduction=.3, **METHOD_OPTIONS[method])
+    before = [p.detach().clone() for p in model.parameters()]
+    if (kind, method) in SENTENCES:
+        with pytest.raises(VitpruneError) as e: prune(method, model, few, **options)
+        assert SENTENCES[kind, method] in str(e.value) and '\n' not in str(e.value)
+        return
+    pruned, weight = prune(method, model, few, **options), before[0]
+    x = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(2)).to(weight.dtype)
+    with torch.no_grad(): y = pruned(x)
+    assert y.shape == (2, model.num_classes or 48) and y.dtype == weight.dtype and torch.isfinite(y).all()
+    assert pruned.info['reduction'] > .2 and not torch.equal(y, model(x))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), 'the dense model is left as it is'
+    with torch.no_grad(): assert torch.equal(load_pruned(save_pruned(pruned, tmp_path/'m'))(x), y)
+
+
+def test_methods_are_all_in_the_table():
+    from vitprune_nb.methods import METHODS
+    assert set(METHOD_OPTIONS) == set(METHODS)
+
+
+def test_a_model_without_a_head_may_be_pruned_without_training(few):
+    pruned = prune('vtp', vit(num_classes=0), few, reduction=.3, sparse_epochs=0)
+    assert pruned(torch.randn(2, 3, 32, 32)).shape == (2, 48)
+
+
+@pytest.mark.parametrize('size', [(32, 64), (64, 32), (48, 48)])
+@pytest.mark.parametrize('augment', ['none', 'light', 'deit'])
+def test_images_for_training_have_the_shape_of_the_model(size, augment):
+    from PIL import Image
+    cfg = data.data_config(vit(img_size=size))
+    for picture in (Image.new('RGB', (32, 32)), Image.new('RGB', (100, 40))):
+        assert data.train_transform(cfg, augment)(picture).shape == (3, *size)
+
+
+def test_a_compiled_model_in_a_slimvit(images):
+    model = vit()
+    slim = SlimViT(torch.compile(model, backend='eager'), Policy({1: Step(keep=(1, 2))}))
+    assert slim.model is model and torch.equal(slim(images), SlimViT(model, Policy({1: Step(keep=(1, 2))}))(images))

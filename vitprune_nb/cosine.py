@@ -58,7 +58,7 @@ def walk(model,        # A timm VisionTransformer of standard blocks
     require(keys in ('all', 'kept'), 'keys', keys, "'all' or 'kept'")
     blocks, looks = standard_blocks(model), []
     p = model.num_prefix_tokens
-    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images.to(model.patch_embed.proj.weight.dtype))))
     last = torch.ones(len(x), x.shape[1] - p, dtype=torch.bool, device=x.device)
     for l, block in enumerate(blocks):
         full = block(x)

@@ -370,7 +370,7 @@ def data_config(model # A timm model, or anything with its `pretrained_cfg`
     import timm.data
     cfg = timm.data.resolve_model_data_config(check_model(model))
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    if size is not None: cfg['input_size'] = (cfg['input_size'][0], *size)
+    if size is not None: cfg['input_size'] = (getattr(model, 'in_chans', cfg['input_size'][0]), *size)
     if cfg['input_size'][-1] <= 64: cfg['crop_pct'] = 1.0   # tiny images have no margin to cut away
     return {k: cfg[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
 
@@ -379,6 +379,7 @@ def _check_config(cfg):
     require(isinstance(cfg, dict) and set(cfg) == {'input_size', 'interpolation', 'mean', 'std', 'crop_pct'}, 'cfg', cfg, allowed)
     size = cfg['input_size']
     require(isinstance(size, (list, tuple)) and len(size) == 3 and all(is_whole(n) and n > 0 for n in size), 'input_size', size, '(channels, height, width)')
+    require(size[0] == 3, 'input_size', size, 'three channels: pictures are read as RGB', 'Put a model of other channels behind a layer that makes them from RGB.')
     return cfg
 
 def eval_transform(cfg:dict # From `data_config`
@@ -395,12 +396,12 @@ def train_transform(cfg:dict,            # From `data_config`
     import timm.data
     from torchvision import transforms as T
     require(isinstance(augment, str) and augment in ('none', 'light', 'deit'), 'augment', augment, "'none', 'light' or 'deit'")
-    size = _check_config(cfg)['input_size'][-1]
+    height, width = _check_config(cfg)['input_size'][1:]
     if augment == 'deit':   # mmax9: above it timm posterises to 0 bits, which Pillow 13 refuses
         return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mmax9-mstd0.5-inc1', re_prob=.25, re_mode='pixel')
     if augment == 'none': return eval_transform(cfg)
     mode = T.InterpolationMode(cfg['interpolation']) if cfg['interpolation'] in ('bicubic', 'bilinear') else T.InterpolationMode.BICUBIC
-    return T.Compose([T.Resize((size, size), interpolation=mode), T.RandomCrop(size, padding=size//8),
+    return T.Compose([T.Resize((height, width), interpolation=mode), T.RandomCrop((height, width), padding=(width//8, height//8)),
                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg['mean'], cfg['std'])])
 
 # %% ../nbs/01_data.ipynb #d3ae3f06

@@ -25,6 +25,7 @@ class _LikeTimm(nn.Module):
     "What trainers and optimisers expect of a timm model, answered by the wrapped one."
     num_classes = property(lambda self: self.model.num_classes)
     num_prefix_tokens = property(lambda self: self.model.num_prefix_tokens)
+    in_chans = property(lambda self: self.model.in_chans)
     num_features = property(lambda self: self.model.num_features)
     embed_dim = property(lambda self: self.model.embed_dim)
     pretrained_cfg = property(lambda self: self.model.pretrained_cfg)

@@ -142,7 +142,7 @@ class LifeScore(Scorer):
     def lives(self, x, n_prefix:int=1, present=None): # (B, n, D) -> (B, n)
         "Lives of all tokens."
         tau = standardise(self.raw(x, n_prefix), None if present is None else present[:, n_prefix:])*self.sigma + self.mu
-        return torch.cat([tau.new_full((len(tau), n_prefix), self.last), tau], 1)
+        return torch.cat([tau.new_full((tau.shape[0], n_prefix), self.last), tau], 1)
 
     def forward(self, t:Tokens):
         t.memory['life'], t.memory['U'] = self.lives(t.x, t.n_prefix, t.present), self.U

@@ -386,6 +386,15 @@ def _claimed(work, memory):
         raise
 
 # %% ../nbs/25_methods.ipynb #be719d49
+def _check_trainable(m, o, model):
+    "A method that trains on labels needs a head, and numbers that hold small gradients."
+    from vitprune_nb.core import require
+    if not any(getattr(o, k) for k in m.reads if k in ('sparse_epochs', 'predictor_epochs', 'backbone_epochs')): return
+    require(getattr(model, 'num_classes', 1) > 0, 'model', 'one without a head (num_classes=0)', f'a classifier, for {m.name} trains on labels',
+            'Give it a head, or set its epochs to 0.')
+    kind = next(model.parameters()).dtype
+    require(str(kind) != 'torch.float16', 'model', f'one in {kind}', f'float32 or bfloat16, for {m.name} trains', 'Call model.float() first, and .half() on what comes out.')
+
 def prune(name:str,  # One of METHODS
           model,     # A timm ViT, dense or with cut channels; left as it is
           train_set, # Training images: an `ImageSet` without transform
@@ -401,6 +410,7 @@ def prune(name:str,  # One of METHODS
     m, o = check_options(name, options), Options(**options)
     pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
+    _check_trainable(m, o, model)
     train_set = match_classes(model, train_set)
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
     if done and done.exists():

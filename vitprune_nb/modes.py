@@ -41,7 +41,7 @@ class Stream:
 # %% ../nbs/04d_modes.ipynb #43de5955
 def _freeze(s, drop):
     "Keep the present values of `drop` (B, n) for the output."
-    B, N, D = len(s.x), s.n_tokens, s.x.shape[-1]
+    B, N, D = s.x.shape[0], s.n_tokens, s.x.shape[-1]
     values, where = s.frozen or (s.x.new_zeros(B, N, D), torch.zeros(B, N, dtype=torch.bool, device=s.x.device))
     b, j = drop.nonzero(as_tuple=True)
     at = b, s.pos[b, j]
@@ -299,7 +299,7 @@ def _gather_meet(s, step, idx, scores):
     if step.fate == 'idle': return
     fused = step.fate == 'fuse' and s.count(idx) < s.count()
     if step.fate != 'remove':
-        keep = torch.zeros(s.x.shape[:2], dtype=torch.bool, device=s.x.device).scatter(1, idx.expand(len(s.x), -1), True)
+        keep = torch.zeros(s.x.shape[:2], dtype=torch.bool, device=s.x.device).scatter(1, idx.expand(s.x.shape[0], -1), True)
         if step.fate == 'halt': _freeze(s, ~keep)
         if step.fate == 'merge': s.x, s.size = merge_tokens(s.x, keep, ~keep, s.size, s.n_prefix)
         if fused: extra = fuse_tokens(s.x, ~keep, s.size, None if scores is None else scores.clamp_min(1e-6))

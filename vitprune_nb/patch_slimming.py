@@ -79,14 +79,14 @@ def layer_inputs(model,      # A timm VisionTransformer
                  cache=None, # A folder for the tokens; None keeps them in memory
                  )->tuple:   # (for each batch L + 1 tensors (B, N, D), SHA-256 of the images)
     "The dense model's tokens before and after every block."
-    out, seen = [], hashlib.sha256()
+    out, seen, dtype = [], hashlib.sha256(), next(model.parameters()).dtype
     with capture(model, attention=False) as cap:
         for x in progress(batches, 'layer inputs', unit='batch'):
             x = x[0] if isinstance(x, (tuple, list)) and x else x
             ok = isinstance(x, torch.Tensor) and x.ndim == 4
             require(ok, 'ds', f'a batch of {type(x).__name__}', 'batches of images (B, 3, H, W), or of tuples that begin with them')
             seen.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
-            model(x.to(device))
+            model(x.to(device, dtype))
             out.append([_mapped(t, cache) for t in cap.tokens])
     require(len(out) > 0, 'ds', 'no images', 'at least one calibration image')
     require(all(bool(torch.isfinite(t[-1]).all()) for t in out), 'model', 'weights or images that give NaN or infinite tokens', 'finite weights and images')

@@ -80,6 +80,7 @@ class Gram:
              )->'Gram':
         "From G of the blocks behind l to G of block l and those behind it."
         H, N = attn.shape[1:3]
+        attn = attn.to((self.factor if self.full is None else self.full).dtype)
         rows = attn if mask.all() else attn[:, :, mask]      # D_l P_l without its empty rows
         paths = H + self.shortcut                            # dividing by it keeps float32 in range at any depth
         if self.full is None:
