@@ -166,7 +166,8 @@ SENTENCES = {   # what does not work, and what is said
     ('one block', 'uniform'): 'model: got a single block', ('one block', 'attention'): 'model: got a single block', ('one block', 'life'): 'model: got a single block',
     ('no class token', 'patch-slimming'): CLS, ('no class token', 'random'): CLS, ('averages', 'patch-slimming'): CLS, ('averages', 'random'): CLS,
     ('no class token', 'attention'): 'another kind for a model without a CLS token', ('no class token', 'life'): 'without a class token',
-    ('half', 'vtp'): 'model: got one in torch.float16; allowed: float32 or bfloat16, for vtp trains', ('half', 'life'): 'for life trains',
+    **{(kind, m): f'model: got one in torch.{t}; allowed: float32, for {m} trains' for m in ('vtp', 'life')
+       for kind, t in dict(half='float16', bfloat16='bfloat16', double='float64').items()},
 }
 
 

@@ -140,8 +140,9 @@ class CosineScore(Scorer):
     def macs(self, n, dim, n_prefix=1): return n*self.hidden*(dim + 1) + self.context*self.hidden*dim
 
     def logit(self, x, c=None): # x (…, D), c broadcastable to it -> (…)
-        h = self.fc1(self.norm(x))
-        if self.context: h = h + self.fc_context(self.norm(c))
+        kind = self.fc1.weight.dtype
+        h = self.fc1(self.norm(x.to(kind)))
+        if self.context: h = h + self.fc_context(self.norm(c.to(kind)))
         return self.fc2(F.relu(h)).squeeze(-1)
 
     def forward(self, t:Tokens):

@@ -107,12 +107,12 @@ def method(name:str,  # As in `Method`
 
 # %% ../nbs/25_methods.ipynb #d4f575e0
 def _batches(model, images):
-    "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device of the model."
+    "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device and in the dtype of the model."
     from vitprune_nb.data import data_config, eval_transform, loader
-    device = next(model.parameters()).device
-    if hasattr(images, 'shape'): return [images.to(device)]
+    weight = next(model.parameters())
+    if hasattr(images, 'shape'): return [images.to(weight.device, weight.dtype)]
     if images.transform is None: images = images.but(transform=eval_transform(data_config(model)))
-    return (x.to(device) for x, _ in loader(images, 64))
+    return (x.to(weight.device, weight.dtype) for x, _ in loader(images, 64))
 
 # %% ../nbs/25_methods.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
@@ -393,7 +393,7 @@ def _check_trainable(m, o, model):
     require(getattr(model, 'num_classes', 1) > 0, 'model', 'one without a head (num_classes=0)', f'a classifier, for {m.name} trains on labels',
             'Give it a head, or set its epochs to 0.')
     kind = next(model.parameters()).dtype
-    require(str(kind) != 'torch.float16', 'model', f'one in {kind}', f'float32 or bfloat16, for {m.name} trains', 'Call model.float() first, and .half() on what comes out.')
+    require(str(kind) == 'torch.float32', 'model', f'one in {kind}', f'float32, for {m.name} trains', f'Call model.float() first, and .to({kind}) on what comes out.')
 
 def prune(name:str,  # One of METHODS
           model,     # A timm ViT, dense or with cut channels; left as it is
