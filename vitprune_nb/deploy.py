@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'onnx_runtime', 'OnnxModel', 'first_cause', 'logit_gap', 'export_onnx', 'static_models', 'onnx_ops',
-           'try_exports', 'deploy_rows', 'record_deploy', 'show_deploy', 'quantised']
+           'try_exports', 'quantised', 'deploy_rows', 'record_deploy', 'show_deploy']
 
 # %% ../nbs/33_deploy.ipynb #b162a27d
 import collections, contextlib, copy, io, json, logging, shutil, tempfile, warnings
@@ -192,6 +192,25 @@ def try_exports(models:dict, # {name: model in eval mode}
             rows.append(row)
     return rows
 
+# %% ../nbs/33_deploy.ipynb #e0972059
+def quantised(model,  # A model for `export_onnx`
+              path,   # The file with int8 weights, *.onnx
+              images, # (B, 3, H, W): for the export and the check
+              )->tuple: # ({'as exported', 'pre-processed'}: matrix products left in floating point; largest difference of logits)
+    "Dynamic int8 quantisation by ONNX Runtime, after the pre-processing that it needs; counted without it too."
+    onnx_runtime()
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    left = {}
+    with tempfile.TemporaryDirectory() as tmp, _quiet():
+        plain = export_onnx(model, Path(tmp)/'plain.onnx', images)
+        quant_pre_process(str(plain), f'{tmp}/ready.onnx')
+        for name, source in {'as exported': plain, 'pre-processed': f'{tmp}/ready.onnx'}.items():
+            quantize_dynamic(str(source), f'{tmp}/int8.onnx', weight_type=QuantType.QInt8)
+            left[name] = sum(n for o, n in onnx_ops(f'{tmp}/int8.onnx').items() if o in ('MatMul', 'Gemm'))
+        with write_atomic(path) as out: shutil.copyfile(f'{tmp}/int8.onnx', out)
+    return left, logit_gap(OnnxModel(path), model, images)
+
 # %% ../nbs/33_deploy.ipynb #be8b1549
 def _both_runtimes(models, images, folder, threads):
     "{(name, runtime): function}"
@@ -236,22 +255,3 @@ def show_deploy(rows:list # From `deploy_rows`
     reduced = lambda r: '{time_reduction:.3f} ({time_reduction_low:.3f} to {time_reduction_high:.3f})'.format(**json.loads(r['note'])) if r['note'] else ''
     return markdown_table(rows, {'method': 'method', 'runtime': runtime, 'MACs (G)': lambda r: f"{r['macs']/1e9:.3f}", 'latency_ms': 'latency_ms', 'MAC reduction': said('mac_reduction'),
                                  'time reduction': reduced, 'speed-up': said('speed_up'), 'realised': said('realised'), 'batch': 'batch', 'threads': 'threads', 'device': 'device_name'})
-
-# %% ../nbs/33_deploy.ipynb #e0972059
-def quantised(model,  # A model for `export_onnx`
-              path,   # The file with int8 weights, *.onnx
-              images, # (B, 3, H, W): for the export and the check
-              )->tuple: # ({'as exported', 'pre-processed'}: matrix products left in floating point; largest difference of logits)
-    "Dynamic int8 quantisation by ONNX Runtime, after the pre-processing that it needs; counted without it too."
-    onnx_runtime()
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-    left = {}
-    with tempfile.TemporaryDirectory() as tmp, _quiet():
-        plain = export_onnx(model, Path(tmp)/'plain.onnx', images)
-        quant_pre_process(str(plain), f'{tmp}/ready.onnx')
-        for name, source in {'as exported': plain, 'pre-processed': f'{tmp}/ready.onnx'}.items():
-            quantize_dynamic(str(source), f'{tmp}/int8.onnx', weight_type=QuantType.QInt8)
-            left[name] = sum(n for o, n in onnx_ops(f'{tmp}/int8.onnx').items() if o in ('MatMul', 'Gemm'))
-        with write_atomic(path) as out: shutil.copyfile(f'{tmp}/int8.onnx', out)
-    return left, logit_gap(OnnxModel(path), model, images)
