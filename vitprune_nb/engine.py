@@ -67,8 +67,9 @@ def same_grid(slim, # A `SlimViT`
 def _embed(slim, images):
     "(B, N, D) tokens that enter the first block."
     m = slim.model
-    require(isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == m.in_chans, 'images',
-            getattr(images, 'shape', type(images).__name__), f'a tensor (B, {m.in_chans}, H, W)')
+    channels = m.patch_embed.proj.in_channels
+    require(isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == channels, 'images',
+            getattr(images, 'shape', type(images).__name__), f'a tensor (B, {channels}, H, W)')
     require(not (slim.training and slim.mode == 'packed'), 'mode', 'packed in training', "'mask' or 'gather' in training")
     require(not (slim.training and slim.policy.steps and getattr(m.patch_drop, 'prob', 0)), 'patch_drop', 'patch dropout together with a policy', 'one of the two')
     same_grid(slim, m.patch_embed.dynamic_feat_size(images.shape[-2:]))
