@@ -110,7 +110,7 @@ class Search:
         require(error in ('next', 'cls'), 'error', error, "'next' or 'cls'")
         require(scores in KINDS, 'scores', scores, ', '.join(KINDS))
         self.device, self.read, self.blocks = pick_device(device), read_tokens(model), list(standard_blocks(model))
-        if model.training or self.blocks[0].norm1.weight.device.type != self.device.type: model = copy.deepcopy(model).eval().to(self.device)
+        if model.training or next(model.parameters()).device.type != self.device.type: model = copy.deepcopy(model).eval().to(self.device)
         self.model, self.blocks, self.keys, self.error, self.kind, self.seed = model, list(model.blocks), keys, error, scores, seed
         self.n_prefix, self.n_patches = model.num_prefix_tokens, model.patch_embed.num_patches
         self.step, self.energy, self.passes, self.tuned, self.cache = patch_step(step, self.n_patches), {}, 0, [], cache

@@ -29,7 +29,8 @@ def _check_step(s):
     require(s.score is None or isinstance(s.score, nn.Module), 'score', s.score, 'a scorer, e.g. NormScore()')
     require((s.keep is not None) == (s.score is None), 'score', type(s.score).__name__,
             'a scorer together with count or threshold, and none together with keep')
-    require(s.count is None or s.count >= 0, 'count', s.count, 'a number of patch tokens, 0 or more')
+    require(s.threshold is None or is_number(s.threshold), 'threshold', s.threshold, 'a finite number')
+    require(s.count is None or is_whole(s.count) and s.count >= 0, 'count', s.count, 'a number of patch tokens, 0 or more')
 
 # %% ../nbs/04b_policy.ipynb #effeed8e
 def patch_indices(keep, # Whole numbers, in any order

@@ -1,0 +1,92 @@
+"""What is no number, no seed, no device and no path, wherever it is given: one sentence, and nothing is left."""
+import math
+
+import numpy as np, pytest, torch
+from vitprune_nb import cli, core, data, engine, experiment, measure, methods, plan, policy, train, vit
+from vitprune_nb.core import VitpruneError
+
+SEEDS = (-1, 2**32, 1.5, True, None, '3', math.nan)
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    torch.manual_seed(0)
+    return vit.create_vit('test_vit', num_classes=10, img_size=32, patch_size=8)
+
+
+@pytest.fixture(scope='module')
+def images(): return data.embedded('train').subset(range(0, 5000, 500))
+
+
+@pytest.mark.parametrize('device', ['cpu:x', 'cpu:1', 'cuda:99', 'mps:1', 'meta', '', ':', None, 3, True, [], torch.device('meta')])
+def test_a_device_that_is_none(device, tiny, images):
+    for door in (core.pick_device, core.environment, lambda d: vit.evaluate(tiny, images, device=d), lambda d: methods.prune('uniform', tiny, images, reduction=.3, device=d)):
+        with pytest.raises(VitpruneError, match='^device: got'): door(device)
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_a_seed_that_is_none(seed, images):
+    for door in (core.set_seed, lambda s: train.TrainConfig(seed=s), lambda s: methods.Options(seed=s), lambda s: experiment.Experiment(seeds=(s,)), lambda s: data.calibration(images, 3, s),
+                 lambda s: data.class_subset(images, 3, s), lambda s: data.load_data(None, seed=s), lambda s: policy.pyramid(6, 16, {2: .5}, s)):
+        with pytest.raises(VitpruneError, match='^seeds?: got'): door(seed)
+
+
+@pytest.mark.parametrize('name', [f.name for f in train.dataclasses.fields(train.TrainConfig)])
+@pytest.mark.parametrize('value', [math.nan, math.inf, True, '3', None, [math.nan]])
+def test_no_field_of_a_recipe_takes_what_is_no_number(name, value):
+    with pytest.raises(VitpruneError, match=f'^{name}: got'): train.TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize('name, value', [('step', math.nan), ('step', 1.5), ('whole_heads', 1), ('whole_heads', 'x'), ('keys', []), ('rule', 3), ('stages', [[1]]), ('stages', [True]), ('rounds', 10**20),
+                                         ('sparse_epochs', 1e99), ('U', '1.5'), ('multiple', 2.), ('calibration', np.float64(3)), ('work', 3), ('keep_rate', [[.5]])])
+def test_no_option_takes_a_wrong_type(name, value):
+    with pytest.raises(VitpruneError, match=f'^{name}: got'): methods.Options(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers(images):
+    assert methods.Options(calibration=np.int64(3), reduction=np.float32(.5)).calibration == 3
+    assert len(data.calibration(images, np.int64(3), np.int32(7))) == 3 and train.TrainConfig(seed=np.int64(5)).seed == 5
+
+
+@pytest.mark.parametrize('change', ['name=a\\u0000', 'methods=[[1]]', 'methods=[3]', 'seeds=4294967296', 'seeds=[true]', 'reductions=[nan]', 'recover.epochs=nan', 'recover.patch_drop=3', 'train.seed="x"',
+                                    'options.vtp.l1="x"', 'options.uniform=3', 'workers=999999', 'repeats=99999999999', 'recover=1979-05-27', 'a.b=1', '=1', 'test_images=1e3', 'classes=true'])
+def test_odd_settings_of_a_run(change, tmp_path, capsys):
+    (tmp_path/'c.toml').write_text('methods = ["uniform"]\nreductions = [0.3]\n')
+    code = cli.main(['run', str(tmp_path/'c.toml'), '--out', str(tmp_path/'r'), '--set', change.replace('\\u0000', '\0')])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count('\n')) == (2, '', 1) and ': got ' in err
+    assert [p.name for p in tmp_path.iterdir()] == ['c.toml']
+
+
+@pytest.mark.parametrize('call', [
+    lambda m, x: engine.SlimViT(m)(3), lambda m, x: engine.SlimViT(m)(x[0]), lambda m, x: engine.SlimViT(m)(x[:, :1]), lambda m, x: engine.SlimViT(m, {}), lambda m, x: engine.SlimViT(m, mode=[]),
+    lambda m, x: policy.Step(keep=(1.5,)), lambda m, x: policy.Step(keep=(True,)), lambda m, x: policy.Step(score=3, count=2), lambda m, x: policy.Step(score=policy.NormScore(), threshold=math.nan),
+    lambda m, x: policy.Policy([1]), lambda m, x: policy.Policy({True: policy.Step(keep=(0,))}), lambda m, x: policy.policy_from_dict({'steps': {'a': {}}, 'name': 'x'}), lambda m, x: policy.parse_schedule({'a': .5}, 6),
+    lambda m, x: policy.parse_schedule(.5, 0), lambda m, x: plan.Plan('m', 'test_vit', 16, 1, [(1.5,)]), lambda m, x: plan.Plan('m', 3, 16, 1, [(1,)]), lambda m, x: plan.uniform_plan(m, x, .3),
+    lambda m, x: measure.bench({'a': 3}, x), lambda m, x: measure.bench({'a': m}, x, dtype=[]), lambda m, x: measure.ratio_interval(['a'], [1.]), lambda m, x: measure.ratio_interval([1.], [math.nan]),
+    lambda m, x: vit.evaluate(None, x), lambda m, x: vit.evaluate(m, x), lambda m, x: methods.cost_of(3), lambda m, x: methods.prune('uniform', m, x, reduction=.3), lambda m, x: methods.recover(m, x),
+    lambda m, x: train.fit(m, x, train.TrainConfig()), lambda m, x: data.load_data(3), lambda m, x: data.load_data('a\0'), lambda m, x: data.load_data(limit=1.5), lambda m, x: data.loader(3)])
+def test_calls_with_a_wrong_type(call, tiny):
+    with pytest.raises(VitpruneError, match=': got (?s:.*); allowed: '): call(tiny, torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize('name, options', [('patch-slimming', dict(eps=.5, calibration=4)), ('patch-slimming', dict(reduction=.2, calibration=4, step=4)), ('uniform', dict(reduction=.3, calibration=4)),
+                                           ('life', dict(keep_rate=.7, predictor_epochs=0, backbone_epochs=0)), ('cosine', dict(score_threshold=.5, cosine_threshold=.5, calibration=4))])
+def test_a_model_with_cut_channels_is_pruned_by_every_method_of_patches(name, options, tiny, images):
+    cut = methods.prune('vtp', tiny, images, ratio=.2, sparse_epochs=0)
+    try: both = methods.prune(name, cut, images, **options)
+    except VitpruneError as e: assert 'leaves both labels in some block' in str(e)     # cosine on random weights
+    else: assert methods.cost_of(both)['macs'] <= methods.cost_of(cut)['macs'] and torch.isfinite(both(torch.zeros(2, 3, 32, 32))).all()
+
+
+@pytest.mark.parametrize('error, words', [(MemoryError(), 'out of memory'), (UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'bad'), 'another encoding'), (torch.OutOfMemoryError('x'), 'out of memory'),
+                                          (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 'out of memory'), (KeyboardInterrupt(), 'interrupted'), (OSError(28, 'No space left on device'), 'No space')])
+def test_what_a_library_raises_is_told_in_a_line(error, words, capsys):
+    assert cli.explain(error) in (2, 130)
+    err = capsys.readouterr().err
+    assert err.startswith('vitprune: ') and words in err and err.count('\n') == 1
+
+
+def test_a_bug_is_not_hidden(capsys):
+    for e in (KeyError('a'), RuntimeError('shape'), TypeError('x'), RecursionError()): assert cli.explain(e) is None
+    assert capsys.readouterr().err == ''
