@@ -8,8 +8,9 @@ __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device',
            'Rule', 'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor',
            'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'in_words_of_ours',
            'explain', 'one_line', 'main', 'finish', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data',
-           'cli_eval', 'first_images', 'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option',
-           'listed', 'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'cli_eval', 'first_images', 'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished',
+           'unfinished', 'flag', 'own_options', 'option', 'listed', 'prune_options', 'what_is_left', 'cli_prune',
+           'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/24_cli.ipynb #937961bc
 import contextlib, json, os, shutil, sys, warnings
@@ -214,17 +215,28 @@ def first_images(model,  # Decides the transform
     return torch.stack([t(ds.image(i)) for i in range(n)])
 
 # %% ../nbs/24_cli.ipynb #bcd62936
+def is_pruned_folder(folder # Any path
+                     )->bool:
+    "Does it hold a pruned model of ours, and nothing else?"
+    folder = Path(folder)
+    if folder.is_symlink() or not folder.is_dir(): return False
+    if {p.name for p in folder.iterdir()} - {'plan.json'} != {'config.json', 'model.safetensors'}: return False
+    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False
+    is_dict = isinstance(config, dict)
+    return is_dict and (str(config.get('format')).startswith('vitprune') or {'model', 'kwargs', 'info'} <= set(config))
+
 def check_out(out,              # The folder that shall be written
               force:bool=False, # Replace a pruned model that is there
+              need:int=0,       # Bytes that it will take
               )->Path:
-    "The folder, if it is free or may be replaced."
+    "The folder, if it can be written and is free or may be replaced."
     from vitprune_nb.core import check_output, require
-    out = check_output(out)
-    require(out.resolve() != Path.cwd(), 'out', out, 'a new or empty folder', 'This is the folder that you are in: name a new one in it.')
-    held = sorted(p.name for p in out.iterdir()) if out.is_dir() else [out.name] if out.exists() else []
-    ours = out.is_dir() and {'config.json', 'model.safetensors'} == set(held) - {'plan.json'}
-    require(not held or (ours and force), 'out', f'{out}, which is not empty' if out.is_dir() else f'{out}, which is a file', 'a new or empty folder',
-            'Replace the pruned model in it with --force.' if ours else 'Only a folder that holds a pruned model and nothing else can be replaced with --force.')
+    out = check_output(out, need=need, renamed=True)
+    held, ours = out.is_dir() and any(out.iterdir()), is_pruned_folder(out)
+    require(not held or (ours and force), 'out', f'{out}, which is not empty', 'a new or empty folder',
+            'Replace the pruned model in it with --force.' if ours else
+            'Only a folder that holds a pruned model and nothing else can be replaced with --force.')
     return out
 
 # %% ../nbs/24_cli.ipynb #81d1b6e4
@@ -234,29 +246,43 @@ def write_folder(model, # From `methods.prune`
                  **info,# What shall be remembered
                  )->Path:
     "`save_pruned`, but in place of what is there; until the last moment nothing is touched."
+    from vitprune_nb.core import write_folder_atomic
     out = check_out(out, force)
-    new = save_pruned(model, out.with_name(f'.{out.name}.{os.getpid()}'), **info)
-    try:
-        if out.exists(): shutil.rmtree(out)
-        os.replace(new, out)
-    finally: shutil.rmtree(new, ignore_errors=True)
+    with write_folder_atomic(out, lambda f: force and is_pruned_folder(f), 'out') as new: save_pruned(model, new, **info)
     return out
 
 # %% ../nbs/24_cli.ipynb #ba2bd5af
+def check_unfinished(out, # The folder that shall be written in the end
+                     **options, # All that decides the pruned model
+                     )->Path:  # OUT.unfinished
+    "Where the state of the work is kept: free, or that of a killed run with the same options."
+    from vitprune_nb.core import check_output, made_in, require
+    work, options = Path(f'{Path(out)}.unfinished'), json.loads(json.dumps(options))
+    check_output(work)
+    if not work.is_dir() or not any(work.iterdir()): return work
+    try: old = json.loads((work/'options.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): old = None
+    ours = isinstance(old, dict) and ('options.json' in made_in(work) or {'model', 'weights', 'method', 'data'} <= set(old))
+    require(ours, 'out', f'{out}, beside which {work.name} was not made by vitprune', 'a name where OUT.unfinished is free too',
+            'The state of the work is kept there. Name another folder.')
+    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in {**old, **options} if old.get(k) != options.get(k))
+    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
+    return work
+
 @contextlib.contextmanager
 def unfinished(out,         # The folder that shall be written in the end
                needed:bool, # False: yield None
                **options,   # All that decides the pruned model
                ):
     "Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work is done or was never begun."
-    from vitprune_nb.core import VitpruneError, read_json, require, write_atomic
-    if not needed: yield None; return
-    work, options = Path(f'{Path(out)}.unfinished'), json.loads(json.dumps(options))
-    file, new = work/'options.json', not work.exists()
-    old = read_json(file, dict, 'out', 'a file as `vitprune prune` wrote it') if file.is_file() else options
-    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in {**old, **options} if old.get(k) != options.get(k))
-    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
-    with write_atomic(file) as tmp: tmp.write_text(json.dumps(options, indent=1))
+    from vitprune_nb.core import VitpruneError, claim, write_atomic
+    if not needed:
+        yield None
+        return
+    work = check_unfinished(out, **options)
+    new = not work.exists()
+    claim(work, 'options.json', sure=True)
+    with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError:
         if new and not (work/'pruned').is_dir(): shutil.rmtree(work)
@@ -383,12 +409,17 @@ def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to
     "Prune a model and save it."
     given = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__ and k != 'device' and v is not None}
     from vitprune_nb import methods
-    from vitprune_nb.core import pick_device
+    from vitprune_nb.core import only_one, pick_device
     given = prune_options(method, given, recover, recover_lr)
+    row = METHODS[method]
+    long = bool(recover) or row.trains or eps is not None        # its state is kept in OUT.unfinished
+    options = dict(model=model, weights=weights, method=method, data=data, **given)
     check_out(out, force)
-    m, row, device = open_model(model, weights), METHODS[method], pick_device(device)
+    if long: check_unfinished(out, **options)
+    m, device = open_model(model, weights), pick_device(device)
     train = open_data(data, 'train', m if recover or row.trains else None, skip_damaged=skip_damaged)    # refuses other classes now, not after the search
-    with unfinished(out, bool(recover) or row.trains or eps is not None, model=model, weights=weights, method=method, data=data, **given) as work:
+    check_out(out, force, need=4*sum(p.numel() for p in m.parameters())*(6 if long else 1))
+    with only_one(out, beside=True), unfinished(out, long, **options) as work:
         pruned = methods.prune(method, m, train, device=device, work=work, **given)
         log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=seed, device=device, out=work/'recover') if recover else []
         (patches, line), d = what_is_left(pruned), cost_of(pruned)
