@@ -275,8 +275,9 @@ def sweep(folder):
 
 def _sweep_of(path):
     "Remove what dead processes left of a write to this very file or folder."
+    name = Path(path).name.lstrip('.')
     for left in _left_behind(Path(path).parent):
-        if left.name.startswith(f'.{Path(path).name}.'): remove(left)
+        if left.name.lstrip('.').startswith(f'{name}.'): remove(left)      # '..NAME…' is of a write within a write
 
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
