@@ -242,7 +242,8 @@ def writing(place,               # The file or folder that is being written
             with contextlib.suppress(OSError): folder.rmdir()
         why = _why_not_written(err, place)
         if why is None: raise
-        raise VitpruneError(f'{argument}: got {place}; allowed: a place that can be written. {why}') from err
+        shown = re.sub(r'(^|/)\.([^/]+)\.\d+\.vitprune\.tmp', r'\1\2', str(place))     # the user knows its final name
+        raise VitpruneError(f'{argument}: got {shown}; allowed: a place that can be written. {why}') from err
 
 # %% ../nbs/00_core.ipynb #a1c0de04
 def temporary_path(path # Where something shall be in the end

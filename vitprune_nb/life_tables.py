@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../nbs/13c_life_tables.ipynb #d3b101bd
 import torch
 from .channel_tables import recorded_tables
-from .core import data_path, require
+from .core import data_path, require, write_atomic
 from .engine import SlimViT
 from .life import LifeScore, life_plan
 from .life_run import frozen, life_recipe
@@ -150,8 +150,7 @@ def save_predictor(slim, # A `SlimViT` of a `LifePlan`
                    path):# A safetensors file
     "Keep a trained life predictor, in half precision."
     from safetensors.torch import save_file
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().half().contiguous() for k, v in slim.scorers[0].state_dict().items()}, path)
+    with write_atomic(path) as tmp: save_file({k: v.detach().half().contiguous() for k, v in slim.scorers[0].state_dict().items()}, tmp)
 
 def load_predictor(path,  # What `save_predictor` wrote
                    plan,  # The `LifePlan` that it was trained for
