@@ -12,16 +12,16 @@ import dataclasses, enum, json, warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-# %% ../nbs/05b_store.ipynb #de07db0e
+# %% ../nbs/05b_store.ipynb #28919fce
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from .core import VitpruneError, path_of, read_json, refuse, require, write_folder_atomic
+from .core import VitpruneError, read_json, refuse, require, write_folder_atomic
 from .data import data_config
 from .engine import SlimViT
 from .plan import Plan
 from .policy import Policy
-from .recipe import from_recipe, recipe_of
+from .recipe import NumbersOnCPU, from_recipe, recipe_of
 from .surgery import reshape_block
 from .vit import create_vit, model_kwargs
 
@@ -129,13 +129,14 @@ def read_config(folder # A pruned folder
     require(which in (None, FORMAT), 'config.json', which, FORMAT, 'A newer vitprune wrote this folder: upgrade to read it.')
     return read_json(folder/'config.json', ModelFile if which else FirstFormat, 'config.json', 'a pruned model as save_pruned writes it')
 
-# %% ../nbs/05b_store.ipynb #e5fa6195
+# %% ../nbs/05b_store.ipynb #b3da9ec2
 SETTABLE = ('eps p prob drop_prob scale_by_keep ordered scale inplace approximate negative_slope alpha init_values '
             'strict_img_size dynamic_img_pad fused_attn distilled_training').split()   # numbers and switches, no sizes
 
 def _recipe(config:_Pruned)->dict:
     "How the dense network is made; for the first format, read off what timm makes of the name."
-    if isinstance(config, FirstFormat): return recipe_of(create_vit(config.model, **model_kwargs(config.kwargs, from_file=True)))
+    if isinstance(config, FirstFormat):
+        with NumbersOnCPU(): return recipe_of(create_vit(config.model, **model_kwargs(config.kwargs, from_file=True)))
     return {k: v for k, v in config.model_dump(mode='json').items() if k in ('model', 'kind', 'kwargs', 'norm', 'eps', 'act', 'embed_norm', 'drop_path')}
 
 def _vit(config:_Pruned)->nn.Module:
@@ -209,9 +210,8 @@ def load_pruned(folder,             # What `save_pruned` wrote
                 mode:str|None=None, # Another mode than it was saved with, for a `SlimViT`
                 )->nn.Module: # In eval mode; `.info`, `.classes` and, if there is one, `.plan` are what was remembered
     "Read a pruned model: a `SlimViT`, a ViT with cut channels, or the one around the other."
-    folder = path_of('folder', folder)
+    folder = Path(folder)
     config = read_config(folder)
-    require(mode is None or config.policy is not None, 'mode', mode, 'None for a model that keeps all tokens')
     try: model = _assemble(config)
     except Exception as e:   # from timm, PyTorch or a check of ours, each with its own words
         refuse('config.json', folder, 'a pruned model that can be built', f'({_first_line(e)})')
