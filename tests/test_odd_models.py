@@ -98,7 +98,7 @@ def test_uniform_plans_leave_an_average_something_to_read(few, images, kind, met
 def test_the_cheapest_uniform_and_ramp_plans(averages):
     scores = torch.rand(L, P + 1)
     assert [len(k) for k in uniform_plan(averages, scores, .785).keep] == [1]*L
-    with pytest.raises(VitpruneError, match='reduction: got 0.8; allowed: at most 0.79'): uniform_plan(averages, scores, .8)
+    with pytest.raises(VitpruneError, match='reduction: got 0.85; allowed: at most 0.79'): uniform_plan(averages, scores, .85)
     assert len(ramp_plan(averages, .4).keep[-1]) == 1 and ramp_plan(vit(), .4).keep[-1] == ()
     with pytest.raises(VitpruneError, match='model: got a single block, of which only CLS is read; allowed: two blocks or more'): uniform_plan(vit(depth=1), torch.rand(1, P + 1), .3)
 

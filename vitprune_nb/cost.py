@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Widths', 'block_terms', 'block_macs', 'vit_blocks', 'block_widths', 'n_tokens', 'check_counts', 'cost_rows',
-           'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'flop_counter', 'count_macs']
+           'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'tolerance_of', 'meet_budget',
+           'flop_counter', 'count_macs']
 
 # %% ../nbs/03_cost.ipynb #b2d646f3
 from typing import NamedTuple
@@ -165,6 +166,26 @@ def speed_up(new, # Cost after
     "old/new: how many times less it costs."
     require(is_number(old) and is_number(new) and old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
     return old/new
+
+# %% ../nbs/03_cost.ipynb #b0d9e701
+def tolerance_of(model # A ViT
+                 )->float: # Share of the MACs
+    "How far a saved share may be from the one that was asked for: 0.02, or half of a patch where that is more."
+    vit, _ = vit_blocks(model)
+    return max(.02, .5/vit.patch_embed.num_patches)
+
+def meet_budget(wanted:float, # Share of the MACs to save
+                found,        # Shares that the settings that were tried would save, in any order
+                tolerance:float, # Allowed miss: see `tolerance_of`
+                given:str='these options', # What they were tried with
+                ):
+    "Refuse a budget that nothing comes near to, and say what does."
+    if any(abs(f - wanted) <= tolerance for f in found): return
+    below, above = [f for f in found if f < wanted], [f for f in found if f > wanted]
+    if not above: can = f'at most {max(below):.3f}'
+    elif not below: can = f'at least {min(above):.3f}'
+    else: can = f'{max(below):.3f} or {min(above):.3f}, the nearest that can be had,'
+    refuse('reduction', wanted, f'{can} for this model with {given}', 'Ask for that, or change the options.')
 
 # %% ../nbs/03_cost.ipynb #ec8500e4
 def _input_size(model)->tuple: # (channels, height, width)

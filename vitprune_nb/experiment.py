@@ -97,6 +97,9 @@ def _check_recipes(e):
         require(isinstance(table, dict), f'options.{m}', table, 'a table of options')
         _known(table, [k for k in METHODS[m].reads if k not in COMMON], f'options.{m}')
         Options(**table)
+        dial = METHODS[m].dial
+        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), f'no value of its own, for a run turns this dial until each of its reductions is met',
+                f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
     for m in e.methods: check_options(m, method_options(e, m, e.reductions[0]))
 
 # %% ../nbs/25b_experiment.ipynb #0f7b8fb9
