@@ -1,4 +1,5 @@
 """The cost model against what it does not share code with: published figures, counters that watch a forward pass, other methods' schedules."""
+import json
 import math
 
 import ptflops
@@ -7,8 +8,10 @@ import timm
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
 
+from vitprune_nb import cost
 from vitprune_nb.core import VitpruneError
 from vitprune_nb.cost import Widths, block_macs, block_terms, block_widths, cost_table, count_macs, model_macs, model_params, n_tokens, reduction, speed_up
+from vitprune_nb.methods import cost_of
 
 
 def shape(name, **kwargs):
@@ -212,3 +215,121 @@ def test_impossible_ratios_are_refused(new, old):
 @pytest.mark.parametrize('new, old', [(3.2, 4.6), (1, 2), (5, 4)])
 def test_reduction_and_speed_up_say_the_same(new, old):
     assert speed_up(new, old) == pytest.approx(1/(1 - reduction(new, old)))
+
+
+# --- formula or forward pass: which, and that either is right
+
+VITS = [('vit_tiny_patch16_224', {}), ('vit_base_patch32_224', {}), ('deit_tiny_distilled_patch16_224', {}), ('deit3_small_patch16_224', {}), ('flexivit_small', {}),
+        ('vit_small_patch14_dinov2', {}), ('vit_small_patch14_reg4_dinov2', {}), ('vit_little_patch16_reg4_gap_256', {}), ('vit_wee_patch16_reg1_gap_256', {}),
+        ('vit_medium_patch16_gap_240', {}), ('vit_small_patch8_224', dict(img_size=64)), ('test_vit', {}), ('test_vit2', {}), ('test_vit3', {}),
+        ('vit_betwixt_patch16_reg1_gap_256', {}), ('vit_giant_patch14_reg4_dinov2', dict(depth=2)), ('vit_base_patch16_clip_224', {}),
+        ('vit_tiny_patch16_224', dict(img_size=(48, 96), dynamic_img_size=True)), ('vit_tiny_patch16_224', dict(img_size=64, dynamic_img_pad=True)),
+        ('vit_tiny_patch16_224', dict(in_chans=1, img_size=64, class_token=False, global_pool='avg')), ('vit_tiny_patch16_224', dict(img_size=64, num_classes=0)),
+        ('vit_tiny_patch16_224', dict(img_size=64, qk_norm=True, scale_mlp_norm=True, scale_attn_norm=True))]
+OTHERS = ['cait_xxs24_224', 'vit_relpos_small_patch16_224', 'vit_relpos_medium_patch16_cls_224', 'vit_srelpos_small_patch16_224', 'beit_base_patch16_224', 'eva02_tiny_patch14_224',
+          'vit_base_patch16_siglip_224', 'vit_small_patch16_18x2_224', 'vit_small_r26_s32_224', 'vitamin_small_224', 'swin_tiny_patch4_window7_224', 'swinv2_tiny_window8_256',
+          'mixer_s32_224', 'resmlp_12_224', 'gmlp_ti16_224', 'convnext_atto', 'convnextv2_atto', 'resnet18', 'resnet152', 'regnety_002', 'efficientnet_b0', 'mobilenetv3_small_050',
+          'xcit_nano_12_p16_224', 'pit_ti_224', 'levit_128s', 'poolformer_s12', 'convmixer_768_32', 'crossvit_tiny_240', 'coat_lite_tiny', 'twins_pcpvt_small', 'pvt_v2_b0',
+          'maxvit_nano_rw_256', 'coatnet_nano_rw_224', 'tnt_s_legacy_patch16_224', 'convit_tiny', 'volo_d1_224', 'mobilevit_xxs', 'edgenext_xx_small', 'efficientformer_l1',
+          'fastvit_t8', 'hiera_tiny_224', 'davit_tiny', 'focalnet_tiny_srf', 'nest_tiny', 'vgg11', 'densenet121', 'naflexvit_base_patch16_gap']
+
+
+REAL = ()   # networks that the 'meta' device cannot run
+
+
+def watched(model, side=None):
+    "MACs by PyTorch's counter, with nothing of ours but the size of the image."
+    x = torch.zeros(1, *(side or cost._input_size(model)), device=next(model.parameters()).device)
+    model.requires_grad_(False)
+    with cost.flop_counter() as counter: model(x)
+    return counter.get_total_flops()/2
+
+
+@pytest.mark.parametrize('name, kwargs', VITS)
+def test_formulas_are_used_where_they_are_right(name, kwargs):
+    if not timm.is_model(name): pytest.skip(f'timm {timm.__version__} has no {name}')
+    m = shape(name, **kwargs)
+    found = cost_of(m)
+    assert (found['counted'], found['reduction']) == ('by formula', 0)
+    assert found['macs'] == pytest.approx(watched(m), rel=1e-3)
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_everything_else_is_counted(name):
+    if not timm.is_model(name): pytest.skip(f'timm {timm.__version__} has no {name}')
+    m = timm.create_model(name).eval() if name in REAL else shape(name)
+    found, table = cost_of(m), cost.count_table(m)
+    assert (found['counted'], found['reduction'], found['params']) == ('by a forward pass', 0, model_params(m))
+    assert found['macs'] == pytest.approx(watched(m), rel=1e-3)
+    assert table.macs[:-1].sum() == table.macs.iloc[-1] == found['macs'] and table.params[:-1].sum() == found['params']
+    with pytest.raises(VitpruneError, match='counts what a forward pass does'): model_macs(m)
+
+
+def adapted(where):
+    m = timm.create_model('test_vit', num_classes=7).eval()
+    D = m.embed_dim
+    if where == 'head': m.head = torch.nn.Sequential(torch.nn.Linear(D, 300), torch.nn.GELU(), torch.nn.Linear(300, 7))
+    if where == 'adapter': m.blocks[1].ls1 = torch.nn.Linear(D, D)
+    if where == 'low rank': m.blocks[2].attn.qkv.register_parameter('lora', torch.nn.Parameter(torch.zeros(4, D)))
+    if where == 'norm': m.norm = torch.nn.Linear(D, D)
+    if where == 'overlap': m.patch_embed.proj = torch.nn.Conv2d(3, D, 32, 16, padding=8)
+    if where == 'subclass':
+        class Twice(type(m)):
+            def forward_features(self, x, **kw): return super().forward_features(x, **kw) + super().forward_features(x.flip(-1), **kw)
+        m.__class__ = Twice
+    return m
+
+
+@pytest.mark.parametrize('where', ['head', 'adapter', 'low rank', 'norm', 'overlap', 'subclass'])
+def test_a_vit_with_parts_of_its_own_is_counted(where):
+    m = adapted(where)
+    found = cost_of(m)
+    assert found['counted'] == 'by a forward pass' and found['macs'] == watched(m)
+
+
+@pytest.mark.parametrize('size, patch', [(72, 16), ((40, 64), 16), (30, 8)])
+def test_padded_images_are_counted_as_they_are_computed(size, patch):
+    m = timm.create_model('vit_tiny_patch16_224', img_size=size, patch_size=patch, depth=2, dynamic_img_pad=True, dynamic_img_size=True).eval()
+    assert cost.not_by_formula(m) == 'whose images are padded'
+    assert cost_of(m)['macs'] == watched(m)
+
+
+@pytest.mark.parametrize('where', ['head', 'adapter'])
+def test_a_pruned_model_around_such_a_vit(where):
+    from vitprune_nb.engine import NormScore, Policy, SlimViT, Step
+    m = adapted(where)
+    for policy in (Policy({2: Step(keep=range(0, 100, 3))}), Policy({1: Step('middle', 'fuse', score=NormScore(), count=20)})):
+        slim = SlimViT(m, policy)
+        found = cost_of(slim)
+        assert found['counted'] == 'by a forward pass' and found['macs'] == watched(slim) and found['reduction'] == 1 - watched(slim)/watched(m)
+    ragged = SlimViT(m, Policy({1: Step(score=NormScore(), threshold=6.)}), 'packed')
+    images = torch.randn(3, 3, *m.patch_embed.img_size)
+    with pytest.raises(VitpruneError, match='images: got None; allowed: images to count on'): cost_of(ragged)
+    assert cost_of(ragged, images)['macs'] == round(count_macs(ragged, images)/3)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_number_formats_cost_the_same(dtype):
+    m = timm.create_model('resnet10t', num_classes=5).eval()
+    assert cost_of(m.to(dtype))['macs'] == cost_of(m.float())['macs']
+
+
+def test_grey_networks_without_a_config():
+    m = timm.create_model('resnet10t', in_chans=1, num_classes=5).eval()
+    del m.pretrained_cfg
+    assert cost_of(m)['macs'] == watched(m, (1, 224, 224))
+
+
+def test_a_network_that_takes_no_image_is_refused():
+    with pytest.raises(VitpruneError, match='model: got Linear; allowed: a network that takes an image of shape'): cost_of(torch.nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize('name, gmacs, counted', [('resnet152', 11.5, True), ('regnety_002', .2, True), ('cait_xxs24_224', 2.5, True), ('vit_tiny_patch16_224', 1.3, False)])   # as published
+@pytest.mark.parametrize('by', ['part', 'block'])
+def test_the_command_line_counts_any_network_and_says_so(name, gmacs, counted, by, capsys):
+    from vitprune_nb.cli import main
+    assert main(['cost', name, '--by', by, '--json']) == 0
+    *_, line, said = capsys.readouterr().out.splitlines()
+    said = json.loads(said)
+    assert round(said['macs']/1e9, 1) == gmacs and f'{said["macs"]/1e9:.3f} G MACs' in line
+    assert line.endswith('counted by a forward pass') == counted == (said['counted'] == 'by a forward pass')

@@ -7,9 +7,10 @@ __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Device', 'Dtype'
            'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart', 'Rule',
            'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor', 'Backbone',
            'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'BUDGET', 'explain', 'main', 'finish',
-           'fit_kwargs', 'open_model', 'in_words', 'root', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
-           'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed', 'default_budget',
-           'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'fit_kwargs', 'open_model', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval',
+           'first_images', 'check_out', 'write_folder', 'unfinished', 'flag', 'own_options', 'option', 'listed',
+           'default_budget', 'prune_options', 'what_is_left', 'cli_prune', 'cli_bench', 'cli_demo', 'cli_train',
+           'cli_run']
 
 # %% ../nbs/24_cli.ipynb #937961bc
 import contextlib, json, os, shutil, sys
@@ -111,7 +112,8 @@ def in_words(d:dict # From `cost_of`
              )->str:
     "MACs, reduction and parameters in one line."
     less = f' ({100*d["reduction"]:.1f}% less than dense)' if d['reduction'] else ''
-    return f"{d['macs']/1e9:.3f} G MACs{less}, {d['params']/1e6:.2f} M parameters"
+    how = ', counted by a forward pass' if d.get('counted') == 'by a forward pass' else ''
+    return f"{d['macs']/1e9:.3f} G MACs{less}, {d['params']/1e6:.2f} M parameters{how}"
 
 # %% ../nbs/24_cli.ipynb #2ad5fa54
 Model = Annotated[str, typer.Argument(metavar='MODEL', help="'course', a timm name such as deit_small_patch16_224, or a folder that `vitprune prune` wrote")]
@@ -141,23 +143,32 @@ def root(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', he
 # %% ../nbs/24_cli.ipynb #fc7eb888
 HELP['cost'] = '''Count the MACs and parameters of a model, part by part.
 
-MACs are multiply-accumulates of one image, counted from the widths of the layers; papers often print them as "FLOPs".
+MACs are multiply-accumulates of one image, counted from the widths of the layers, or in a forward pass
+where a network is no standard ViT, which is then said; papers often print them as "FLOPs".
 
 \b
 Examples:
   vitprune cost                          the course model
   vitprune cost deit_small_patch16_224   any ViT of timm, here 4.6 G MACs
+  vitprune cost resnet152                any other network of timm
   vitprune cost pruned/ --by block       a pruned model, block by block'''
 
 # %% ../nbs/24_cli.ipynb #bf46813c
+def table_of(model,  # Any network, pruned or not
+             by:str, # 'part' or 'block': what a row is
+             ):      # pandas.DataFrame
+    "Where the MACs are: by formula, or counted in a forward pass."
+    from vitprune_nb.cost import cost_table, count_table, not_by_formula
+    if not_by_formula(model): return count_table(model, by)
+    counts = counts_of(model)
+    return cost_table(getattr(model, 'model', model), counts, extra_macs(model, counts), by)
+
 @app.command('cost', short_help='MACs and parameters, part by part', help=HELP['cost'])
 def cli_cost(model:Model='course', weights:Weights=None,
              by:Annotated[str, typer.Option(help="'part' or 'block': what a row is")]='part', json_:Json=False):
     "Print a model's MACs and parameters as a table."
-    from vitprune_nb.cost import cost_table
     m = open_model(model, weights)
-    d, counts = cost_of(m), counts_of(m)
-    table = cost_table(getattr(m, 'model', m), counts, extra_macs(m, counts), by)
+    d, table = cost_of(m), table_of(m, by)
     shown = dict(tokens='{:.1f}'.format, macs=lambda v: f'{v/1e6:,.1f} M', share='{:.1%}'.format, params='{:,}'.format)
     print(table.to_string(index=False, formatters=shown, na_rep=''))
     print(f'{model}: {in_words(d)}')

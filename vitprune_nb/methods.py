@@ -141,11 +141,21 @@ def extra_macs(model, # Any ViT, pruned or not
     return extra + padding_macs(model, counts)
 
 # %% ../nbs/25_methods.ipynb #4a4aa8e6
+def _counted(model, images):
+    "The same for a model that the formulas do not know, from forward passes; one of a blank image, where all images cost the same."
+    from vitprune_nb.core import require
+    from vitprune_nb.cost import count_macs, count_table
+    if not any(s.ragged for s in getattr(getattr(model, 'policy', None), 'steps', {}).values()): return count_table(model).macs.iloc[-1]
+    require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
+    macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images)))
+    return sum(macs)/sum(n)
+
 def macs_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
             )->float:    # MACs of one image, mean where it depends on the image
     "MACs of a plain, slim or sliced model, its decisions and padding included."
-    from vitprune_nb.cost import model_macs
+    from vitprune_nb.cost import model_macs, not_by_formula
+    if not_by_formula(model): return _counted(model, images)
     counts = counts_of(model, images)
     return model_macs(getattr(model, 'model', model), counts, extra_macs(model, counts))
 
@@ -160,13 +170,14 @@ def dense_of(model # Any ViT, pruned or not
 # %% ../nbs/25_methods.ipynb #9f51fc78
 def cost_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
-            )->dict:     # macs, params, reduction
-    "MACs and parameters of a plain, slim or sliced model, and the share of the dense network's MACs that it saves."
+            )->dict:     # macs, params, reduction, counted: 'by formula' or 'by a forward pass'
+    "MACs and parameters of any network, pruned or not, and the share of the dense network's MACs that it saves."
     import torch
-    from vitprune_nb.cost import model_macs, model_params
+    from vitprune_nb.cost import model_params, not_by_formula
     with torch.device('meta'): dense = dense_of(model)
-    macs = macs_of(model, images)
-    return dict(macs=round(macs), params=model_params(model), reduction=1 - macs/model_macs(dense))
+    macs, counted = macs_of(model, images), 'by a forward pass' if not_by_formula(model) else 'by formula'
+    less = 0. if dense is model else 1 - macs/macs_of(dense)
+    return dict(macs=round(macs), params=model_params(model), reduction=less, counted=counted)
 
 # %% ../nbs/25_methods.ipynb #a7adf44b
 def turn(make,           # Dial -> (model, its MAC reduction); the reduction should rise along the dial, but need not at each step
