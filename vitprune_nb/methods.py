@@ -145,7 +145,7 @@ def _counted(model, images):
     "The same for a model that the formulas do not know, from forward passes; one of a blank image, where all images cost the same."
     from vitprune_nb.core import require
     from vitprune_nb.cost import count_macs, count_table
-    if not any(s.ragged for s in getattr(getattr(model, 'policy', None), 'steps', {}).values()): return count_table(model).macs.iloc[-1]
+    if not any(s.ragged for s in getattr(getattr(model, 'policy', None), 'steps', {}).values()): return int(count_table(model).macs.iloc[-1])
     require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
     macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images)))
     return sum(macs)/sum(n)
