@@ -8,12 +8,11 @@ __all__ = ['Widths', 'block_terms', 'block_macs', 'not_by_formula', 'vit_blocks'
            'meet_budget', 'flop_counter', 'count_macs', 'count_table']
 
 # %% ../nbs/03_cost.ipynb #b2d646f3
-from numbers import Real
 from typing import NamedTuple
 
 # %% ../nbs/03_cost.ipynb #cef32578
 import torch
-from .core import refuse, require
+from .core import check_model, is_number, refuse, require
 
 # %% ../nbs/03_cost.ipynb #41cf2461
 class Widths(NamedTuple):
@@ -124,10 +123,11 @@ def check_counts(counts,   # One (nq, nkv, nmlp) per block; floats are means ove
                  )->list:      # L triples
     "The counts as a list of triples, or a refusal that says which entry is wrong."
     if counts is None: return [(n, n, n)]*n_blocks
+    require(isinstance(counts, (list, tuple)), 'counts', counts, f'a list of {n_blocks}, one (nq, nkv, nmlp) per block of the model')
     counts = [tuple(c) if hasattr(c, '__iter__') else (c,) for c in counts]
     require(len(counts) == n_blocks, 'counts', f'{len(counts)} entries', f'{n_blocks}, one (nq, nkv, nmlp) per block of the model')
     for i, c in enumerate(counts):
-        require(len(c) == 3 and all(isinstance(x, Real) and 0 <= x <= n + 1e-6 for x in c), f'counts[{i}]', c,
+        require(len(c) == 3 and all(is_number(x) and 0 <= x <= n + 1e-6 for x in c), f'counts[{i}]', c,
                 f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
         require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries', 'CLS is always kept, and so is its key.')
     return counts
@@ -156,7 +156,7 @@ def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (w
                extra=0,     # MACs that the method adds, e.g. those of a predictor
                ):           # MACs of one image
     "MACs of one forward pass: patch embedding, blocks, head, and what the method adds. Norms, softmax and GELU are not counted."
-    require(isinstance(extra, Real) and extra >= 0, 'extra', extra, 'MACs, 0 or more')
+    require(is_number(extra) and extra >= 0, 'extra', extra, 'MACs, 0 or more')
     return sum(r['macs'] for r in cost_rows(model, counts)) + extra
 
 def model_params(model:torch.nn.Module # Any module; a SlimViT counts its scores too
@@ -172,7 +172,7 @@ def cost_table(model,       # As for `model_macs`
                ):           # pandas.DataFrame of part, tokens (mean over blocks), macs, share, params; the last row is the total
     "Where the MACs and the parameters are."
     import pandas as pd
-    require(by in ('part', 'block'), 'by', by, "'part' or 'block'")
+    require(isinstance(by, str) and by in ('part', 'block'), 'by', by, "'part' or 'block'")
     total, n_params = model_macs(model, counts, extra), model_params(model)
     rows, n_blocks = pd.DataFrame(cost_rows(model, counts)), len(vit_blocks(model)[1])
     if by == 'block': rows['part'] = [r.part if r.block in (-1, n_blocks) else f'block {r.block + 1}' for r in rows.itertuples()]
@@ -189,14 +189,14 @@ def reduction(new, # Cost after
               old, # Cost before, in the same unit
               )->float: # 0: nothing saved; .5: half of it; negative: dearer than before
     "1 - new/old: the share that is saved."
-    require(old > 0 and new >= 0, 'new, old', (new, old), 'two costs, old above 0')
+    require(is_number(old) and is_number(new) and old > 0 and new >= 0, 'new, old', (new, old), 'two costs, old above 0')
     return 1 - new/old
 
 def speed_up(new, # Cost after
              old, # Cost before, in the same unit
              )->float: # 1: nothing saved; 2: half the cost
     "old/new: how many times less it costs."
-    require(old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
+    require(is_number(old) and is_number(new) and old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
     return old/new
 
 # %% ../nbs/03_cost.ipynb #b0d9e701
@@ -244,11 +244,17 @@ def count_macs(model:torch.nn.Module, # Any network, also on the 'meta' device
 
 def _watch(model, x=None)->tuple: # (MACs, {name of a module: its MACs})
     "A forward pass in eval mode under the counter."
-    if x is None: x = torch.zeros(1, *_input_size(model)).to(next(model.parameters()))
+    check_model(model)
+    first = next(model.parameters(), torch.empty(0))
+    if x is None: x = torch.zeros(1, *_input_size(model)).to(first)
+    require(isinstance(x, torch.Tensor), 'x', type(x).__name__, 'a tensor that the model takes')
     was_training = model.training
     weights = {k: v.detach() for k, v in model.named_parameters()}   # the counter trips over parameters that ask for gradients
     try:
         with flop_counter() as counter: torch.func.functional_call(model.eval(), weights, (x,))
+    except (RuntimeError, TypeError, IndexError) as e:
+        if isinstance(e, torch.OutOfMemoryError): raise
+        refuse('x', f'shape {tuple(x.shape)}', f'what this {type(model).__name__} takes', f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     finally: model.train(was_training)
     root = type(model).__name__
     parts = {n.removeprefix(f'{root}.'): sum(ops.values())//2 for n, ops in counter.get_flop_counts().items()}

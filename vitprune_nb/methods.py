@@ -9,8 +9,8 @@ __all__ = ['CHECKS', 'COMMON', 'METHODS', 'Options', 'Method', 'method', 'counts
            'check_options', 'prune', 'recover']
 
 # %% ../nbs/25_methods.ipynb #6c14599f
-import copy, dataclasses, json, math, os, shutil
-from numbers import Real
+import contextlib, copy, dataclasses, json, math, os, shutil
+from numbers import Integral, Real
 from pathlib import Path
 
 # %% ../nbs/25_methods.ipynb #4be2e756
@@ -55,10 +55,11 @@ class Options:
         require(self.tune_epochs == 0 or self.reduction is None, 'tune_epochs', self.tune_epochs, '0 with a MAC budget', 'Fine-tuned blocks need a tolerated error: give eps.')
 
 # %% ../nbs/25_methods.ipynb #3d35c0a8
-def _number(v): return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
-def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
-def _rates(v): return len(v) > 0 and all(map(_rates, v)) if isinstance(v, (list, tuple)) else _number(v) and 0 < v <= 1
-def _blocks(v): return len(v) > 0 and all(map(_blocks, v)) if isinstance(v, (list, tuple)) else _whole(v) and v >= 1
+def _number(v): return isinstance(v, Real) and not isinstance(v, bool) and (isinstance(v, Integral) or math.isfinite(v))   # as `is_number` of core,
+def _whole(v): return isinstance(v, Integral) and not isinstance(v, bool)        # and `is_whole`: core imports torch, and --help does not wait for it
+def _word(*words): return lambda v: isinstance(v, str) and v in words
+def _rates(v): return len(v) > 0 and all(_number(r) and 0 < r <= 1 for r in v) if isinstance(v, (list, tuple)) else _number(v) and 0 < v <= 1
+def _blocks(v): return len(v) > 0 and all(_whole(b) and b >= 1 for b in v) if isinstance(v, (list, tuple)) else _whole(v) and v >= 1
 
 # %% ../nbs/25_methods.ipynb #4325f599
 CHECKS = [
@@ -66,16 +67,21 @@ CHECKS = [
     ('eps', lambda v: _number(v) and v > 0, 'a positive relative error, e.g. 0.02'),
     ('U lr gate_start', lambda v: _number(v) and v > 0, 'a number above 0'),
     ('ratio', lambda v: _number(v) and 0 <= v < 1, 'a share in [0, 1)'),
-    ('l1 sparse_epochs predictor_epochs backbone_epochs', lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
+    ('l1', lambda v: _number(v) and v >= 0, 'a number, 0 or more'),
+    ('sparse_epochs predictor_epochs backbone_epochs', lambda v: _number(v) and 0 <= v <= 1e6, 'a number, 0 or more, and at most a million'),
+    ('step', lambda v: _number(v) and (0 < v < 1 or v >= 1 and v == int(v)), 'a share in (0, 1) or a whole number of patches, at least 1'),
+    ('whole_heads', lambda v: isinstance(v, bool), 'true or false'),
     ('cosine_threshold score_threshold', lambda v: _number(v) and 0 < v < 1, 'a number in (0, 1)'),
     ('keep_rate', _rates, 'a number in (0, 1], or one for each stage'),
     ('stages', _blocks, 'block numbers from 1 on, rising, e.g. 4, 7, 10'),
-    ('tune_epochs rounds seed', lambda v: _whole(v) and v >= 0, 'a whole number, 0 or more'),
+    ('tune_epochs rounds', lambda v: _whole(v) and 0 <= v <= 1e6, 'a whole number, 0 or more, and at most a million'),
+    ('seed', lambda v: _whole(v) and 0 <= v < 2**32, 'an integer from 0 to 2**32 - 1'),
     ('t_base', lambda v: _whole(v) and v >= 0, 'a block number, 0 or more'),
     ('multiple calibration batch_size', lambda v: _whole(v) and v >= 1, 'a whole number, 1 or more'),
-    ('keys', lambda v: v in ('entering', 'all', 'kept'), "'entering', 'all' or 'kept'"),
-    ('rule', lambda v: v in ('folded', 'gate', 'literal'), "'folded', 'gate' or 'literal'"),
-    ('dtype', lambda v: v in ('auto', 'fp32', 'bf16'), "'auto', 'fp32' or 'bf16'")]
+    ('keys', _word('entering', 'all', 'kept'), "'entering', 'all' or 'kept'"),
+    ('rule', _word('folded', 'gate', 'literal'), "'folded', 'gate' or 'literal'"),
+    ('dtype', _word('auto', 'fp32', 'bf16'), "'auto', 'fp32' or 'bf16'"),
+    ('work', lambda v: isinstance(v, (str, os.PathLike)) and str(v), 'a folder, or None')]
 
 # %% ../nbs/25_methods.ipynb #afa620e2
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +125,8 @@ def counts_of(model,       # Any ViT, pruned or not
               images=None, # (B, 3, H, W) or an `ImageSet`, where the counts depend on the image; None: those remembered from pruning
               ):           # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
     "How many tokens each block computes."
-    from vitprune_nb.core import require
-    policy = getattr(model, 'policy', None)
+    from vitprune_nb.core import check_model, require
+    policy = getattr(check_model(model), 'policy', None)
     if policy is None: return None
     remembered = getattr(model, 'info', {}).get('counts')
     if not any(s.ragged for s in policy.steps.values()): return policy.counts(len(model.blocks), model.n_tokens, model.num_prefix_tokens)
@@ -163,9 +169,9 @@ def macs_of(model,       # Any ViT, pruned or not
 def dense_of(model # Any ViT, pruned or not
              ):    # A timm ViT; for cut channels a new one with random weights, for time and cost only
     "The dense network that a pruned model came from, or the model itself."
-    from vitprune_nb.vit import create_vit
+    from vitprune_nb.recipe import from_recipe
     vit = getattr(model, 'model', model)
-    return create_vit(vit.channels['model'], **vit.channels['kwargs']) if hasattr(vit, 'channels') else vit
+    return from_recipe(vit.channels) if hasattr(vit, 'channels') else vit
 
 # %% ../nbs/25_methods.ipynb #9f51fc78
 def cost_of(model,       # Any ViT, pruned or not
@@ -222,7 +228,7 @@ def calibration_images(model, train_set, o): # o: `Options`
 def _planned(plan, model, **dials):
     "A plan put to work; the model remembers it."
     slim = plan.slim(model)
-    slim.plan = plan
+    slim.plan = dataclasses.replace(plan, weights=None)      # they are in the model
     return slim, dict(keys=plan.info['keys'], **dials)
 
 # %% ../nbs/25_methods.ipynb #01f3c41f
@@ -260,11 +266,6 @@ def build_random(model, train_set, o): # As `Method.build`
     return _planned(random_plan(plan, o.seed), model)
 
 # %% ../nbs/25_methods.ipynb #3993777d
-def _accelerator(device):
-    from accelerate import Accelerator
-    from vitprune_nb.core import pick_device
-    return Accelerator(cpu=pick_device(device).type == 'cpu', mixed_precision='no')
-
 def _batch(o, own, train_set): return o.batch_size or max(1, min(own, len(train_set) - len(train_set) % 2))   # Mixup wants pairs
 
 def _part(o, name): return Path(o.work)/name if o.work else None
@@ -276,7 +277,7 @@ def build_vtp(model, train_set, o): # As `Method.build`
     from vitprune_nb.channels import PAPER, add_gates, choose, importance, l1_penalty, train_gates
     from vitprune_nb.cost import tolerance_of
     from vitprune_nb.surgery import slice_model
-    from vitprune_nb.train import TrainConfig
+    from vitprune_nb.train import TrainConfig, pick_accelerator
     heads, ratio, dense = model.blocks[0].attn.num_heads, .4 if o.ratio is None else o.ratio, macs_of(model)
     pick = lambda m, r: choose(importance(m, o.rule), r, heads, o.multiple, o.whole_heads)
     l1_penalty(o.l1)
@@ -284,7 +285,7 @@ def build_vtp(model, train_set, o): # As `Method.build`
     pick(gated, 0. if o.reduction else ratio)
     if o.sparse_epochs:
         cfg = dict(PAPER, epochs=o.sparse_epochs, lr=o.lr or 1e-4, batch_size=_batch(o, 64, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
-        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, o.gate_start, out=_part(o, 'sparse'), accelerator=_accelerator(o.device))
+        gated = train_gates(model, train_set, TrainConfig(**cfg), o.l1, o.gate_start, out=_part(o, 'sparse'), accelerator=pick_accelerator(o.device))
     def cut(ratio):
         sliced = slice_model(gated, pick(gated, ratio))
         return sliced, 1 - macs_of(sliced)/dense
@@ -319,7 +320,7 @@ def build_life(model, train_set, o): # As `Method.build`
     "Life regression: schedule, predictor, two stages of training (Algorithm 1)."
     from vitprune_nb.engine import SlimViT
     from vitprune_nb.life_run import frozen, life_batch, life_recipe
-    from vitprune_nb.train import fit
+    from vitprune_nb.train import fit, pick_accelerator
     rate, plan = _life_plan(model, o)
     score = plan.score(model.embed_dim, o.U, o.seed)
     soft = SlimViT(model, plan.policy(score, 'soft'), 'mask')
@@ -327,7 +328,7 @@ def build_life(model, train_set, o): # As `Method.build`
     same = dict(batch_size=_batch(o, own, train_set), seed=o.seed, dtype=o.dtype, save_every=50)
     for part, epochs, lr, still in (('predictor', o.predictor_epochs, 1e-3, model), ('backbone', o.backbone_epochs, o.lr or 1e-5, score)):
         if epochs:
-            with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=_accelerator(o.device))
+            with frozen(still): fit(soft, train_set, life_recipe(lr, epochs=epochs, **same), out=_part(o, part), accelerator=pick_accelerator(o.device))
     stages = o.stages or default_stages(len(model.blocks))
     return SlimViT(model, plan.policy(score)), dict(keep_rate=rate, stages=stages, t_base=plan.t_base, patches=list(plan.counts))
 
@@ -357,38 +358,16 @@ def save_pruned(model,  # From `prune`: slim or sliced
                 folder, # A new folder
                 **info, # What shall be remembered besides `model.info`
                 )->Path:
-    "Write a pruned model as config.json and model.safetensors, with its plan.json if it has one; all of it or nothing."
-    from vitprune_nb.core import require
-    from vitprune_nb.engine import save_slim
-    from vitprune_nb.surgery import save_sliced
-    folder, sliced, plan = Path(folder), hasattr(getattr(model, 'model', model), 'channels'), getattr(model, 'plan', None)
-    require(sliced or hasattr(model, 'policy'), 'model', type(model).__name__, 'a pruned model', 'Prune one first.')
-    require(not folder.exists(), 'folder', folder, 'a folder that does not exist yet', 'Delete it or choose another name.')
-    new = folder.with_name(f'.{folder.name}.{os.getpid()}.new')
-    try:
-        (save_sliced if sliced else save_slim)(model, new, **getattr(model, 'info', {}) | info)
-        if plan is not None: dataclasses.replace(plan, weights=None).save(new/'plan.json')
-        os.replace(new, folder)
-    finally: shutil.rmtree(new, ignore_errors=True)
-    return folder
+    "`store.save_pruned`, loaded when it is needed."
+    from vitprune_nb import store
+    return store.save_pruned(model, folder, **info)
 
 # %% ../nbs/25_methods.ipynb #01148c73
-def load_pruned(folder # What `save_pruned` wrote
-                ):     # In eval mode; `.info` is what was remembered, `.plan` its plan if it has one
-    "Read a pruned model, slim or sliced."
-    from vitprune_nb.engine import _use_data_config, load_slim
-    from vitprune_nb.plan import Plan
-    from vitprune_nb.surgery import load_sliced
-    folder = Path(folder)
-    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): config = {}      # load_slim says what is wrong
-    if 'shapes' not in config: model = load_slim(folder)
-    else:
-        model = load_sliced(folder)
-        model.info = config['info']
-        _use_data_config(getattr(model, 'model', model), config['data'])
-    if (folder/'plan.json').is_file(): model.plan = Plan.load(folder/'plan.json')
-    return model
+def load_pruned(folder, # What `save_pruned` wrote
+                ):      # In eval mode; `.info` is what was remembered, `.plan` its plan if it has one
+    "`store.load_pruned`, loaded when it is needed."
+    from vitprune_nb import store
+    return store.load_pruned(folder)
 
 # %% ../nbs/25_methods.ipynb #e17c0203
 def check_options(name:str,     # One of METHODS
@@ -396,7 +375,8 @@ def check_options(name:str,     # One of METHODS
                   )->Method:
     "The method of this name, if it reads every option that was given."
     from vitprune_nb.core import require
-    require(name in METHODS, 'method', name, ', '.join(METHODS))
+    require(isinstance(name, str) and name in METHODS, 'method', name, ', '.join(METHODS))
+    require(isinstance(options, dict), 'options', options, 'a dict of options')
     m = METHODS[name]
     shown = ', '.join(k for k in m.reads if k not in ('device', 'work'))
     for k, v in options.items():
@@ -414,6 +394,26 @@ def _memory(name, model, train_set, options):
     given = {k: v for k, v in options.items() if k not in ('device', 'work')}
     return json.loads(json.dumps(dict(method=name, options=given, data=train_set.name, data_hash=train_set.digest, model_hash=weights_hash(model)), default=str))
 
+def _hold_to(work, memory, found): # found: what a run left there
+    from vitprune_nb.core import require
+    differ = [k for k in memory if found.get(k) != memory[k]]
+    require(not differ, 'work', work, 'the folder of this very run', f'Another {", ".join(differ)} was used there; delete it or name another.')
+
+@contextlib.contextmanager
+def _claimed(work, memory):
+    "Within the `with`, a folder whose checkpoints are those of this very run; one of another run is refused."
+    from vitprune_nb.core import VitpruneError, read_json, write_atomic
+    if work is None: yield; return
+    folder, file = Path(work), Path(work)/'run.json'
+    new = not folder.exists()
+    if file.is_file(): _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
+    else:
+        with write_atomic(file) as tmp: tmp.write_text(json.dumps(memory, indent=1) + '\n', encoding='utf-8')
+    try: yield
+    except VitpruneError:
+        if new and [p.name for p in folder.iterdir()] == [file.name]: shutil.rmtree(folder)     # refused before it began
+        raise
+
 # %% ../nbs/25_methods.ipynb #be719d49
 def _check_budget(m, model, out, o):
     "Whatever a method promises: what it saved is what was asked for."
@@ -428,23 +428,31 @@ def prune(name:str,  # One of METHODS
           train_set, # Training images: an `ImageSet` without transform
           **options, # Fields of `Options` that the method reads
           ):         # In eval mode: a `SlimViT`, or a timm ViT with smaller layers; `.info` says how it was made
-    "Prune a model by any method of the course."
-    from vitprune_nb.core import require
+    "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
+    from vitprune_nb.core import check_model, pick_device, require
+    from vitprune_nb.data import check_set, match_classes
+    from vitprune_nb.engine import freeze_choices
+    from vitprune_nb.train import same_random_after
+    from vitprune_nb.vit import standard_blocks
+    model = getattr(model, '_orig_mod', model)       # compiled: what comes out can be compiled again
     m, o = check_options(name, options), Options(**options)
+    pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
+    train_set = match_classes(model, train_set)
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
     if done and done.exists():
         out = load_pruned(done)
-        differ = [k for k in memory if out.info.get(k) != memory[k]]
-        require(not differ, 'work', o.work, 'the folder of this very run', f'Another {", ".join(differ)} was used there; delete it or name another.')
-        return out
-    out, dials = m.build(copy.deepcopy(model).eval(), train_set, o)
+        _hold_to(o.work, memory, out.info)
+        return out.to(pick_device(o.device))
+    with same_random_after(), _claimed(o.work, memory):
+        out, dials = m.build(copy.deepcopy(model).eval().requires_grad_(True), train_set, o)
     used = {k: getattr(o, k) for k in m.reads if k not in ('device', 'work', 'reduction')}
-    out.info = memory | used | json.loads(json.dumps(dials, default=str))
+    out.info = json.loads(json.dumps(memory | used | dials, default=str))
     out.info['reduction'] = cost_of(out.eval())['reduction']
     _check_budget(m, model, out, o)
+    out.classes = list(train_set.classes) if len(train_set.classes) == out.num_classes else None
     if done: save_pruned(out, done)
-    return out
+    return freeze_choices(out).to(pick_device(o.device))
 
 # %% ../nbs/25_methods.ipynb #2028f3f3
 def recover(model,         # A pruned model; trained in place
@@ -460,13 +468,21 @@ def recover(model,         # A pruned model; trained in place
             **kw)->list:   # kw: for `fit`, e.g. test_set, teacher; returns the rows of the log
     "Fine-tune what is left, with the course's trainer."
     import torch
+    from vitprune_nb.core import check_model, require
+    from vitprune_nb.data import check_set, match_classes
     from vitprune_nb.life_run import frozen
-    from vitprune_nb.train import TrainConfig, fit
-    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=batch_size or min(64, len(train_set)), seed=seed, dtype=dtype, **dict(save_every=50) | (recipe or {}))
+    from vitprune_nb.train import TrainConfig, fit, pick_accelerator
+    check_model(model), check_set(train_set, 'train_set')
+    others = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ('epochs', 'lr', 'batch_size', 'seed', 'dtype')]
+    ok = recipe is None or isinstance(recipe, dict) and set(recipe) <= set(others)
+    require(ok, 'recipe', recipe, f'a dict with some of {", ".join(others)}')
+    train_set, kw = match_classes(model, train_set), {k: match_classes(model, v) if k == 'test_set' and v is not None else v for k, v in kw.items()}
+    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=min(64, len(train_set)) if batch_size is None else batch_size, seed=seed, dtype=dtype,
+                      **dict(save_every=50) | (recipe or {}))
     packed = getattr(model, 'mode', None) == 'packed'
     if packed: model.set_mode('mask')
     try:
-        with frozen(getattr(model, 'scorers', torch.nn.Module())): log = fit(model, train_set, cfg, out=out, accelerator=_accelerator(device), **kw)
+        with frozen(getattr(model, 'scorers', torch.nn.Module())): log = fit(model, train_set, cfg, out=out, accelerator=pick_accelerator(device), **kw)
     finally:
         if packed: model.set_mode('packed')
     if 'counts' in getattr(model, 'info', {}): _count_again(model, train_set)

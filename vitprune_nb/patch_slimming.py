@@ -13,10 +13,11 @@ from pathlib import Path
 
 # %% ../nbs/11_patch_slimming.ipynb #1a2683f9
 import torch
-from .core import VitpruneError, data_path, fold_seed, pick_device, progress, refuse, require, write_atomic
+from .core import (VitpruneError, at_least, data_path, fold_seed, is_number, is_whole, pick_device, progress,
+                              refuse, require, write_atomic)
 from .cost import meet_budget, tolerance_of
 from .data import ImageSet, calibration, data_config, embedded, eval_transform, loader
-from .engine import attn_branch, mlp_branch
+from .engine import attn_branch, mlp_branch, own_grid
 from .plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
 from .results import make_row
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
@@ -82,7 +83,9 @@ def layer_inputs(model,      # A timm VisionTransformer
     out, seen, dtype = [], hashlib.sha256(), next(model.parameters()).dtype
     with capture(model, attention=False) as cap:
         for x in progress(batches, 'layer inputs', unit='batch'):
-            x = x[0] if isinstance(x, (tuple, list)) else x
+            x = x[0] if isinstance(x, (tuple, list)) and x else x
+            ok = isinstance(x, torch.Tensor) and x.ndim == 4
+            require(ok, 'ds', f'a batch of {type(x).__name__}', 'batches of images (B, 3, H, W), or of tuples that begin with them')
             seen.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
             model(x.to(device, dtype))
             out.append([_mapped(t, cache) for t in cap.tokens])
@@ -301,16 +304,15 @@ def _add_patches(self, node, eps, tune_epochs, lr):
     while error > eps and k < self.n_patches:
         k = min(k + self.step, self.n_patches)
         error = _try(self, node, k, eps, tune_epochs, lr)
-    require(error <= eps, 'eps', eps, f'at least {error:.2g} for this model and these images',
+    require(error <= eps, 'eps', eps, f'{at_least(error)} for this model and these images',
             f"Block {node['l']} of {len(self.blocks)} misses it even with all its {k} patches.")
     return k, error
 
 # %% ../nbs/11_patch_slimming.ipynb #af5f5e66
 def _check_run(eps, tune_epochs, lr):
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-    require(number(eps) and eps > 0, 'eps', eps, 'a positive relative error, e.g. 0.02')
-    require(number(tune_epochs) and tune_epochs >= 0 and tune_epochs == int(tune_epochs), 'tune_epochs', tune_epochs, '0 or a positive integer')
-    require(number(lr) and 0 < lr < math.inf, 'lr', lr, 'a positive number')
+    require(is_number(eps) and eps > 0, 'eps', eps, 'a positive relative error, e.g. 0.02')
+    require(is_whole(tune_epochs) and tune_epochs >= 0, 'tune_epochs', tune_epochs, '0 or a positive integer')
+    require(is_number(lr) and lr > 0, 'lr', lr, 'a positive number')
 
 def search_run(self:Search,       # Cached inputs and what was measured
                eps:float,         # Tolerated relative error of each block, > 0
@@ -329,7 +331,8 @@ def search_run(self:Search,       # Cached inputs and what was measured
         errors, node = [error, *errors], self.child(node, k)
         if checkpoint: _save_state(self, checkpoint, settings, node, errors)
     keep = [node['masks'][l][self.n_prefix:].nonzero().flatten().tolist() for l in range(len(self.blocks))]
-    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors), _tuned_weights(self) or None)
+    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors), _tuned_weights(self) or None,
+                own_grid(self.model))
 
 Search.run = search_run
 
@@ -357,7 +360,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
                **search,            # step, keys, error, batch_size, seed, device, cache: see `Search`
                )->Plan:
     "The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then bisect on a logarithmic scale."
-    require(isinstance(reduction, (int, float)) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
     s = Search(model, ds, scores, **search)
     most = Plan('none', '', s.n_patches, s.n_prefix, [()]*len(s.blocks)).reduction(model, s.keys)
     miss = max(tolerance, tolerance_of(model))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 # %% ../nbs/10b_plan.ipynb #e527424f
 import torch
-from .core import fold_seed, refuse, require, sha256, write_atomic
+from .core import VitpruneError, fold_seed, is_number, is_whole, read_json, refuse, require, sha256, write_atomic
 from .cost import meet_budget, model_macs, tolerance_of
-from .engine import Policy, SlimViT, Step
+from .engine import Policy, SlimViT, Step, own_grid
+from .policy import patch_indices
 from .vit import create_vit, standard_blocks
 
 # %% ../nbs/10b_plan.ipynb #f633fc00
@@ -31,9 +32,16 @@ class Plan:
     keep:list     # L tuples of patch indices, 0-based
     info:dict = dataclasses.field(default_factory=dict) # eps, keys, errors, calibration …
     weights:dict|None = dataclasses.field(default=None, repr=False, compare=False) # Fine-tuned parameters, timm's names; None: the model's own
+    grid:tuple|None = dataclasses.field(default=None, repr=False) # (rows, columns) of the patches; None: not known, in old files
 
     def __post_init__(self):
-        self.keep = [tuple(sorted(int(i) for i in k)) for k in self.keep]
+        for name in ('method', 'model'): require(isinstance(getattr(self, name), str), name, getattr(self, name), 'text')
+        require(is_whole(self.n_patches) and self.n_patches >= 1, 'n_patches', self.n_patches, 'a whole number, 1 or more')
+        require(is_whole(self.n_prefix) and self.n_prefix >= 0, 'n_prefix', self.n_prefix, 'a whole number, 0 or more')
+        require(isinstance(self.info, dict), 'info', self.info, 'a dict')
+        require(isinstance(self.keep, (list, tuple)), 'keep', self.keep, 'a list with the patch indices of each block')
+        self.keep = [patch_indices(k, f'keep[{l}]') for l, k in enumerate(self.keep)]
+        if self.grid is not None: self.grid = tuple(self.grid)
         require(len(self.keep) > 0, 'keep', 'no blocks', 'one tuple of patch indices for each block')
         for l, k in enumerate(self.keep):
             require(len(set(k)) == len(k) and (not k or 0 <= k[0] and k[-1] < self.n_patches), f'keep[{l}]', list(k)[:8],
@@ -50,8 +58,8 @@ class Plan:
 
 # %% ../nbs/10b_plan.ipynb #f1c5c134
 def _keys(plan, keys):
-    keys = keys or plan.info.get('keys', 'entering')
-    require(keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
+    if keys is None: keys = plan.info.get('keys', 'entering')
+    require(isinstance(keys, str) and keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
     return keys
 
 def plan_counts(plan:Plan,    # Which patches each block keeps
@@ -103,6 +111,8 @@ def plan_check(plan:Plan, # Which patches each block keeps
     given = (model_name(model), len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens)
     say = lambda t: '{} with {} blocks, {} patches and {} prefix token(s)'.format(*t)
     require(own == given, 'model', say(given), say(own), 'The plan was made for that one; search a new plan for this one.')
+    grids = tuple('{} by {} patches'.format(*g) for g in (plan.grid or (0, 0), own_grid(model)))
+    require(plan.grid is None or grids[0] == grids[1], 'model', f'one of {grids[1]}', grids[0], 'The plan was made for that grid; search a new plan for this one.')
     require(not plan.weights or plan.info.get('model_hash') == weights_hash(model), 'model', f'a {own[0]} with other weights',
             'the one whose blocks this plan fine-tuned', 'Search a new plan for these weights.')
     return plan
@@ -135,6 +145,7 @@ def save_plan(plan:Plan, # Which patches each block keeps
               ):
     "Write a plan as JSON, atomically; fine-tuned weights go to a .safetensors file of the same name."
     d = dict(format='vitprune plan 1', **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
+    if plan.grid is None: del d['grid']
     if plan.weights:
         from safetensors.torch import save_file
         file = Path(path).with_suffix('.safetensors')
@@ -143,20 +154,28 @@ def save_plan(plan:Plan, # Which patches each block keeps
     with write_atomic(path) as tmp: tmp.write_text(json.dumps(d, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/10b_plan.ipynb #3226eb2e
+def _plan_file():
+    "What the JSON of a plan holds; pydantic is loaded when a plan is read."
+    from typing import Annotated, Any, Literal, Optional
+    from pydantic import ConfigDict, Field, create_model
+    size, strict = Annotated[int, Field(ge=0, le=2**20)], ConfigDict(extra='forbid', strict=True)
+    beside = create_model('WeightsFile', __config__=strict, file=Annotated[str, Field(pattern=r'^[^/\\.][^/\\]*\.safetensors$')], sha256=str)
+    return create_model('PlanFile', __config__=strict, format=(Literal['vitprune plan 1'], 'vitprune plan 1'), method=str, model=str, n_patches=size, n_prefix=size,
+                        keep=list[list[size]], info=dict[str, Any], weights=(Optional[beside], None), grid=(Optional[tuple[size, size]], None))
+
 def load_plan(path # A file that `save_plan` wrote
               )->Plan:
-    "Read a plan; a file that is none is refused."
-    require(Path(path).is_file(), 'plan', path, 'an existing JSON file')
-    try:
-        d = json.loads(Path(path).read_text(encoding='utf-8'))
-        plan, w = Plan(**{f.name: d[f.name] for f in dataclasses.fields(Plan) if f.name != 'weights'}), d.get('weights')
-        file = Path(path).with_name(w['file']) if w else None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as e:
-        refuse('plan', path, 'a plan written by Plan.save', f'({type(e).__name__}: {e})')
-    if w:
-        from safetensors.torch import load_file
-        require(file.is_file() and sha256(file) == w['sha256'], 'plan', path, f'a plan with its weights, {file.name}, unchanged beside it')
-        plan.weights = load_file(file)
+    "Read a plan; a file that is none is refused, and so is one whose weights are not in its own folder."
+    d = read_json(path, _plan_file(), 'plan', 'a plan written by Plan.save')
+    try: plan = Plan(**{f.name: getattr(d, f.name) for f in dataclasses.fields(Plan) if f.name != 'weights'})
+    except VitpruneError as e: refuse('plan', path, 'a plan written by Plan.save', f'({e})')
+    if d.weights is None: return plan
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    file = Path(path).with_name(d.weights.file)
+    require(file.is_file() and sha256(file) == d.weights.sha256, 'plan', path, f'a plan with its weights, {file.name}, unchanged beside it')
+    try: plan.weights = load_file(file)
+    except SafetensorError as e: refuse('plan', path, f'a plan whose weights, {file.name}, can be read', f'({e})')
     return plan
 
 Plan.save, Plan.load = save_plan, staticmethod(load_plan)
@@ -193,7 +212,7 @@ def random_plan(plan:Plan,  # Gives the number of patches in each block
 
 # %% ../nbs/10b_plan.ipynb #3a92c443
 def _check_share(reduction):
-    require(isinstance(reduction, (int, float)) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
 
 def _nearest(plans, reduction, model, keys): # the first one that meets the budget
     saved, allowed = [p.reduction(model) for p in plans], tolerance_of(model)
@@ -211,6 +230,8 @@ def uniform_plan(model,               # A timm VisionTransformer
     """The same patches in every block whose patches are read, best first by mean share of the score; the first blocks keep
     one more where the budget allows. The last block keeps none in a model that reads its CLS token."""
     L, P, n_prefix = len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens
+    ok = isinstance(scores, torch.Tensor) and tuple(scores.shape) == (L, n_prefix + P) and bool(torch.isfinite(scores).all())
+    require(ok, 'scores', f'shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else type(scores).__name__, f'finite scores of shape ({L}, {n_prefix + P})')
     least = _last_patches(model)
     n = L if least else L - 1                     # blocks that share the patches
     require(n > 0, 'model', 'a single block, of which only CLS is read', 'two blocks or more')
@@ -218,7 +239,7 @@ def uniform_plan(model,               # A timm VisionTransformer
     order = (s/s.sum(1, keepdim=True)).sum(0).argsort(descending=True, stable=True).tolist()
     def make(total): # patches summed over these blocks
         k, more = divmod(total, n)
-        return Plan('uniform', model_name(model), P, n_prefix, [order[:k + (l < more)] for l in range(n)] + [()]*(L - n), dict(keys=keys))
+        return Plan('uniform', model_name(model), P, n_prefix, [order[:k + (l < more)] for l in range(n)] + [()]*(L - n), dict(keys=keys), grid=own_grid(model))
     _check_share(reduction)
     low, high = least*n, P*n                      # the most patches that still save enough
     while low < high:
@@ -237,7 +258,7 @@ def ramp_plan(model,               # A timm VisionTransformer
     L, P, least = len(standard_blocks(model)), model.patch_embed.num_patches, _last_patches(model)
     def make(a):
         keep = [range(max(least, round(P*(1 - (l/max(1, L - 1))**a)))) for l in range(L)]
-        return Plan('ramp', model_name(model), P, model.num_prefix_tokens, keep, dict(keys=keys))
+        return Plan('ramp', model_name(model), P, model.num_prefix_tokens, keep, dict(keys=keys), grid=own_grid(model))
     _check_share(reduction)
     low, high = 1e-6, 1e6
     for _ in range(60):
