@@ -113,12 +113,12 @@ def method(name:str,  # As in `Method`
 
 # %% ../nbs/25_methods.ipynb #d4f575e0
 def _batches(model, images):
-    "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device of the model."
+    "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device and in the dtype of the model."
     from vitprune_nb.data import data_config, eval_transform, loader
-    device = next(model.parameters()).device
-    if hasattr(images, 'shape'): return [images.to(device)]
+    weight = next(model.parameters())
+    if hasattr(images, 'shape'): return [images.to(weight.device, weight.dtype)]
     if images.transform is None: images = images.but(transform=eval_transform(data_config(model)))
-    return (x.to(device) for x, _ in loader(images, 64))
+    return (x.to(weight.device, weight.dtype) for x, _ in loader(images, 64))
 
 # %% ../nbs/25_methods.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
@@ -415,6 +415,15 @@ def _claimed(work, memory):
         raise
 
 # %% ../nbs/25_methods.ipynb #be719d49
+def _check_trainable(m, o, model):
+    "A method that trains on labels needs a head, and numbers that hold small gradients."
+    from vitprune_nb.core import require
+    if not any(getattr(o, k) for k in m.reads if k in ('sparse_epochs', 'predictor_epochs', 'backbone_epochs')): return
+    require(getattr(model, 'num_classes', 1) > 0, 'model', 'one without a head (num_classes=0)', f'a classifier, for {m.name} trains on labels',
+            'Give it a head, or set its epochs to 0.')
+    kind = next(model.parameters()).dtype
+    require(str(kind) == 'torch.float32', 'model', f'one in {kind}', f'float32, for {m.name} trains', f'Call model.float() first, and .to({kind}) on what comes out.')
+
 def _check_budget(m, model, out, o):
     "Whatever a method promises: what it saved is what was asked for."
     from vitprune_nb.core import require
@@ -438,6 +447,7 @@ def prune(name:str,  # One of METHODS
     m, o = check_options(name, options), Options(**options)
     pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
+    _check_trainable(m, o, model)
     train_set = match_classes(model, train_set)
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
     if done and done.exists():
