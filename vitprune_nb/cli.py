@@ -232,7 +232,7 @@ def is_pruned_folder(folder # Any path
     if folder.is_symlink() or not folder.is_dir(): return False
     if {p.name for p in folder.iterdir()} - {'plan.json'} != {'config.json', 'model.safetensors'}: return False
     try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False
+    except (OSError, ValueError, RecursionError): return False
     is_dict = isinstance(config, dict)
     return is_dict and (str(config.get('format')).startswith('vitprune') or {'model', 'kwargs', 'info'} <= set(config))
 
