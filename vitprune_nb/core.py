@@ -223,7 +223,7 @@ def _why_not_written(err, place):
         code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
         named = os.path.abspath(os.fsdecode(getattr(err, 'filename', None) or here))
         if code in _REASONS and (named.startswith(here) or here.startswith(named)): return _REASONS[code]
-        if 'PytorchStreamWriter' in str(err): return _REASONS[errno.ENOSPC]   # torch.save does not say why
+        if re.search('PytorchStreamWriter|inline_container|iostream error', str(err)): return _REASONS[errno.ENOSPC]   # torch.save does not say why
         err = err.__cause__ or err.__context__
     return None
 
