@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from .core import VitpruneError, read_json, refuse, require, write_folder_atomic
 from .data import data_config
-from .engine import SlimViT
+from .engine import SlimViT, freeze_choices
 from .plan import Plan
 from .policy import Policy
 from .recipe import NumbersOnCPU, from_recipe, recipe_of
@@ -221,7 +221,7 @@ def load_pruned(folder,             # What `save_pruned` wrote
     except VitpruneError as e: refuse('config.json', folder, 'a pruned model that runs', f'({_first_line(e)})')
     model.info, model.classes = config.info, getattr(config, 'classes', None)
     if (folder/'plan.json').is_file(): model.plan = _plan_of(folder/'plan.json', getattr(model, 'model', model))
-    return model.eval()
+    return freeze_choices(model).eval()
 
 def _plan_of(file, vit)->Plan:
     plan = Plan.load(file)
