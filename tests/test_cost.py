@@ -221,13 +221,13 @@ def test_reduction_and_speed_up_say_the_same(new, old):
 
 VITS = [('vit_tiny_patch16_224', {}), ('vit_base_patch32_224', {}), ('deit_tiny_distilled_patch16_224', {}), ('deit3_small_patch16_224', {}), ('flexivit_small', {}),
         ('vit_small_patch14_dinov2', {}), ('vit_small_patch14_reg4_dinov2', {}), ('vit_little_patch16_reg4_gap_256', {}), ('vit_wee_patch16_reg1_gap_256', {}),
-        ('vit_medium_patch16_gap_240', {}), ('vit_small_patch8_224', dict(img_size=64)), ('test_vit', {}), ('test_vit2', {}), ('test_vit3', {}),
+        ('vit_medium_patch16_gap_240', {}), ('vit_small_patch8_224', dict(img_size=64)), ('test_vit', {}), ('test_vit2', {}), ('vit_tiny_patch16_384', {}),
         ('vit_betwixt_patch16_reg1_gap_256', {}), ('vit_giant_patch14_reg4_dinov2', dict(depth=2)), ('vit_base_patch16_clip_224', {}),
         ('vit_tiny_patch16_224', dict(img_size=(48, 96), dynamic_img_size=True)), ('vit_tiny_patch16_224', dict(img_size=64, dynamic_img_pad=True)),
         ('vit_tiny_patch16_224', dict(in_chans=1, img_size=64, class_token=False, global_pool='avg')), ('vit_tiny_patch16_224', dict(img_size=64, num_classes=0)),
         ('vit_tiny_patch16_224', dict(img_size=64, qk_norm=True, scale_mlp_norm=True, scale_attn_norm=True))]
 OTHERS = ['cait_xxs24_224', 'vit_relpos_small_patch16_224', 'vit_relpos_medium_patch16_cls_224', 'vit_srelpos_small_patch16_224', 'beit_base_patch16_224', 'eva02_tiny_patch14_224',
-          'vit_base_patch16_siglip_224', 'vit_small_patch16_18x2_224', 'vit_small_r26_s32_224', 'vitamin_small_224', 'swin_tiny_patch4_window7_224', 'swinv2_tiny_window8_256',
+          'vit_base_patch16_siglip_224', 'test_vit3', 'vit_small_patch16_18x2_224', 'vit_small_r26_s32_224', 'vitamin_small_224', 'swin_tiny_patch4_window7_224', 'swinv2_tiny_window8_256',
           'mixer_s32_224', 'resmlp_12_224', 'gmlp_ti16_224', 'convnext_atto', 'convnextv2_atto', 'resnet18', 'resnet152', 'regnety_002', 'efficientnet_b0', 'mobilenetv3_small_050',
           'xcit_nano_12_p16_224', 'pit_ti_224', 'levit_128s', 'poolformer_s12', 'convmixer_768_32', 'crossvit_tiny_240', 'coat_lite_tiny', 'twins_pcpvt_small', 'pvt_v2_b0',
           'maxvit_nano_rw_256', 'coatnet_nano_rw_224', 'tnt_s_legacy_patch16_224', 'convit_tiny', 'volo_d1_224', 'mobilevit_xxs', 'edgenext_xx_small', 'efficientformer_l1',
