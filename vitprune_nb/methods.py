@@ -445,8 +445,9 @@ def prune(name:str,  # One of METHODS
     from vitprune_nb.vit import standard_blocks
     model = getattr(model, '_orig_mod', model)       # compiled: what comes out can be compiled again
     m, o = check_options(name, options), Options(**options)
-    pick_device(o.device), check_set(train_set, 'train_set'), standard_blocks(check_model(model))
+    pick_device(o.device), check_set(train_set, 'train_set'), check_model(model)
     require(not hasattr(model, 'policy'), 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
+    standard_blocks(model)
     _check_trainable(m, o, model)
     train_set = match_classes(model, train_set)
     memory, done = _memory(name, model, train_set, options), _part(o, 'pruned')
