@@ -45,7 +45,7 @@ def test_the_largest_budget_that_a_refusal_prints_can_be_had(tiny, cal):
     for plan in (lambda r: uniform_plan(tiny, scores, r), lambda r: patch_slimming.for_budget(tiny, cal, r, rounds=2)):
         text = refusal(plan, .999)
         most = float(re.search(r'at most (0\.\d+) for this model', text)[1])
-        assert isinstance(plan(most), Plan) and 'at most' in refusal(plan, most + .01)
+        assert isinstance(plan(most), Plan) and 'at most' in refusal(plan, most + .03)   # beyond the tolerance
 
 
 def test_the_smallest_tolerance_that_a_refusal_prints_can_be_had(tiny, cal):
@@ -63,7 +63,7 @@ def test_the_smallest_tolerance_that_a_refusal_prints_can_be_had(tiny, cal):
 NONE_LEFT = {
     'stages of one block': (lambda tmp: life.stage_counts(.7, 1, 1, 196), 'model: got a single block; allowed: two blocks or more'),
     'no images to train on': (lambda tmp: train.Batches(data.embedded('train').subset([]), train.TrainConfig()), 'ds: got no images; allowed: at least one training image'),
-    'no images to calibrate on': (lambda tmp: data.calibration(data.embedded('train').subset([]), 1), 'ds: got no images; allowed: at least one image'),
+    'no images to calibrate on': (lambda tmp: data.calibration(data.embedded('train').subset([]), 1), 'ds: got no images; allowed: an ImageSet with images'),
     'one image for two sets': (lambda tmp: imagenet.fidelity_sets(_one_image(tmp), 1), 'with one image; allowed: two images or more'),
     'a model without blocks': (lambda tmp: viz.show_kept(data.embedded().image(0), np.zeros((0, 4)), layers=[0]), 'kept: got shape (0, 4); allowed: (L, P)'),
     'no rows of a bench': (lambda tmp: measure.time_reduction([], 'dense'), 'rows: got no rows'),

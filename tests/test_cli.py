@@ -347,7 +347,7 @@ BAD = {
     'no such model': ('cost deit_huge', 'model: got deit_huge; allowed: a name from timm.list_models'),
     'no such folder': ('eval {tmp}/model', "/model; allowed: 'course', a timm name, or an existing folder"),
     'folder without a model': ('eval {tmp}', 'a pruned model, with config.json in it'),
-    'Swin': ('cost swin_tiny_patch4_window7_224', 'SwinTransformer'),
+    'Swin': ('prune swin_tiny_patch4_window7_224 --out {tmp}/o', 'SwinTransformer'),
     'no such checkpoint': ('eval --weights {tmp}/w.pth', 'w.pth; allowed: an existing checkpoint file'),
     'checkpoint of another model': ('cost deit_tiny_patch16_224 --weights {shop}/w0.safetensors', 'a checkpoint with the shapes of this VisionTransformer'),
     'checkpoint that is none': ('cost --weights {tmp}/text.pth', 'It is a text file'),

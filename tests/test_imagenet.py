@@ -50,13 +50,13 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_point(subject, tmp_p
             return real(s, m, r, **more)
         return row
 
-    methods, wanted = ('uniform', 'cosine', 'attention'), [(m, r) for r in (.2, .4) for m in ('uniform', 'cosine', 'attention')]
+    methods, wanted = ('uniform', 'cosine', 'attention'), [(m, r) for r in (.25, .4) for m in ('uniform', 'cosine', 'attention')]
     for n in (1, 4):
         monkeypatch.setattr(imagenet, 'fidelity_row', stop_at(n))
-        with pytest.raises(KeyboardInterrupt): imagenet.record_fidelity(subject, file, methods, (.2, .4))
+        with pytest.raises(KeyboardInterrupt): imagenet.record_fidelity(subject, file, methods, (.25, .4))
         assert points(file) == wanted[:n]
     monkeypatch.setattr(imagenet, 'fidelity_row', stop_at(99))
-    assert imagenet.record_fidelity(subject, file, methods, (.2, .4)) == 2
+    assert imagenet.record_fidelity(subject, file, methods, (.25, .4)) == 2
     assert points(file) == wanted == calls
 
 

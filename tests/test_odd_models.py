@@ -163,6 +163,7 @@ SENTENCES = {   # what does not work, and what is said
     **{('one channel', m): RGB for m in METHOD_OPTIONS},
     ('no head', 'vtp'): 'model: got one without a head (num_classes=0); allowed: a classifier, for vtp trains on labels',
     ('no head', 'life'): 'model: got one without a head (num_classes=0); allowed: a classifier, for life trains on labels',
+    ('one block', 'patch-slimming'): 'reduction: got 0.3; allowed: at least', ('one block', 'random'): 'reduction: got 0.3; allowed: at least',
     ('one block', 'uniform'): 'model: got a single block', ('one block', 'attention'): 'model: got a single block', ('one block', 'life'): 'model: got a single block',
     ('no class token', 'patch-slimming'): CLS, ('no class token', 'random'): CLS, ('averages', 'patch-slimming'): CLS, ('averages', 'random'): CLS,
     ('no class token', 'attention'): 'another kind for a model without a CLS token', ('no class token', 'life'): 'without a class token',

@@ -423,8 +423,8 @@ def write_folder_atomic(folder,             # The folder to write
             yield new
             _as_umask_says(new, file_mode, folder_mode)
             check()
-            if folder.exists(): _swap(new, folder)
-            else: os.replace(new, folder)
+            if folder.exists() and any(folder.iterdir()): _swap(new, folder)
+            else: os.replace(new, folder)      # an empty folder gives way
             _sync(folder.parent)
         finally: shutil.rmtree(new, ignore_errors=True)
 

@@ -160,8 +160,9 @@ def macs_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
             )->float:    # MACs of one image, mean where it depends on the image
     "MACs of a plain, slim or sliced model, its decisions and padding included."
+    from vitprune_nb.core import check_model
     from vitprune_nb.cost import model_macs, not_by_formula
-    if not_by_formula(model): return _counted(model, images)
+    if not_by_formula(check_model(model)): return _counted(model, images)
     counts = counts_of(model, images)
     return model_macs(getattr(model, 'model', model), counts, extra_macs(model, counts))
 
@@ -179,7 +180,9 @@ def cost_of(model,       # Any ViT, pruned or not
             )->dict:     # macs, params, reduction, counted: 'by formula' or 'by a forward pass'
     "MACs and parameters of any network, pruned or not, and the share of the dense network's MACs that it saves."
     import torch
+    from vitprune_nb.core import check_model
     from vitprune_nb.cost import model_params, not_by_formula
+    check_model(model)
     with torch.device('meta'): dense = dense_of(model)
     macs, counted = macs_of(model, images), 'by a forward pass' if not_by_formula(model) else 'by formula'
     less = 0. if dense is model else 1 - macs/macs_of(dense)
