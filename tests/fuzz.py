@@ -463,7 +463,7 @@ class Arena:
         "Where a command line is allowed to write, as paths that begin in its folder."
         named = [w for k, w in zip(words, words[1:]) if k in ('--out', '--results') and w]
         named += [re.sub(r'(\.\w*)?$', r'_pairs\1', w, count=1) for w in named]
-        return [re.sub(r'^(\./+)+|' + re.escape(f'{self.new}/'), '', w) for w in named] + ['demo', 'runs', 'rows.csv', 'rows_pairs.csv']
+        return [os.path.relpath(os.path.join(self.new, w), self.new) for w in named] + ['demo', 'runs', 'rows.csv', 'rows_pairs.csv']
 
     def judge(self, words, code, out, err):
         "What a command line did that it must not do."
@@ -477,7 +477,7 @@ class Arena:
             try: json.loads(out.splitlines()[-1], parse_constant=no_constant)
             except (ValueError, IndexError) as e: wrong.append(f'no JSON: {e}')
         if code == 2 and here: wrong.append(f'left {here[:5]}')
-        stray = [n for n in here if not any(os.path.normpath(o) in ('.', str(self.new)) or o.startswith(n) for o in self.outputs(words))]
+        stray = [n for n in here if not any(o == '.' or o.startswith(n) for o in self.outputs(words))]
         if code != 2 and stray: wrong.append(f'left {stray}')
         if other: wrong.append(f'elsewhere: {other[:5]}')
         return wrong

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from .core import VitpruneError, read_json, refuse, require, write_folder_atomic
+from .core import VitpruneError, path_of, read_json, refuse, require, write_folder_atomic
 from .data import data_config
 from .engine import SlimViT, freeze_choices
 from .plan import Plan
@@ -210,8 +210,9 @@ def load_pruned(folder,             # What `save_pruned` wrote
                 mode:str|None=None, # Another mode than it was saved with, for a `SlimViT`
                 )->nn.Module: # In eval mode; `.info`, `.classes` and, if there is one, `.plan` are what was remembered
     "Read a pruned model: a `SlimViT`, a ViT with cut channels, or the one around the other."
-    folder = Path(folder)
+    folder = path_of('folder', folder)
     config = read_config(folder)
+    require(mode is None or config.policy is not None, 'mode', mode, 'None for a model that keeps all tokens')
     try: model = _assemble(config)
     except Exception as e:   # from timm, PyTorch or a check of ours, each with its own words
         refuse('config.json', folder, 'a pruned model that can be built', f'({_first_line(e)})')
