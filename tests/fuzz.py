@@ -433,6 +433,8 @@ class Arena:
         "An empty place for what a case writes, with a link that leads into the zoo."
         for p in (self.new, self.folder/'tmp', self.folder/'user', self.folder/'case'): empty(p)
         self.new.mkdir(exist_ok=True)
+        for p in sorted(snapshot(self.zoo).keys() - self.before.keys(), reverse=True):     # of a case that was told to write there
+            (os.rmdir if os.path.isdir(self.zoo/p) else os.unlink)(self.zoo/p)
         (self.folder/'case/target').mkdir()
         os.symlink(self.folder/'case/target', self.folder/'case/link')
 
@@ -478,6 +480,9 @@ class Arena:
             except (ValueError, IndexError) as e: wrong.append(f'no JSON: {e}')
         if code == 2 and here: wrong.append(f'left {here[:5]}')
         stray = [n for n in here if not any(o == '.' or o.startswith(n) for o in self.outputs(words))]
+        if code != 2:        # new files in a folder of the zoo that was named are what was asked for
+            there = [os.path.relpath(os.path.join(self.new, o), self.zoo) for o in self.outputs(words)]
+            other = [c for c in other if not (c.endswith(' is new') and any(c.startswith(f'{o}/') for o in there))]
         if code != 2 and stray: wrong.append(f'left {stray}')
         if other: wrong.append(f'elsewhere: {other[:5]}')
         return wrong
