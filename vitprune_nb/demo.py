@@ -13,7 +13,7 @@ from string import Template
 
 # %% ../nbs/23_demo.ipynb #8c451316
 import torch
-from .core import check_ours, check_output, only_one, pick_device, publish, require, sweep, temporary_path, writing
+from .core import check_ours, check_output, is_number, is_whole, only_one, pick_device, publish, require, sweep, temporary_path, writing
 from .cost import model_macs, model_params
 from .data import calibration, data_config, eval_transform, load_data
 from .engine import save_slim
@@ -270,10 +270,9 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
              skip_damaged:bool=False, # As for `load_data`
              )->list:           # Result rows
     "Prune the course model, compare, draw, report."
-    start, out, device = time.perf_counter(), Path(out), pick_device(device)
-    require(0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
-    for name, n in (('images', images), ('calibration', calibration_images)): require(n >= 1, name, n, 'a positive number of images')
-    check_output(out)
+    start, out, device = time.perf_counter(), check_output(out), pick_device(device)     # '' is no folder
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
+    for name, n in (('images', images), ('calibration', calibration_images)): require(is_whole(n) and n >= 1, name, n, 'a positive number of images')
     check_ours([out/n for n in WRITES], out)
     train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
     test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
