@@ -53,7 +53,7 @@ model = "deit_tiny_patch16_224"
 model_args = {{ img_size = 32, patch_size = 8, embed_dim = 48, depth = 3, num_heads = 3 }}
 device = "cpu"
 methods = ["life", "vtp", "cosine", "uniform"]
-reductions = [0.2]
+reductions = [0.25]
 calibration = 6
 control = true
 train = {{ epochs = 1, batch_size = 6, dtype = "fp32", drop_path = 0.1 }}

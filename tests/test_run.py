@@ -97,7 +97,7 @@ weights = "weights.safetensors"
 data = "imagenet"
 device = "cpu"
 methods = ["attention", "patch-slimming", "cosine"]
-reductions = [0.2, 0.3]
+reductions = [0.25, 0.3]
 calibration = 6
 recover = { epochs = 1, batch_size = 6, augment = "deit", mixup = 0.8, distill = 0.5, dtype = "fp32", save_every = 1 }
 ''')
