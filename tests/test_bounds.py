@@ -42,7 +42,7 @@ def test_where_nothing_is_left_that_is_said():
 
 def test_the_largest_budget_that_a_refusal_prints_can_be_had(tiny, cal):
     scores = significance(tiny, cal)
-    for plan in (lambda r: uniform_plan(tiny, scores, r), lambda r: patch_slimming.for_budget(tiny, cal, r, rounds=2)):
+    for plan in (lambda r: uniform_plan(tiny, scores, r), lambda r: patch_slimming.for_budget(tiny, cal, r)):
         text = refusal(plan, .999)
         most = float(re.search(r'at most (0\.\d+) for this model', text)[1])
         assert isinstance(plan(most), Plan) and 'at most' in refusal(plan, most + .04)   # beyond the tolerance, half a patch of 16
