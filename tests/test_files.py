@@ -6,7 +6,7 @@ import pytest
 from conftest import BIN, ROOT, clean_env
 
 from vitprune_nb import cli, core
-from vitprune_nb.core import (MARK, VitpruneError, append_text, check_output, claim, is_ours, made_in, only_one, publish, sign, sweep,
+from vitprune_nb.core import (MARK, VitpruneError, append_text, check_output, claim, is_ours, made_in, only_one, publish, remove, sign, sweep,
                               temporary_path, write_atomic, write_folder_atomic)
 from vitprune_nb.experiment import Experiment, Ledger, read_experiment
 from vitprune_nb.methods import load_pruned
@@ -495,3 +495,18 @@ def test_a_ledger_forgets_on_a_full_disk_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     book.drop('life')
     assert book.keys() == ['vtp-0.3-s0-none']
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_no_half_of_it_under_its_name(tmp_path, monkeypatch):
+    work = tmp_path/'pruned.unfinished'
+    claim(work, 'config.json'), (work/'config.json').write_text('{}'), (work/'sub').mkdir(), (work/'sub'/'a').write_text('a')
+    monkeypatch.setattr(core.shutil, 'rmtree', lambda p: Path(p, MARK).unlink() or killed())
+    with pytest.raises(KeyboardInterrupt): remove(work)
+    assert not work.exists() and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(core, '_is_alive', lambda pid: False)
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def killed(): raise KeyboardInterrupt

@@ -285,7 +285,7 @@ def unfinished(out,         # The folder that shall be written in the end
                **options,   # All that decides the pruned model
                ):
     "Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work is done or was never begun."
-    from vitprune_nb.core import VitpruneError, claim, write_atomic
+    from vitprune_nb.core import VitpruneError, claim, remove, write_atomic
     if not needed:
         yield None
         return
@@ -295,9 +295,9 @@ def unfinished(out,         # The folder that shall be written in the end
     with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError:
-        if new and not (work/'pruned').is_dir(): shutil.rmtree(work)
+        if new and not (work/'pruned').is_dir(): remove(work)
         raise
-    shutil.rmtree(work)
+    remove(work)
 
 # %% ../nbs/24_cli.ipynb #0bd1c942
 def flag(name:str # A field of `Options`

@@ -253,9 +253,15 @@ def temporary_path(path # Where something shall be in the end
     return Path(path).with_name(f'.{name}.{os.getpid()}.vitprune.tmp')
 
 def remove(path):
-    "Remove a file, a link or a folder with all that is in it; no link is followed."
-    if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path)
-    else: Path(path).unlink(missing_ok=True)
+    "Remove a file, a link or a folder with all that is in it; no link is followed, and a kill leaves no half folder under its name."
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path if path.name.endswith('.vitprune.tmp') else temporary_path(path)
+    try: os.rename(path, aside)
+    except OSError: aside = path
+    shutil.rmtree(aside)
 
 def _is_alive(pid):
     if os.name == 'nt': return True        # there is no harmless way to ask

@@ -162,7 +162,7 @@ def dense_model(run:Run):
     run.acc.wait_for_everyone()
     load_weights(model, file, 'out')
     run.model, run.weights = model.eval().to(run.acc.device), f'{Path(e.dense or e.weights).name or e.model}, sha256 {sha256(file)[:12]}'
-    if run.acc.is_main_process: shutil.rmtree(run.work(units(e)[0])/'train', ignore_errors=True)   # its checkpoint; log.jsonl stays
+    if run.acc.is_main_process: remove(run.work(units(e)[0])/'train')   # its checkpoint; log.jsonl stays
 
 # %% ../nbs/26_run.ipynb #68ce1df0
 def copy_folder(source, target):
@@ -301,7 +301,7 @@ def do_unit(run:Run, unit:Unit):
         run.acc.wait_for_everyone()
         report(run, unit, stage, seconds)
     keep_model(run, unit)
-    if run.acc.is_main_process: shutil.rmtree(run.work(unit), ignore_errors=True)
+    if run.acc.is_main_process: remove(run.work(unit))
 
 def report(run:Run, unit:Unit, stage:str, seconds:float): # As for `finish_row`
     "Say how a stage went."
