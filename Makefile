@@ -64,7 +64,7 @@ results: $(DEV)
 
 # Measure again what the slow cells and the timing grid record. CIFAR100=FOLDER WEIGHTS=FILE adds the run on CIFAR-100 (DENSE=FILE: from that dense model), PHOTOS=FOLDER WEIGHTS=FILE the features of a ViT-S/14.
 # Timing skips what is recorded, so the line with the most rounds for a case stands first.
-TIMING = $(BIN)/python -m vitprune_nb.timing --shares course --devices cpu
+TIMING = $(BIN)/python -m vitprune_nb.papers.timing --shares course --devices cpu
 TI = deit_tiny_patch16_224
 S = deit_small_patch16_224
 B = deit_base_patch16_224
@@ -97,13 +97,13 @@ record: $(DEV)
 	$(TIMING) $(BF16_128)
 	$(KEEP) $(TIMING) $(BF16_128)
 	for s in 1 2 3; do $(KEEP) $(TIMING) $(EAGER32) --repeats 4 --session $$s --out data/results/timing_pages.csv || exit; done
-	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.dense --data $(CIFAR100) --weights $(WEIGHTS)))
+	$(if $(CIFAR100),$(if $(DENSE),,$(BIN)/python -m vitprune_nb.evidence.dense --data $(CIFAR100) --weights $(WEIGHTS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100,))
 	$(if $(CIFAR100),$(call cifar100,cifar100_seeds,$(SEEDS)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_longer,$(LONGER)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_trained,$(TRAINED)))
 	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
-	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
+	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.papers.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
 	$(MAKE) results
 
 clean:

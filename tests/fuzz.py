@@ -26,7 +26,8 @@ def make_home(home):
     import numpy as np, torch
     from PIL import Image
     from safetensors.torch import save_file
-    from vitprune_nb import data, vit
+    from vitprune_nb import data
+    from vitprune_nb.vit import model as vit
     write(home/'data/README.md', 'the data of a small clone')
     torch.manual_seed(0)
     kwargs = dict(img_size=32, patch_size=8, num_classes=10)
@@ -77,7 +78,7 @@ def make_weights(zoo, model):
     "Checkpoints, good and bad."
     import torch
     from safetensors.torch import save_file
-    from vitprune_nb import vit
+    from vitprune_nb.vit import model as vit
     state = model.state_dict()
     save_file(state, zoo/'w.safetensors')
     torch.save(state, zoo/'w.pth')
@@ -510,7 +511,7 @@ def warm():
     from vitprune_nb import cli, course, demo, deploy, experiment, life, life_run, cosine, methods, patch_slimming, plan, report, results, run, surgery, train, viz   # noqa
     import timm.data, timm.loss, timm.optim, timm.scheduler, timm.utils, torch.utils.flop_counter   # noqa
     timm.list_models()
-    from vitprune_nb import vit
+    from vitprune_nb.vit import model as vit
     small = dict(img_size=32, patch_size=8, num_classes=10)     # the course's ViT-S and its start, in small
     vit.COURSE.update(model='test_vit', kwargs=small)
     hashes = experiment.code_hashes()

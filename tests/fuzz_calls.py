@@ -125,7 +125,6 @@ CALLS = {   # function: {argument: values}
     'top_down': dict(model=MODEL, ds=Arg(['test_set()'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), eps=number(['.2', '.5'], ['0', '-1'], 1.), keys=word(["'entering'", "'all'", "'kept'"]), step=number(['4', '.3'], ['0', '-1', '1.5'], none=True), device=DEVICE, batch_size=BATCH),
     'for_budget': dict(model=MODEL, ds=Arg(['test_set()'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), reduction=Arg(['.2', '.3'], REDUCTION.bad), keys=word(["'entering'", "'all'", "'kept'"]), device=DEVICE, batch_size=BATCH),
     'life_plan': dict(model=MODEL, keep_rate=Arg(['.7', '[.9, .8]'], ['0', '1.5', "'x'", '[]', 'nan', 'None', 'True']), stages=Arg(['[2, 4]', '(2, 4)'], ['[]', '[4, 2]', '[2, 99]', '3', "'x'", 'None', '[0]', '[nan]', '[True]', '[1.5]']), t_base=number(['1', '2'], ['-1', '1.5', '99'], .2, none=True)),
-    'prune_channels': dict(model=MODEL, ratio=number(['.1', '.3'], ['1', '-1'], 1.), l1=number(['1e-4', '0'], ['-1']), rule=word(["'folded'", "'gate'"]), multiple=number(['1', '4'], ['0', '1.5', '-1']), whole_heads=Arg(['True', 'False'], [], .2)),
     'make_row': dict(method=Arg(["'dense'"], odd=False), backbone=Arg(["'m'"], odd=False), macs=number(['3', '1e9'], [], .3), colour=Arg([], ['1'], .05)),
     'read_rows': dict(path=Arg(["zoo/'tree'"], ["zoo/'tree'", "'none'", '3', 'None', "zoo/'w.pth'", "write('r.csv', 'a,b\\n1,2')", "write('r.csv', '')"])),
     'paired_difference': dict(correct_a=Arg(['np.array([True, False])'], ['3', 'None', '[]', "'x'", 'np.array([])', 'np.array([.5, nan])', 'np.array([True])']), correct_b=Arg(['np.array([True, True])'], ['3', 'None', '[]'])),
@@ -156,7 +155,21 @@ def make(text, zoo):
     import copy, os
     from pathlib import Path
     import numpy as np, torch
-    from vitprune_nb import core, cost, data, engine, store, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, surgery, train, vit
+    from vitprune_nb import core, data, errors, files, experiment, run
+    from vitprune_nb.vit import cost
+    from vitprune_nb.engine import slim as engine
+    from vitprune_nb.engine import store
+    from vitprune_nb.methods import life
+    from vitprune_nb.evidence import measure
+    from vitprune_nb.methods import base as methods
+    from vitprune_nb.methods import patch_slimming
+    from vitprune_nb.engine import plan
+    from vitprune_nb.engine import policy
+    from vitprune_nb.evidence import results
+    from vitprune_nb.methods import significance
+    from vitprune_nb.engine import channels as surgery
+    from vitprune_nb.train import trainer as train
+    from vitprune_nb.vit import model as vit
     here = Path.cwd()
     def write(name, content, encoding='utf-8'): (here.parent/'case'/name).write_text(content, encoding=encoding); return here.parent/'case'/name
     def model(): return vit.create_vit('test_vit', weights=zoo/'w.safetensors', img_size=32, patch_size=8, num_classes=10)
@@ -165,7 +178,7 @@ def make(text, zoo):
     def tree(split): return data.load_data(zoo/'tree', split)
     def slim(): return methods.load_pruned(zoo/'uniform')
     def test_set(): return tree('test').but(transform=data.eval_transform(data.data_config(model()))).subset(range(4))
-    space = {k: v for m in (cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, store, surgery, train, vit, core) for k, v in vars(m).items() if not k.startswith('_')}
+    space = {k: v for m in (cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, store, surgery, train, vit, core, errors, files) for k, v in vars(m).items() if not k.startswith('_')}
     space |= dict(torch=torch, np=np, Path=Path, nan=math.nan, inf=math.inf, zoo=zoo, new=lambda n: here/n, write=write, config=lambda t: write('c.toml', t), model=model, images=images, tree=tree, slim=slim, test_set=test_set, cost=cost,
                   policy=policy_, packed=lambda: slim().set_mode('packed'), sliced=lambda: methods.load_pruned(zoo/'cut'), plan=lambda: plan.load_plan(zoo/'planned/plan.json'))
     result = eval(text, space)
@@ -175,7 +188,7 @@ def make(text, zoo):
 
 def outcome(work):
     "0: done; 2: refused; 70, with a traceback: any other exception."
-    from vitprune_nb.core import VitpruneError
+    from vitprune_nb.errors import VitpruneError
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: work()

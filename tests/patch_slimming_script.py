@@ -7,10 +7,10 @@ python patch_slimming_script.py OUT [search | half-write]   prints each block as
 import os, signal, sys
 from pathlib import Path
 import torch
-from vitprune_nb import patch_slimming
+from vitprune_nb.methods import patch_slimming
 from vitprune_nb.core import set_seed
 from vitprune_nb.data import calibration, embedded
-from vitprune_nb.vit import create_vit
+from vitprune_nb.vit.model import create_vit
 
 SETTINGS = dict(eps=.08, tune_epochs=2, lr=3e-4)
 

@@ -53,7 +53,7 @@ def run_quickstart():
 def measured_blocks():
     "The blocks that data/results/demo.csv decides."
     from vitprune_nb.demo import result_table, summary, table_text
-    from vitprune_nb.results import read_rows
+    from vitprune_nb.evidence.results import read_rows
     rows = read_rows(ROWS)
     r = rows[0]
     machine = (f'Measured on {r["device_name"]}, {r["threads"]} threads, {r["dtype"]}, batch {r["batch"]}, PyTorch {r["torch"]}, Python {r["python"]}, '
@@ -63,7 +63,7 @@ def measured_blocks():
 
 def engine_block():
     "What share of the saved MACs becomes saved time, from data/results/engine.csv."
-    from vitprune_nb.results import markdown_table, read_rows
+    from vitprune_nb.evidence.results import markdown_table, read_rows
     rows = read_rows(ROWS.with_name('engine.csv'))
     dense = next(r for r in rows if r['method'] == 'dense')
     saved = lambda r, key: 1 - r[key]/dense[key]
@@ -78,7 +78,7 @@ def _with_note(row): return dict(row, **json.loads(row['note']))
 def cifar100_blocks():
     "Every method on CIFAR-100 at three budgets, from data/results/cifar100.csv: (before recovery, after it, what was measured)."
     from vitprune_nb.experiment import read_experiment
-    from vitprune_nb.results import markdown_table, read_rows
+    from vitprune_nb.evidence.results import markdown_table, read_rows
     plan = read_experiment(ROOT/'configs'/'cifar100_cpu.toml')
     rows = [_with_note(r) for r in read_rows(ROWS.with_name('cifar100.csv'))]
     dense, targets = rows[0], sorted({r['target'] for r in rows if r['target']})
@@ -97,7 +97,7 @@ def cifar100_blocks():
 
 def seeds_text(rows, plan):
     "How far seeds differ, in a sentence, from data/results/cifar100_seeds.csv and the rows of the same methods and budget."
-    from vitprune_nb.results import read_rows, same_setting
+    from vitprune_nb.evidence.results import read_rows, same_setting
     more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_seeds.csv'))) if r['method'] != 'dense']
     target, = {r['target'] for r in more}
     every = same_setting([r for r in rows + more if r['target'] == target and r['recovery'] != 'none'], ('data_hash', 'split', 'images', 'weights', 'recovery'))
@@ -108,7 +108,7 @@ def seeds_text(rows, plan):
 
 def longer_text(rows, plan):
     "What a longer recovery gives, in a sentence, from data/results/cifar100_longer.csv and the rows of the same methods and budget."
-    from vitprune_nb.results import read_rows
+    from vitprune_nb.evidence.results import read_rows
     more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_longer.csv'))) if r['recovery'] != 'none']
     target, = {r['target'] for r in more if r['method'] != 'dense'}
     epochs, = {float(r['recovery'].split(',')[0].removeprefix('epochs ')) for r in more}
@@ -119,7 +119,7 @@ def longer_text(rows, plan):
 
 def trained_text(plan):
     "What more training before the cut gives, in a sentence, from data/results/cifar100_trained.csv and cifar100_longer.csv."
-    from vitprune_nb.results import read_rows
+    from vitprune_nb.evidence.results import read_rows
     recovered = lambda name: {r['method']: r for r in read_rows(ROWS.with_name(name)) if r['recovery'] != 'none'}
     more, before = recovered('cifar100_trained.csv'), recovered('cifar100_longer.csv')
     length = ('sparse_epochs', 'predictor_epochs', 'backbone_epochs', 'calibration')
@@ -132,7 +132,7 @@ def trained_text(plan):
 
 def speed_block():
     "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 11c, 12c and 13b."
-    from vitprune_nb.results import markdown_table, read_rows
+    from vitprune_nb.evidence.results import markdown_table, read_rows
     lines, where = [], {}
     def line(method, dense, r):
         where[f"{r['device_name']}, {r['threads']} threads, {r['dtype']}"] = True
@@ -175,7 +175,7 @@ def update_index():
 
 
 def main(args):
-    from vitprune_nb.results import update_block
+    from vitprune_nb.evidence.results import update_block
     changed = {}
     if args[:1] == ['--measured']:
         demo = Path(args[1])

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from vitprune_nb import channels, course, run, train
+from vitprune_nb import run
+from vitprune_nb.methods import vtp as channels
+from vitprune_nb.train import course
+from vitprune_nb.train import trainer as train
 from vitprune_nb.cli import main
 from vitprune_nb.core import environment, set_seed
 from vitprune_nb.data import load_data
-from vitprune_nb.methods import load_pruned, recover, save_pruned
-from vitprune_nb.results import read_rows
-from vitprune_nb.vit import create_vit
+from vitprune_nb.engine.store import load_pruned, save_pruned
+from vitprune_nb.methods.base import recover
+from vitprune_nb.evidence.results import read_rows
+from vitprune_nb.vit.model import create_vit
 
 CLOCK = {'date', 'note', 'commit', 'latency_ms', 'throughput'}      # what a second run measures anew
 WHOLE_FIT, RECIPE = train.fit, dict(batch_size=6, augment='light', dtype='fp32')
@@ -35,7 +39,7 @@ course._big_model = lambda weights: create_vit('vit_small_patch14_dinov2', weigh
 
 def prepare(root):
     "What every child would import and ask anew; images, checkpoints, a pruned model and a configuration, shared by all runs."
-    for name in ('accelerate', 'matplotlib.pyplot', 'torch._dynamo', 'vitprune_nb.life_run', 'vitprune_nb.report'): importlib.import_module(name)
+    for name in ('accelerate', 'matplotlib.pyplot', 'torch._dynamo', 'vitprune_nb.methods.life_run', 'vitprune_nb.evidence.report'): importlib.import_module(name)
     environment()
     rng = np.random.default_rng(0)
     for split, each in (('train', 10), ('test', 6)):

@@ -2,8 +2,16 @@
 import copy, json
 
 import pytest, torch
-from vitprune_nb import cost, data, engine, measure, patch_slimming, results, vit
-from vitprune_nb.core import VitpruneError, pick_device
+from vitprune_nb import data
+from vitprune_nb.vit import cost
+from vitprune_nb.engine import slim as engine
+from vitprune_nb.engine import store
+from vitprune_nb.evidence import measure
+from vitprune_nb.methods import patch_slimming
+from vitprune_nb.evidence import results
+from vitprune_nb.vit import model as vit
+from vitprune_nb.core import pick_device
+from vitprune_nb.errors import VitpruneError
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +48,7 @@ CASES = {
     'data folder that is not there': (lambda m, cal, tmp: data.load_data(tmp/'none'), "allowed: 'embedded', 'cifar10', 'cifar100' or an existing folder"),
     'data folder without train/': (lambda m, cal, tmp: data.load_data(tmp, 'train'), 'allowed: a folder that holds train/'),
     'more calibration images than there are': (lambda m, cal, tmp: data.calibration(cal, 5), 'n: got 5; allowed: 1 to 4'),
-    'folder without a model': (lambda m, cal, tmp: engine.load_slim(tmp), 'a pruned model, with config.json in it'),
+    'folder without a model': (lambda m, cal, tmp: store.load_slim(tmp), 'a pruned model, with config.json in it'),
     'counts of another depth': (lambda m, cal, tmp: cost.model_macs(m, [(17, 17, 17)]*5), 'counts: got 5 entries; allowed: 6'),
     'no repeats': (lambda m, cal, tmp: measure.bench(dict(a=m), torch.zeros(1, 3, 32, 32), repeats=0), 'repeats: got 0; allowed: a positive integer'),
     'device that is not there': (lambda m, cal, tmp: pick_device('tpu'), 'device: got tpu'),
@@ -94,11 +102,11 @@ def test_checkpoint_of_another_shape(tmp_path):
 
 def test_damaged_pruned_model(tiny, tmp_path):
     slim = engine.SlimViT(tiny, engine.Policy({0: engine.Step(keep=(0, 1, 2))}))
-    folder = engine.save_slim(slim, tmp_path/'m')
+    folder = store.save_slim(slim, tmp_path/'m')
     config = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text('{')
-    with pytest.raises(VitpruneError, match='valid JSON'): engine.load_slim(folder)
+    with pytest.raises(VitpruneError, match='valid JSON'): store.load_slim(folder)
     (folder/'config.json').write_text(json.dumps(config))
     weights = (folder/'model.safetensors').read_bytes()
     (folder/'model.safetensors').write_bytes(weights[:len(weights)//2])
-    with pytest.raises(VitpruneError, match='model.safetensors'): engine.load_slim(folder)
+    with pytest.raises(VitpruneError, match='model.safetensors'): store.load_slim(folder)

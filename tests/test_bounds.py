@@ -6,11 +6,23 @@ import pandas as pd
 import pytest
 import torch
 
-from vitprune_nb import cli, data, imagenet, life, measure, patch_slimming, timing, train, viz
-from vitprune_nb.core import VitpruneError, at_least, at_most
-from vitprune_nb.plan import Plan, uniform_plan
-from vitprune_nb.significance import significance
-from vitprune_nb.vit import create_vit
+from vitprune_nb import cli, data, viz
+
+from vitprune_nb.papers import imagenet
+
+from vitprune_nb.methods import life
+
+from vitprune_nb.evidence import measure
+
+from vitprune_nb.methods import patch_slimming
+
+from vitprune_nb.papers import timing
+
+from vitprune_nb.train import trainer as train
+from vitprune_nb.errors import VitpruneError, at_least, at_most
+from vitprune_nb.engine.plan import Plan, uniform_plan
+from vitprune_nb.methods.significance import significance
+from vitprune_nb.vit.model import create_vit
 
 
 @pytest.fixture(scope='module')

@@ -7,16 +7,16 @@ import timm
 import torch
 
 from vitprune_nb.cli import BUDGET, main, prune_options
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.cost import meet_budget, tolerance_of
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit.cost import meet_budget, tolerance_of
 from vitprune_nb.data import embedded
 from vitprune_nb.demo import rival_plans
-from vitprune_nb.engine import Policy, SlimViT, Step
+from vitprune_nb.engine.slim import Policy, SlimViT, Step
 from vitprune_nb.experiment import read_experiment
-from vitprune_nb.methods import METHODS, cost_of, macs_of, method, prune, turn
-from vitprune_nb.patch_slimming import for_budget
-from vitprune_nb.plan import ramp_plan, uniform_plan
-from vitprune_nb.vit import course_model
+from vitprune_nb.methods.base import METHODS, cost_of, macs_of, method, prune, turn
+from vitprune_nb.methods.patch_slimming import for_budget
+from vitprune_nb.engine.plan import ramp_plan, uniform_plan
+from vitprune_nb.vit.model import course_model
 
 PLANS = ('patch-slimming', 'uniform', 'attention', 'random')
 HOW = {'vtp': dict(sparse_epochs=0), 'life': dict(predictor_epochs=0, backbone_epochs=0), 'cosine': dict(calibration=8)}

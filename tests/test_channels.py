@@ -6,12 +6,16 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from vitprune_nb import channels as ch, surgery
-from vitprune_nb.core import VitpruneError, set_seed
-from vitprune_nb.cost import count_macs, model_macs, model_params, n_tokens
-from vitprune_nb.engine import Policy, SlimViT, Step, check_policy
-from vitprune_nb.significance import capture_once
-from vitprune_nb.vit import capture, create_vit
+from vitprune_nb.methods import vtp as ch
+
+from vitprune_nb.engine import channels as surgery
+from vitprune_nb.engine import store
+from vitprune_nb.core import set_seed
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit.cost import count_macs, model_macs, model_params, n_tokens
+from vitprune_nb.engine.slim import Policy, SlimViT, Step, check_policy
+from vitprune_nb.methods.significance import capture_once
+from vitprune_nb.vit.model import capture, create_vit
 
 ARGS = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
 ZOO = {'deit': {}, 'registers, LayerScale': dict(name='vit_small_patch14_reg4_dinov2', init_values=.1), 'distilled': dict(name='deit_tiny_distilled_patch16_224'),
@@ -159,13 +163,13 @@ def test_ties_and_nan(gated):
 def test_round_trip(gated, images, tmp_path):
     for i, (ratio, how) in enumerate(WAYS):
         sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), ratio, 3, **how))
-        back = surgery.load_sliced(surgery.save_sliced(sliced, tmp_path/str(i), method='vtp'))
+        back = store.load_sliced(store.save_sliced(sliced, tmp_path/str(i), method='vtp'))
         assert torch.equal(back(images), sliced(images)) and not back.training
         config = json.loads((tmp_path/str(i)/'config.json').read_text())
         assert config['info'] == dict(method='vtp') and len(config['shapes']) == 3
     weights = (tmp_path/'1'/'model.safetensors').read_bytes()
     (tmp_path/'1'/'model.safetensors').write_bytes(weights[:len(weights)//2])
-    with pytest.raises(VitpruneError, match='allowed: weights that fit its config.json'): surgery.load_sliced(tmp_path/'1')
+    with pytest.raises(VitpruneError, match='allowed: weights that fit its config.json'): store.load_sliced(tmp_path/'1')
     assert not list(tmp_path.glob('.*.tmp'))
 
 
@@ -256,9 +260,9 @@ SMALL = dict(epochs=1, batch_size=20, layer_decay=1., dtype='fp32')
 
 def test_tables_from_an_image_folder(tmp_path):
     "ImageNet-100 in small: some of the classes of an ImageFolder tree, trained with the paper's augmentation, pruned at two rates, fine-tuned."
-    from vitprune_nb.channel_tables import channel_table, paper_run
+    from vitprune_nb.papers.channel_tables import channel_table, paper_run
     from vitprune_nb.data import class_subset, load_data
-    from vitprune_nb.train import TrainConfig
+    from vitprune_nb.train.trainer import TrainConfig
     images_folder(tmp_path/'tree')
     train, test = (class_subset(load_data(tmp_path/'tree', s), 10) for s in ('train', 'test'))
     assert [len(train.classes), len(train), len(test)] == [10, 40, 40]
@@ -279,7 +283,8 @@ class Stop(BaseException): "What a kill looks like from inside."
 
 def test_a_stopped_table_goes_on(tmp_path, monkeypatch):
     "Stopped at every possible place, in training and between rows, the table ends with the rows of an undisturbed run."
-    from vitprune_nb import channel_tables as ct, train
+    from vitprune_nb.papers import channel_tables as ct
+    from vitprune_nb.train import trainer as train
     from vitprune_nb.data import calibration, embedded
     sets = [calibration(embedded(s), 20) for s in ('train', 'test')]
     cfg = train.TrainConfig(**dict(SMALL, batch_size=5, save_every=1, lr=1e-2))
@@ -307,7 +312,7 @@ def test_a_stopped_table_goes_on(tmp_path, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize('ratio', [.1, .4, .8])
 def test_cost_of_a_plan_and_of_its_baselines(dense, gated, ratio):
-    from vitprune_nb.channel_tables import random_channels, uniform_at, uniform_channels
+    from vitprune_nb.papers.channel_tables import random_channels, uniform_at, uniform_channels
     scores = ch.importance(gated)
     plan = ch.choose(scores, ratio, 3)
     cost = surgery.plan_cost(dense, plan)
@@ -325,10 +330,10 @@ def test_cost_of_a_plan_and_of_its_baselines(dense, gated, ratio):
 @torch.no_grad()
 def test_patch_slimming_on_a_sliced_model(dense, gated, images, tmp_path):
     "Plans of patch slimming run on a VTP-pruned model in all modes, and counted MACs are tokens times widths."
-    from vitprune_nb.cost import block_terms, block_widths
+    from vitprune_nb.vit.cost import block_terms, block_widths
     from vitprune_nb.data import calibration, embedded
-    from vitprune_nb.patch_slimming import top_down
-    from vitprune_nb.plan import KEYS, Plan, ramp_plan
+    from vitprune_nb.methods.patch_slimming import top_down
+    from vitprune_nb.engine.plan import KEYS, Plan, ramp_plan
     sliced = surgery.slice_model(gated, ch.choose(ch.importance(gated), .5, 3))
     with torch.enable_grad(): found = top_down(dense, calibration(embedded('train'), 8), eps=.5)
     N = n_tokens(dense)
@@ -341,25 +346,31 @@ def test_patch_slimming_on_a_sliced_model(dense, gated, images, tmp_path):
                 full, channels, patches, together = (block_terms(*c, block_widths(b)) for c, b in (((N,)*3, old), ((N,)*3, new), (n, old), (n, new)))
                 assert all(together[t]*full[t] == channels[t]*patches[t] for t in full), 'each term is tokens times weights, so what is left multiplies'
     plan.save(tmp_path/'plan.json')
-    back = surgery.load_sliced(surgery.save_sliced(Plan.load(tmp_path/'plan.json').slim(sliced), tmp_path/'both'))
+    back = store.load_sliced(store.save_sliced(Plan.load(tmp_path/'plan.json').slim(sliced), tmp_path/'both'))
     assert torch.equal(back(images), plan.slim(sliced)(images))
     assert plan.slim(sliced)(images).ne(sliced(images)).any() and sliced(images).ne(dense(images)).any()
 
 
+def pruned(model, ratio=.4, l1=1e-4, rule='folded', **how):
+    "The whole way, without training."
+    ch.l1_penalty(l1)
+    gated = ch.add_gates(copy.deepcopy(model))
+    return surgery.slice_model(gated, surgery.choose(ch.importance(gated, rule), ratio, 3, **how))
+
+
 BAD = {
-    'ratio 1': (lambda m: surgery.prune_channels(m, 1), 'ratio: got 1; allowed: a share in [0, 1). Use 0 to keep every channel.'),
-    'negative ratio': (lambda m: surgery.prune_channels(m, -.1), 'ratio: got -0.1; allowed: a share in [0, 1)'),
-    'ratio that empties a layer': (lambda m: surgery.prune_channels(m, .999), 'ratio: got 0.999; allowed: at most 0.982 for this model. A higher one would empty a layer or a head.'),
-    'negative λ': (lambda m: surgery.prune_channels(m, .4, l1=-1e-4), 'l1: got -0.0001; allowed: a number, 0 or more'),
+    'ratio 1': (lambda m: pruned(m, 1), 'ratio: got 1; allowed: a share in [0, 1). Use 0 to keep every channel.'),
+    'negative ratio': (lambda m: pruned(m, -.1), 'ratio: got -0.1; allowed: a share in [0, 1)'),
+    'ratio that empties a layer': (lambda m: pruned(m, .999), 'ratio: got 0.999; allowed: at most 0.982 for this model. A higher one would empty a layer or a head.'),
+    'negative λ': (lambda m: pruned(m, l1=-1e-4), 'l1: got -0.0001; allowed: a number, 0 or more'),
     'gates folded already': (lambda m: ch.fold_gates(ch.fold_gates(ch.add_gates(copy.deepcopy(m)))), 'model: got one without gates; allowed: a model after add_gates. If its gates are folded already'),
     'gates twice': (lambda m: ch.add_gates(ch.add_gates(copy.deepcopy(m))), 'model: got one that has gates'),
-    'pruned twice': (lambda m: surgery.prune_channels(surgery.prune_channels(m, .4)[0], .4), 'model: got one whose channels are cut already; allowed: a dense model'),
-    'training without images': (lambda m: surgery.prune_channels(m, .4, tune=ch.TrainConfig()), 'train_set: got None'),
-    'ratio as text': (lambda m: surgery.prune_channels(m, '0.4'), 'ratio: got 0.4; allowed: a share in [0, 1)'),
-    'λ is NaN': (lambda m: surgery.prune_channels(m, .4, l1=float('nan')), 'l1: got nan; allowed: a number, 0 or more'),
-    'unknown rule': (lambda m: surgery.prune_channels(m, .4, rule='l2'), "rule: got l2; allowed: 'folded', 'gate', 'literal'"),
-    'multiple 0': (lambda m: surgery.prune_channels(m, .4, multiple=0), 'multiple: got 0; allowed: a positive integer'),
-    'folder without a model': (lambda m: surgery.load_sliced('nowhere'), 'folder: got nowhere; allowed: a pruned model'),
+    'pruned twice': (lambda m: pruned(pruned(m)), 'model: got one whose channels are cut already; allowed: a dense model'),
+    'ratio as text': (lambda m: pruned(m, '0.4'), 'ratio: got 0.4; allowed: a share in [0, 1)'),
+    'λ is NaN': (lambda m: pruned(m, l1=float('nan')), 'l1: got nan; allowed: a number, 0 or more'),
+    'unknown rule': (lambda m: pruned(m, rule='l2'), "rule: got l2; allowed: 'folded', 'gate', 'literal'"),
+    'multiple 0': (lambda m: pruned(m, multiple=0), 'multiple: got 0; allowed: a positive integer'),
+    'folder without a model': (lambda m: store.load_sliced('nowhere'), 'folder: got nowhere; allowed: a pruned model'),
 }
 
 

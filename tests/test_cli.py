@@ -2,7 +2,11 @@
 import json, os, re, shutil, signal, subprocess, time
 
 import pytest, torch
-from vitprune_nb import cli, core, cosine, data, vit
+from vitprune_nb import cli, data
+from vitprune_nb.engine.store import open_model
+from vitprune_nb.files import sha256
+from vitprune_nb.methods import cosine
+from vitprune_nb.vit import model as vit
 
 COMMANDS = 'demo train eval cost prune bench run'.split()
 
@@ -21,7 +25,7 @@ def shop(tmp_path_factory):
     save_file(m.state_dict(), folder/'nan.safetensors')
     for v in (m.blocks[2].mlp.fc1.weight, m.patch_embed.proj.weight, m.pos_embed): v.data.zero_()      # no patch differs from another
     save_file(m.state_dict(), folder/'flat.safetensors')
-    seen = cosine.collect(cli.open_model('test_vit', folder/'w0.safetensors'), data.calibration(data.embedded('train'), 16))
+    seen = cosine.collect(open_model('test_vit', folder/'w0.safetensors'), data.calibration(data.embedded('train'), 16))
     (folder/'labels').write_text(f'{seen.threshold_for(.4)} {seen.threshold_for(.7)}')
     for split, n in (('train', 3), ('test', 1)):
         ds = data.embedded(split)
@@ -197,7 +201,7 @@ OPTIONS = {'vtp': ('--ratio 0.3', ['--ratio 0.4', '--reduction 0.4', '--l1 10', 
 def content(folder):
     "What a pruned model is, without what is remembered of its making."
     config = json.loads((folder/'config.json').read_text())
-    return [config.get(k) for k in ('policy', 'shapes')], core.sha256(folder/'model.safetensors')
+    return [config.get(k) for k in ('policy', 'shapes')], sha256(folder/'model.safetensors')
 
 @pytest.mark.parametrize('method', OPTIONS)
 def test_options_of_a_method_change_the_model(ask, tmp_path, method):
@@ -309,13 +313,13 @@ def reached(monkeypatch, target, line):
 
 
 @pytest.mark.parametrize('target, line, option, name', [
-    ('vitprune_nb.vit.evaluate', 'eval --limit 5 --device cpu', '--batch 7', 'batch_size'),
-    ('vitprune_nb.vit.evaluate', 'eval --limit 5 --device cpu', '--dtype bf16', 'dtype'),
-    ('vitprune_nb.measure.bench', 'bench --batch 2', '--warmup 5', 'warmup'),
-    ('vitprune_nb.measure.bench', 'bench --batch 2', '--data {tree}', 'x'),
+    ('vitprune_nb.vit.model.evaluate', 'eval --limit 5 --device cpu', '--batch 7', 'batch_size'),
+    ('vitprune_nb.vit.model.evaluate', 'eval --limit 5 --device cpu', '--dtype bf16', 'dtype'),
+    ('vitprune_nb.evidence.measure.bench', 'bench --batch 2', '--warmup 5', 'warmup'),
+    ('vitprune_nb.evidence.measure.bench', 'bench --batch 2', '--data {tree}', 'x'),
     *(('vitprune_nb.demo.run_demo', 'demo', o, n) for o, n in [('--out x', 'out'), ('--data x', 'data'), ('--reduction 0.3', 'reduction'), ('--images 9', 'images'),
         ('--calibration 9', 'calibration_images'), ('--repeats 9', 'repeats'), ('--batch 9', 'batch'), ('--seed 9', 'seed'), ('--device auto', 'device')]),
-    *(('vitprune_nb.course.train_course', 'train --weights a', o, n) for o, n in [('--weights b', 'weights'), ('--data b', 'data'), ('--out b', 'out'), ('--limit 9', 'test_limit'),
+    *(('vitprune_nb.train.course.train_course', 'train --weights a', o, n) for o, n in [('--weights b', 'weights'), ('--data b', 'data'), ('--out b', 'out'), ('--limit 9', 'test_limit'),
         ('--epochs 9', 'recipe'), ('--lr 9', 'recipe'), ('--batch 9', 'recipe'), ('--seed 9', 'recipe'), ('--dtype fp32', 'recipe'), ('--device cpu', 'device')]),
 ])
 def test_option_reaches_the_library(monkeypatch, shop, target, line, option, name):

@@ -8,10 +8,10 @@ import timm
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
 
-from vitprune_nb import cost
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.cost import Widths, block_macs, block_terms, block_widths, cost_table, count_macs, model_macs, model_params, n_tokens, reduction, speed_up
-from vitprune_nb.methods import cost_of
+from vitprune_nb.vit import cost
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit.cost import Widths, block_macs, block_terms, block_widths, cost_table, count_macs, model_macs, model_params, n_tokens, reduction, speed_up
+from vitprune_nb.methods.base import cost_of
 
 
 def shape(name, **kwargs):
@@ -169,8 +169,8 @@ def test_table_sums_to_the_total_for_pruned_counts():
 
 @pytest.mark.parametrize('at, fate', [('before', 'remove'), ('queries', 'remove'), ('queries', 'idle'), ('middle', 'remove')])
 def test_a_slim_vit_does_what_its_counts_say(at, fate):
-    from vitprune_nb.engine import SlimViT
-    from vitprune_nb.policy import Policy, Step
+    from vitprune_nb.engine.slim import SlimViT
+    from vitprune_nb.engine.policy import Policy, Step
     vit = timm.create_model('test_vit', num_classes=7).eval()
     slim = SlimViT(vit, Policy({2: Step(at=at, fate=fate, keep=tuple(range(0, 100, 3)))}))
     counts = slim.policy.counts(len(vit.blocks), n_tokens(vit), vit.num_prefix_tokens)
@@ -296,7 +296,7 @@ def test_padded_images_are_counted_as_they_are_computed(size, patch):
 
 @pytest.mark.parametrize('where', ['head', 'adapter'])
 def test_a_pruned_model_around_such_a_vit(where):
-    from vitprune_nb.engine import NormScore, Policy, SlimViT, Step
+    from vitprune_nb.engine.slim import NormScore, Policy, SlimViT, Step
     m = adapted(where)
     for policy in (Policy({2: Step(keep=range(0, 100, 3))}), Policy({1: Step('middle', 'fuse', score=NormScore(), count=20)})):
         slim = SlimViT(m, policy)

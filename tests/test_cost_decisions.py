@@ -5,16 +5,17 @@ import pytest
 import timm
 import torch
 
-from vitprune_nb.channels import add_gates, choose, importance
-from vitprune_nb.cosine import CosineScore
-from vitprune_nb.cost import flop_counter, model_macs
-from vitprune_nb.engine import SlimViT
-from vitprune_nb.life import LifeScore, life_plan
-from vitprune_nb.life_run import StageAttention, StagePredictor
-from vitprune_nb.life_tables import RandomLife
-from vitprune_nb.methods import cost_of, counts_of, extra_macs, macs_of
-from vitprune_nb.policy import FATES, POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step, decision_macs
-from vitprune_nb.surgery import slice_model
+from vitprune_nb.methods.vtp import add_gates, importance
+from vitprune_nb.engine.channels import choose
+from vitprune_nb.methods.cosine import CosineScore
+from vitprune_nb.vit.cost import flop_counter, model_macs
+from vitprune_nb.engine.slim import SlimViT
+from vitprune_nb.methods.life import LifeScore, life_plan
+from vitprune_nb.methods.life_run import StageAttention, StagePredictor
+from vitprune_nb.papers.life_tables import RandomLife
+from vitprune_nb.methods.base import cost_of, counts_of, extra_macs, macs_of
+from vitprune_nb.engine.policy import FATES, POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step, decision_macs
+from vitprune_nb.engine.channels import slice_model
 
 SMALL = dict(img_size=48, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=5)   # 36 patches
 MODELS = {'plain': ('vit_tiny_patch16_224', {}), 'q and k norm': ('vit_tiny_patch16_224', dict(qk_norm=True, init_values=1e-5)),
@@ -151,7 +152,7 @@ def test_a_score_that_nobody_knows(name):
 
 def test_a_cls_row_without_values_is_the_row_that_attention_computes():
     "The row that decides comes from queries and keys alone, and is still timm's."
-    from vitprune_nb.attention import cls_logits
+    from vitprune_nb.engine.attention import cls_logits
     for net in (vit('plain'), vit('q and k norm'), vit('registers'), sliced()):
         attn, x = net.blocks[1].attn, torch.randn(2, 11, net.blocks[1].attn.qkv.in_features)
         q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)

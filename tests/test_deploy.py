@@ -7,10 +7,11 @@ import torch
 
 pytest.importorskip('onnxruntime')
 from vitprune_nb import deploy
-from vitprune_nb.core import VitpruneError, set_seed
-from vitprune_nb.cost import count_macs
-from vitprune_nb.engine import ClsAttention, NormScore, Policy, SlimViT, Step
-from vitprune_nb.vit import create_vit
+from vitprune_nb.core import set_seed
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit.cost import count_macs
+from vitprune_nb.engine.slim import ClsAttention, NormScore, Policy, SlimViT, Step
+from vitprune_nb.vit.model import create_vit
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +44,7 @@ def test_the_file_says_what_the_model_says(static, images, tmp_path, name):
 @torch.no_grad()
 def test_ties_are_broken_alike(static, tmp_path):
     "A constant image: patches that score exactly alike are kept by position, in the file as in the model."
-    from vitprune_nb.policy import RandomScore
+    from vitprune_nb.engine.policy import RandomScore
     class Flat(NormScore):
         def forward(self, t): return (t.x*0).sum(-1)
     m = SlimViT(static['dense'], Policy({1: Step(score=Flat(), count=5)})).eval()
@@ -97,8 +98,8 @@ def test_the_file_knows_its_images_and_classes(static, images, tmp_path):
 
 
 def test_quantisation_finds_more_products_after_its_preprocessing(static, images, tmp_path):
-    from vitprune_nb.plan import ramp_plan
-    from vitprune_nb.vit import course_model
+    from vitprune_nb.engine.plan import ramp_plan
+    from vitprune_nb.vit.model import course_model
     net = course_model()
     left, gap = deploy.quantised(ramp_plan(net, .4).slim(net), tmp_path/'q.onnx', images)
     assert left == {'as exported': 46, 'pre-processed': 24}, 'QKᵀ and AV of twelve blocks'

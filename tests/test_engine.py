@@ -4,9 +4,9 @@ import json, random, subprocess, sys
 import pytest
 import torch
 
-from vitprune_nb.engine import SlimViT, check_policy
-from vitprune_nb.policy import ClsAttention, NormScore, Policy, RandomScore, Step
-from vitprune_nb.vit import create_vit
+from vitprune_nb.engine.slim import SlimViT, check_policy
+from vitprune_nb.engine.policy import ClsAttention, NormScore, Policy, RandomScore, Step
+from vitprune_nb.vit.model import create_vit
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 P, L = 16, 4
@@ -108,7 +108,10 @@ def test_static_gather_exports(model, images):
 
 
 def test_engine_offers_the_names_of_policy_and_attention():
-    from vitprune_nb import attention, engine, modes, policy
+    from vitprune_nb.engine import attention
+    from vitprune_nb.engine import slim as engine
+    from vitprune_nb.engine import modes
+    from vitprune_nb.engine import policy
     for module in (policy, attention): assert all(getattr(engine, n) is getattr(module, n) for n in module.__all__ if hasattr(engine, n))
     assert {'Step', 'Policy', 'Tokens', 'Scorer', 'register_scorer', 'SCORERS', 'select', 'parse_schedule', 'schedule_policy', 'pyramid',
             'attend', 'fuse_tokens', 'merge_tokens', 'attn_branch', 'mlp_branch', 'Trace'} <= set(dir(engine))
@@ -132,13 +135,10 @@ def test_only_cls_may_be_static_after_a_per_image_step(model, images):
 def test_a_saved_policy_finds_the_methods_of_the_course(module):
     "In a process that has not imported the method's module."
     code = f'''import sys
-from vitprune_nb.policy import SCORER_MODULES, SCORERS, _step_from_dict
-assert "vitprune_nb.{module}" not in sys.modules
-kinds = [k for k, m in SCORER_MODULES.items() if m == "{module}"]
-for kind in kinds:
-    try: _step_from_dict(dict(at="before", fate="remove", count=3, score=dict(kind=kind)))
-    except TypeError: pass      # a scorer that needs its width
-    assert kind in SCORERS
-print(len(kinds))'''
+from vitprune_nb.engine.policy import SCORERS, _step_from_dict
+assert "vitprune_nb.methods.{module}" not in sys.modules
+try: _step_from_dict(dict(at="before", fate="remove", count=3, score=dict(kind="{module}")))
+except TypeError: pass      # a scorer that needs its width
+print(SCORERS["{module}"].__module__)'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert int(out.stdout) >= 1
+    assert out.stdout.strip() == f'vitprune_nb.methods.{module}'

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, clean_env
 
-from vitprune_nb import cli, core
-from vitprune_nb.core import (MARK, VitpruneError, append_text, check_output, claim, is_ours, made_in, only_one, publish, remove, sign, sweep,
-                              temporary_path, write_atomic, write_folder_atomic)
+from vitprune_nb import cli, files
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.files import (MARK, append_text, check_output, claim, is_ours, made_in, only_one, publish,
+                               remove, sign, sweep, temporary_path, write_atomic, write_folder_atomic)
 from vitprune_nb.experiment import Experiment, Ledger, read_experiment
-from vitprune_nb.methods import load_pruned
+from vitprune_nb.engine.store import load_pruned
 from vitprune_nb.run import run_config
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -253,7 +254,7 @@ def test_the_current_folder(tmp_path, toml, capsys, monkeypatch):
 
 
 def test_too_little_room_is_said_first(tmp_path, toml, capsys, monkeypatch):
-    monkeypatch.setattr(core.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
     for line in (PRUNE.split(), DEMO.split(), ['run', toml]):
         assert '0 MB free; allowed: a disk with' in refused([*line, '--out', tmp_path/'o'], capsys)
     assert [p.name for p in tmp_path.iterdir()] == ['config']
@@ -309,7 +310,7 @@ def test_a_disk_that_is_full_at_some_point(tmp_path, capsys, monkeypatch, line, 
     capsys.readouterr()
     before = snapshot(tmp_path)
     failing = Failing(getattr(os, what), n, once=what == 'replace')   # where no name can be changed any more, none can be changed back
-    monkeypatch.setattr(core.os, what, failing)
+    monkeypatch.setattr(files.os, what, failing)
     code = cli.main([*line.split(), '--out', str(out)])
     monkeypatch.undo()
     err = capsys.readouterr().err.rpartition('\r')[2]
@@ -390,14 +391,14 @@ def test_two_in_one_folder(tmp_path, toml, capsys, case):
 
 def small_training(out):
     from vitprune_nb.data import calibration, embedded
-    from vitprune_nb.train import TrainConfig, fit
-    from vitprune_nb.vit import create_vit
+    from vitprune_nb.train.trainer import TrainConfig, fit
+    from vitprune_nb.vit.model import create_vit
     model = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=10)
     return fit(model, calibration(embedded('train'), 10), TrainConfig(epochs=1, batch_size=10, dtype='fp32'), out=out)
 
 
 def test_a_lock_goes_with_its_process(tmp_path):
-    code = f'import time\nfrom vitprune_nb.core import only_one\nwith only_one({str(tmp_path/"o")!r}): print("locked", flush=True); time.sleep(60)'
+    code = f'import time\nfrom vitprune_nb.files import only_one\nwith only_one({str(tmp_path/"o")!r}): print("locked", flush=True); time.sleep(60)'
     proc = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, env=clean_env(OMP_NUM_THREADS='1'), cwd=ROOT)
     assert proc.stdout.readline() == 'locked\n'
     with pytest.raises(VitpruneError, match='nothing is going on'), only_one(tmp_path/'o'): pass
@@ -485,11 +486,11 @@ def test_long_and_odd_names(tmp_path):
 
 
 def test_a_ledger_forgets_on_a_full_disk_nothing(tmp_path, monkeypatch):
-    from vitprune_nb.results import make_row
+    from vitprune_nb.evidence.results import make_row
     book = Ledger(tmp_path/'rows', tmp_path/'r.csv')
     for m in ('life', 'vtp'): book.add(f'{m}-0.3-s0-none', make_row(m, seed=0))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(core.os, 'replace', Failing(os.replace, 1))
+    monkeypatch.setattr(files.os, 'replace', Failing(os.replace, 1))
     with pytest.raises(VitpruneError, match='No space is left'): book.drop('life')
     assert snapshot(tmp_path) == before
     monkeypatch.undo()
@@ -500,11 +501,11 @@ def test_a_ledger_forgets_on_a_full_disk_nothing(tmp_path, monkeypatch):
 def test_a_kill_while_a_folder_is_removed_leaves_no_half_of_it_under_its_name(tmp_path, monkeypatch):
     work = tmp_path/'pruned.unfinished'
     claim(work, 'config.json'), (work/'config.json').write_text('{}'), (work/'sub').mkdir(), (work/'sub'/'a').write_text('a')
-    monkeypatch.setattr(core.shutil, 'rmtree', lambda p: Path(p, MARK).unlink() or killed())
+    monkeypatch.setattr(files.shutil, 'rmtree', lambda p: Path(p, MARK).unlink() or killed())
     with pytest.raises(KeyboardInterrupt): remove(work)
     assert not work.exists() and len(list(tmp_path.iterdir())) == 1
     monkeypatch.undo()
-    monkeypatch.setattr(core, '_is_alive', lambda pid: False)
+    monkeypatch.setattr(files, '_is_alive', lambda pid: False)
     sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -3,13 +3,13 @@ import json, math
 
 import pytest
 import torch
-from vitprune_nb import imagenet
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.cost import model_macs
+from vitprune_nb.papers import imagenet
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit.cost import model_macs
 from vitprune_nb.data import data_config, embedded, eval_transform
-from vitprune_nb.engine import ClsAttention, Policy, SlimViT, Step
-from vitprune_nb.results import read_rows
-from vitprune_nb.vit import create_vit
+from vitprune_nb.engine.slim import ClsAttention, Policy, SlimViT, Step
+from vitprune_nb.evidence.results import read_rows
+from vitprune_nb.vit.model import create_vit
 
 WNIDS = ('n01440764', 'n02084071', 'n02121620')
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFile
 
 from vitprune_nb import cli, data
-from vitprune_nb.core import VitpruneError, for_shell
+from vitprune_nb.errors import VitpruneError, for_shell
 from vitprune_nb.data import (as_shown, calibration, class_subset, eval_transform, folder_data, image_endings,
                               image_formats, load_data, loader, open_image)
 
@@ -440,7 +440,7 @@ def test_a_run_leaves_damaged_files_out_where_its_file_or_the_command_line_say_s
 
 
 def test_train_leaves_damaged_files_out_where_told_to(damaged, tmp_path, monkeypatch):
-    from vitprune_nb import course
+    from vitprune_nb.train import course
     seen = {}
     monkeypatch.setattr(course, '_big_model', lambda weights: None)
     monkeypatch.setattr(course, '_inherit', lambda *a: (_ for _ in ()).throw(VitpruneError('far enough')))

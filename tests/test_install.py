@@ -45,7 +45,7 @@ def test_package_imports_no_build_tool(tmp_path):
 def test_import_is_cheap(tmp_path):
     "`import vitprune_nb` adds at most 0.3 s to torch and timm; so do, all together, the modules that a method needs."
     code = 'import time, torch, timm\nt = time.perf_counter()\nimport vitprune_nb\nu = time.perf_counter()\n' \
-           'import vitprune_nb.engine, vitprune_nb.patch_slimming, vitprune_nb.vit\nprint(u - t, time.perf_counter() - u)'
+           'import vitprune_nb.engine.slim, vitprune_nb.methods.patch_slimming, vitprune_nb.vit.model\nprint(u - t, time.perf_counter() - u)'
     times = [[float(x) for x in python(code, tmp_path).split()] for _ in range(3)]
     package, modules = (statistics.median(column) for column in zip(*times))
     assert package <= .3 and modules <= .3

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from vitprune_nb.measure import bench, peak_memory, stopwatch
+from vitprune_nb.evidence.measure import bench, peak_memory, stopwatch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 

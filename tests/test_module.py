@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.cosine import CosineScore
-from vitprune_nb.engine import SlimViT
-from vitprune_nb.life import life_plan
-from vitprune_nb.modes import MODES
-from vitprune_nb.policy import ClsAttention, NormScore, Policy, RandomScore, Step
-from vitprune_nb.vit import capture, create_vit
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.methods.significance import capture_once
+from vitprune_nb.methods.cosine import CosineScore
+from vitprune_nb.engine.slim import SlimViT
+from vitprune_nb.methods.life import life_plan
+from vitprune_nb.engine.modes import MODES
+from vitprune_nb.engine.policy import ClsAttention, NormScore, Policy, RandomScore, Step
+from vitprune_nb.vit.model import capture, create_vit
 
 P, L, D = 16, 4, 48
 
@@ -154,7 +155,8 @@ def test_ddp_trains_whatever_the_policy(kind, images, tmp_path):
 
 def test_scorers_of_a_finished_model_ask_for_no_gradient(tmp_path):
     from vitprune_nb import data
-    from vitprune_nb.methods import load_pruned, prune, save_pruned
+    from vitprune_nb.engine.store import load_pruned, save_pruned
+    from vitprune_nb.methods.base import prune
     few = data.load_data(split='train', limit=16)
     model = vit()
     done = prune('life', model, few, keep_rate=.6, predictor_epochs=0, backbone_epochs=0)
@@ -362,7 +364,7 @@ BAD = {
     'too many blocks': (lambda s, x: s.forward_intermediates(x, 5), 'indices: got 5; allowed: how many of the last blocks, at most 4'),
     'no such block': (lambda s, x: s.get_intermediate_layers(x, [4]), 'indices: got [4]; allowed: how many of the last blocks, at most 4, or block indices from -4 to 3'),
     'wrapped twice': (lambda s, x: SlimViT(s), 'model: got a SlimViT, whose tokens are pruned; allowed: a dense ViT'),
-    'scores of a pruned model': (lambda s, x: __import__('vitprune_nb.significance').significance.capture_once(s).__enter__(), 'look inside it, use capture(slim) or slim.forward_intermediates(images)'),
+    'scores of a pruned model': (lambda s, x: capture_once(s).__enter__(), 'look inside it, use capture(slim) or slim.forward_intermediates(images)'),
     'a compiled dense model': (lambda s, x: capture(torch.compile(s.model, backend='eager')).__enter__(), 'model: got one from torch.compile; allowed: the module before it was compiled. Pass model._orig_mod.'),
     'a compiled pruned model': (lambda s, x: capture(torch.compile(s, backend='eager')).__enter__(), 'model: got one from torch.compile'),
 }

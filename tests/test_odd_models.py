@@ -2,13 +2,15 @@
 import pytest
 import torch
 
-from vitprune_nb import data, results
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.engine import SlimViT, check_policy
-from vitprune_nb.methods import prune
-from vitprune_nb.plan import ramp_plan, uniform_plan
-from vitprune_nb.policy import NormScore, Policy, RandomScore, Step
-from vitprune_nb.vit import create_vit, evaluate
+from vitprune_nb import data
+
+from vitprune_nb.evidence import results
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.slim import SlimViT, check_policy
+from vitprune_nb.methods.base import prune
+from vitprune_nb.engine.plan import ramp_plan, uniform_plan
+from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step
+from vitprune_nb.vit.model import create_vit, evaluate
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
 P, L = 16, 4
@@ -116,7 +118,7 @@ def no_answer(kind):
 
 @pytest.mark.parametrize('kind', ['NaN weight', 'infinite bias', 'all minus infinity'])
 def test_no_accuracy_for_logits_that_are_not_finite(few, kind):
-    from vitprune_nb.cosine import run_slim
+    from vitprune_nb.methods.cosine import run_slim
     model = no_answer(kind)
     slim = SlimViT(model, Policy({0: Step(score=NormScore(), count=5)}))
     for answer in (lambda: evaluate(model, few), lambda: results.answers(model, few), lambda: run_slim(slim, few), lambda: evaluate(slim, few)):
@@ -124,7 +126,7 @@ def test_no_accuracy_for_logits_that_are_not_finite(few, kind):
 
 
 def test_images_without_an_answer_are_counted():
-    from vitprune_nb.vit import classes_of
+    from vitprune_nb.vit.model import classes_of
     logits = torch.tensor([[0., 1.], [float('nan'), 1.], [2., 1.], [3., float('inf')]])
     assert classes_of(logits[[0, 2]]).tolist() == [1, 0]
     with pytest.raises(VitpruneError, match='for 2 of 4 images'): classes_of(logits)
@@ -176,7 +178,7 @@ SENTENCES = {   # what does not work, and what is said
 @pytest.mark.parametrize('kind', kinds())
 def test_every_method_on_every_kind(kind, method, few, tmp_path):
     "Pruned, finite, cheaper, and the same after a reload; or one sentence."
-    from vitprune_nb.methods import load_pruned, save_pruned
+    from vitprune_nb.engine.store import load_pruned, save_pruned
     model, options = kinds()[kind](), dict(reduction=.3, **METHOD_OPTIONS[method])
     before = [p.detach().clone() for p in model.parameters()]
     if (kind, method) in SENTENCES:
@@ -193,7 +195,7 @@ def test_every_method_on_every_kind(kind, method, few, tmp_path):
 
 
 def test_methods_are_all_in_the_table():
-    from vitprune_nb.methods import METHODS
+    from vitprune_nb.methods.base import METHODS
     assert set(METHOD_OPTIONS) == set(METHODS)
 
 

@@ -3,11 +3,11 @@ import os, random, signal, subprocess, sys
 import pytest, torch
 from conftest import start
 from patch_slimming_script import images, run, tiny_vit
-from vitprune_nb import patch_slimming
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.engine import load_slim, save_slim
-from vitprune_nb.patch_slimming import Plan, Search, top_down
-from vitprune_nb.plan import weights_hash
+from vitprune_nb.methods import patch_slimming
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.store import load_slim, save_slim
+from vitprune_nb.methods.patch_slimming import Plan, Search, top_down
+from vitprune_nb.engine.plan import weights_hash
 
 SCRIPT = 'patch_slimming_script.py'
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -2,8 +2,15 @@
 import math
 
 import numpy as np, pytest, torch
-from vitprune_nb import cli, core, data, engine, experiment, measure, methods, plan, policy, train, vit
-from vitprune_nb.core import VitpruneError
+from vitprune_nb import cli, core, data, experiment
+from vitprune_nb.engine import slim as engine
+from vitprune_nb.evidence import measure
+from vitprune_nb.methods import base as methods
+from vitprune_nb.engine import plan
+from vitprune_nb.engine import policy
+from vitprune_nb.train import trainer as train
+from vitprune_nb.vit import model as vit
+from vitprune_nb.errors import VitpruneError
 
 SEEDS = (-1, 2**32, 1.5, True, None, '3', math.nan)
 

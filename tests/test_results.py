@@ -2,12 +2,12 @@
 import subprocess, sys
 
 import pytest
-from vitprune_nb.results import FIELDS, append_rows, make_row, read_rows
+from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, read_rows
 
 DIE = """
 import os, sys
 from pathlib import Path
-from vitprune_nb.results import append_rows, make_row
+from vitprune_nb.evidence.results import append_rows, make_row
 die = lambda *a, **k: os._exit(9)
 match sys.argv[2]:
     case 'writing':

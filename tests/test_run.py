@@ -5,9 +5,9 @@ import numpy as np, pytest
 from conftest import ONE_THREAD, ROOT
 from PIL import Image
 from vitprune_nb.cli import main
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.methods import load_pruned
-from vitprune_nb.results import FIELDS, read_rows
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.store import load_pruned
+from vitprune_nb.evidence.results import FIELDS, read_rows
 from vitprune_nb.run import run_config
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -103,7 +103,7 @@ recover = { epochs = 1, batch_size = 6, augment = "deit", mixup = 0.8, distill =
 ''')
     from safetensors.torch import save_file
     from vitprune_nb.core import set_seed
-    from vitprune_nb.vit import create_vit
+    from vitprune_nb.vit.model import create_vit
     set_seed(0)                              # on some random networks cosine labels cannot save 30%
     model = create_vit('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
     save_file(model.state_dict(), tmp_path/'weights.safetensors')

@@ -4,15 +4,22 @@ import dataclasses, functools, json, random, subprocess, sys
 import numpy as np, pytest, torch
 from conftest import ONE_THREAD, ROOT
 from train_script import tiny_vit
-from vitprune_nb import channels, course, engine, methods, train
-from vitprune_nb.core import VitpruneError, set_seed
+from vitprune_nb.methods import vtp as channels
+from vitprune_nb.train import course
+from vitprune_nb.engine import slim as engine
+from vitprune_nb.methods import base as methods
+from vitprune_nb.train import trainer as train
+from vitprune_nb.core import set_seed
+from vitprune_nb.errors import VitpruneError
 from vitprune_nb.data import calibration, embedded
-from vitprune_nb.dense import train_dense
-from vitprune_nb.life_run import frozen, life_recipe, train_life
-from vitprune_nb.methods import load_pruned, prune, recover, save_pruned
-from vitprune_nb.surgery import prune_channels
-from vitprune_nb.train import TrainConfig, Trainer, fit, load_checkpoint, pick_accelerator
-from vitprune_nb.vit import create_vit
+from vitprune_nb.evidence.dense import train_dense
+from vitprune_nb.train.trainer import frozen
+from vitprune_nb.methods.life_run import life_recipe, train_life
+from vitprune_nb.engine.store import load_pruned, save_pruned
+from vitprune_nb.methods.base import prune, recover
+from vitprune_nb.engine.channels import choose, slice_model
+from vitprune_nb.train.trainer import TrainConfig, Trainer, fit, load_checkpoint, pick_accelerator
+from vitprune_nb.vit.model import create_vit
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 PLAIN = dict(epochs=1, batch_size=8, lr=2e-3, augment='none', dtype='fp32', save_every=1, log_every=1)   # three steps
@@ -269,8 +276,10 @@ def do_life(out):
 
 
 def do_channels(out):
-    sparse, tune = recipe('drop_path'), recipe('freeze')
-    return weights(prune_channels(tiny_vit(), .3, 1e-3, images(), sparse, tune, out=out)[0])
+    gated = channels.train_gates(tiny_vit(), images(), recipe('drop_path'), 1e-3, out=out/'sparse')
+    sliced = slice_model(gated, choose(channels.importance(gated), .3, 3))
+    train.fit(sliced, images(), recipe('freeze'), out=out/'tune')
+    return weights(sliced)
 
 
 def do_dense(out):
@@ -283,7 +292,7 @@ def do_dense(out):
 PROCEDURES = dict(
     vtp=do_prune('vtp', METHODS['vtp']), life=do_prune('life', METHODS['life']), recover_vtp=do_recover('vtp', METHODS['vtp']),
     recover_life=do_recover('life', METHODS['life']), recover_cosine=do_recover('cosine', METHODS['cosine']),
-    recover_tuned=do_recover(*TUNED), train_life=do_life, prune_channels=do_channels, train_dense=do_dense)
+    recover_tuned=do_recover(*TUNED), train_life=do_life, channels=do_channels, train_dense=do_dense)
 
 
 @pytest.mark.parametrize('name', PROCEDURES)
@@ -364,7 +373,7 @@ def test_pruning_leaves_the_generators_where_they_stood():
 
 def test_what_a_kill_left_of_a_write_goes_with_the_next(tmp_path):
     "Of dead processes only, and only of the file or folder that is written."
-    from vitprune_nb.core import write_atomic, write_folder_atomic
+    from vitprune_nb.files import write_atomic, write_folder_atomic
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
     alive = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)

@@ -9,14 +9,16 @@ from timm.layers import DropPath, LayerNorm, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitprune_nb.channels import add_gates, choose, importance
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.engine import SlimViT
-from vitprune_nb.methods import cost_of, load_pruned, save_pruned
-from vitprune_nb.plan import Plan, model_name, ramp_plan
-from vitprune_nb.policy import NormScore, Policy, RandomScore, Step
-from vitprune_nb.store import load_slim
-from vitprune_nb.surgery import slice_model
+from vitprune_nb.methods.vtp import add_gates, importance
+from vitprune_nb.engine.channels import choose
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.slim import SlimViT
+from vitprune_nb.methods.base import cost_of
+from vitprune_nb.engine.store import load_pruned, save_pruned
+from vitprune_nb.engine.plan import Plan, model_name, ramp_plan
+from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step
+from vitprune_nb.engine.store import load_slim
+from vitprune_nb.engine.channels import slice_model
 
 FIXTURES = ROOT/'tests/fixtures'
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)
@@ -163,7 +165,7 @@ def test_a_vit_built_directly_comes_back(tmp_path):
 
 
 def test_a_shared_scorer_stays_shared(tmp_path):
-    from vitprune_nb.cosine import CosineScore
+    from vitprune_nb.methods.cosine import CosineScore
     score = CosineScore(24, 8)
     slim = SlimViT(make(), Policy({0: Step(count=12, score=score), 2: Step(count=5, score=score)}, 'shared'))
     back = comes_back(slim, tmp_path/'m')
@@ -252,7 +254,7 @@ def named(tmp_path, names=NAMES):
 
 
 def test_class_names_are_kept_and_matched(tmp_path):
-    from vitprune_nb.vit import evaluate
+    from vitprune_nb.vit.model import evaluate
     model = named(tmp_path)
     ds = images(NAMES)
     assert model.classes == NAMES
@@ -266,8 +268,8 @@ def test_class_names_are_kept_and_matched(tmp_path):
 
 
 def test_other_class_names_are_refused(tmp_path):
-    from vitprune_nb.methods import prune, recover
-    from vitprune_nb.vit import evaluate
+    from vitprune_nb.methods.base import prune, recover
+    from vitprune_nb.vit.model import evaluate
     model, wrong = named(tmp_path), images([*NAMES[:4], 'zebra'])
     for call in (lambda: evaluate(model, wrong), lambda: recover(model, wrong), lambda: recover(model, images(NAMES), test_set=wrong)):
         with pytest.raises(VitpruneError, match='with the class zebra; allowed: the classes that the model was pruned for, elk among them'): call()
@@ -277,7 +279,7 @@ def test_other_class_names_are_refused(tmp_path):
 
 
 def test_prune_remembers_class_names_and_a_new_head_forgets_them(tmp_path):
-    from vitprune_nb.methods import prune
+    from vitprune_nb.methods.base import prune
     pruned = prune('attention', make(depth=4), images(NAMES, split='train'), reduction=.3, calibration=4)
     assert load_pruned(save_pruned(pruned, tmp_path/'a')).classes == NAMES
     pruned.model.reset_classifier(3)

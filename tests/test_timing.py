@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
-from vitprune_nb import timing
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.results import read_rows
+from vitprune_nb.papers import timing
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.evidence.results import read_rows
 
 TINY = dict(backbones=['test_vit'], dtypes=['fp32'], engines=['eager'], devices=['cpu'], budgets=(.3,), repeats=2, warmup=1, img_size=64)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

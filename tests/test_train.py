@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, start
 from train_script import RANDOM, run, tiny_vit, train_set
-from vitprune_nb.core import VitpruneError, sha256
-from vitprune_nb.course import train_course
-from vitprune_nb.train import TrainConfig, fit, load_checkpoint, read_log
-from vitprune_nb.vit import create_vit
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.files import sha256
+from vitprune_nb.train.course import train_course
+from vitprune_nb.train.trainer import TrainConfig, fit, load_checkpoint, read_log
+from vitprune_nb.vit.model import create_vit
 
 SCRIPT = 'train_script.py'
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -102,7 +103,7 @@ def test_workers_and_evaluation_change_nothing():
 
 
 def test_a_pruned_model_trains(tmp_path):
-    from vitprune_nb import engine
+    from vitprune_nb.engine import slim as engine
     model = engine.SlimViT(tiny_vit(), engine.Policy({1: engine.Step(keep=tuple(range(8)))}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = fit(model, train_set(), TrainConfig(**dict(RANDOM, epochs=.3, patch_drop=())), test_set=train_set().subset(range(16)), out=tmp_path)

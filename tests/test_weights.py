@@ -8,10 +8,14 @@ import torch
 from conftest import ROOT, clean_env
 from safetensors.torch import save_file
 
-from vitprune_nb import cli, run, vit
-from vitprune_nb.core import VitpruneError, data_path
+from vitprune_nb import cli, run
+
+from vitprune_nb.vit import model as vit
+from vitprune_nb.core import data_path
+from vitprune_nb.errors import VitpruneError
 from vitprune_nb.experiment import Experiment
-from vitprune_nb.plan import weights_hash
+from vitprune_nb.engine import store
+from vitprune_nb.engine.plan import weights_hash
 
 KWARGS = dict(img_size=32, patch_size=8, num_classes=10)   # of timm's test_vit: 6 blocks, 64 wide
 OLDEST = os.path.join(sys.prefix, 'oldest-timm')
@@ -105,7 +109,7 @@ WRAPPED = {   # name: (what is saved, words of the warning; None: none)
 DOORS = {
     'create_vit': lambda f: vit.create_vit('test_vit', f, **KWARGS),
     'load_weights': lambda f: vit.load_weights(vit.create_vit('test_vit', **KWARGS), f),
-    'command line': lambda f: cli.open_model('test_vit', f),
+    'command line': lambda f: store.open_model('test_vit', f),
     'dense model of a run': lambda f: run.start_model(Experiment(model='test_vit', model_args=dict(img_size=32, patch_size=8), dense=str(f)), list('abcdefghij')),
     'start of a run': lambda f: run.start_model(Experiment(model='test_vit', model_args=dict(img_size=32, patch_size=8), weights=str(f), train=dict(epochs=1)), list('abcdefghij')),
 }
@@ -141,7 +145,7 @@ def test_files_are_what_they_hold(door, model, state, tmp_path):
 def test_the_course_model_through_every_door_is_the_course_model():
     file = data_path('model', 'course_vit_s.safetensors')
     expected = weights_hash(vit.course_model())
-    assert weights_hash(cli.open_model('course', file)) == expected
+    assert weights_hash(store.open_model('course', file)) == expected
     assert weights_hash(vit.create_vit(vit.COURSE['model'], file, **vit.COURSE['kwargs'])) == expected
     assert weights_hash(run.start_model(Experiment(dense=str(file)), list('abcdefghij'))) == expected
 
@@ -236,7 +240,7 @@ def test_a_checkpoint_that_contains_itself(tmp_path, state):
 def test_shapes_tell(kwargs, tmp_path):
     made = vit.create_vit('test_vit', **KWARGS | kwargs)
     torch.save({'state_dict': under('model.', made.state_dict())}, tmp_path/'w.ckpt')
-    found = cli.open_model('test_vit', tmp_path/'w.ckpt')
+    found = store.open_model('test_vit', tmp_path/'w.ckpt')
     x = torch.randn(2, kwargs.get('in_chans', 3), *made.patch_embed.img_size)
     with torch.inference_mode(): assert torch.equal(found(x), made(x))
 
@@ -244,7 +248,7 @@ def test_shapes_tell(kwargs, tmp_path):
 def test_registers_of_dinov2(tmp_path):
     made = vit.create_vit('vit_small_patch14_reg4_dinov2', img_size=56, depth=12)
     save_file(made.state_dict(), tmp_path/'w.safetensors')
-    found = cli.open_model('vit_small_patch14_reg4_dinov2', tmp_path/'w.safetensors')
+    found = store.open_model('vit_small_patch14_reg4_dinov2', tmp_path/'w.safetensors')
     assert (found.num_reg_tokens, found.patch_embed.img_size) == (4, (56, 56)) and weights_hash(found) == weights_hash(made)
 
 
@@ -256,14 +260,14 @@ def test_a_grid_that_is_no_square_is_used_as_it_is(tmp_path):
     assert weights_hash(vit.create_vit('vit_tiny_patch16_224', tmp_path/'w.pth', **wide, depth=1)) == weights_hash(made)
     with pytest.raises(VitpruneError, match=r'pos_embed, say, is \(1, 33, 64\).*Positions that form no square'):
         torch.save(vit.create_vit('test_vit', **KWARGS | dict(img_size=(32, 64))).state_dict(), tmp_path/'w.pth')
-        cli.open_model('test_vit', tmp_path/'w.pth')
+        store.open_model('test_vit', tmp_path/'w.pth')
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'deit_tiny_distilled_patch16_224', 'cait_xxs24_224'])
 def test_models_of_other_kinds(name, tmp_path):
     made = vit.create_vit(name, num_classes=7)
     torch.save({'net': made.state_dict()}, tmp_path/'w.pth')
-    assert weights_hash(cli.open_model(name, tmp_path/'w.pth')) == weights_hash(made)
+    assert weights_hash(store.open_model(name, tmp_path/'w.pth')) == weights_hash(made)
 
 
 def test_a_head_that_does_not_fit_is_said(tmp_path, state):
@@ -271,7 +275,7 @@ def test_a_head_that_does_not_fit_is_said(tmp_path, state):
     found, said = loaded('create_vit', tmp_path/'w.pth')
     assert [s.partition('w.pth: ')[2] for s in said] == ['left out, for this model does not use them: teacher.head.mlp.0.weight', 'it has no head that fits, so the head of the model stays untrained']
     assert torch.equal(found.blocks[3].mlp.fc1.weight, state['blocks.3.mlp.fc1.weight'])
-    assert cli.open_model('test_vit', tmp_path/'w.pth').num_classes == 0, 'the file has no head'
+    assert store.open_model('test_vit', tmp_path/'w.pth').num_classes == 0, 'the file has no head'
     with pytest.raises(VitpruneError, match='dense: got .*; allowed: a checkpoint with a head. Give .train.'): loaded('dense model of a run', tmp_path/'w.pth')
     torch.save(state, tmp_path/'w.pth')
     assert loaded('create_vit', tmp_path/'w.pth')[1] == []

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from vitprune_nb.core import set_seed
 from vitprune_nb.data import calibration, embedded
-from vitprune_nb.train import TrainConfig, fit
-from vitprune_nb.vit import create_vit
+from vitprune_nb.train.trainer import TrainConfig, fit
+from vitprune_nb.vit.model import create_vit
 
 RANDOM = dict(epochs=4, batch_size=16, lr=2e-3, augment='light', mixup=.8, cutmix=1., patch_drop=(.5, 0), drop_path=.1, ema=.9, clip_grad=.5,
               dtype='fp32', save_every=5, log_every=1)     # everything that draws random numbers; epochs of 12 steps

@@ -11,11 +11,27 @@ import timm.models._builder as builder
 import timm.models._hub as hub
 import torch
 
-from vitprune_nb import cli, course, dense, imagenet, life, life_tables, patch_slimming, train, vit
-from vitprune_nb.core import VitpruneError
-from vitprune_nb.engine import load_slim
-from vitprune_nb.methods import load_pruned
-from vitprune_nb.surgery import load_sliced
+from vitprune_nb import cli
+
+from vitprune_nb.train import course
+
+from vitprune_nb.evidence import dense
+
+from vitprune_nb.papers import imagenet
+
+from vitprune_nb.methods import life
+
+from vitprune_nb.papers import life_tables
+
+from vitprune_nb.methods import patch_slimming
+
+from vitprune_nb.train import trainer as train
+
+from vitprune_nb.vit import model as vit
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.store import load_slim
+from vitprune_nb.engine.store import load_pruned
+from vitprune_nb.engine.store import load_sliced
 
 WORK = Path(sys.argv[1]).resolve()
 MARK = WORK/'it-ran'
