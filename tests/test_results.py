@@ -1,8 +1,13 @@
 """What a notebook cannot show about result files: a process that dies in the middle of a write."""
-import subprocess, sys
+import math, subprocess, sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
-from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, read_rows
+from vitprune_nb.evidence.measure import ratio_interval
+from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_rows
+from vitprune_nb.papers.imagenet import mean_interval as mean_over_images
+from vitprune_nb.vit.model import wilson_interval
 
 DIE = """
 import os, sys
@@ -53,3 +58,37 @@ def test_a_file_without_a_final_newline_is_continued_properly(tmp_path):
     file.write_bytes(file.read_bytes().rstrip(b'\n'))
     append_rows(file, [make_row('b')])
     assert [r['method'] for r in read_rows(file)] == ['a', 'b']
+
+
+@pytest.mark.parametrize('right, n', [(0, 1), (1, 1), (0, 50), (25, 50), (49, 50), (50, 50), (8400, 10_000), (2, 3)])
+def test_wilson_solves_its_quadratic(right, n):
+    "Both ends solve (p - x)^2 = z^2 x(1 - x)/n, and each is the root on its side of p."
+    z, p = 1.959963984540054, right/n
+    low, high = wilson_interval(right, n)
+    for x in (low, high): assert (p - x)**2 == pytest.approx(z*z*x*(1 - x)/n, abs=1e-12)
+    assert 0 <= low <= p <= high <= 1 and low < high
+
+
+@pytest.mark.parametrize('b, c', [(0, 0), (1, 0), (1, 5), (22, 5), (60, 40), (319, 379), (108, 30)])
+def test_mcnemar_counts_coins(b, c):
+    n, k = b + c, min(b, c)
+    coins = Fraction(2*sum(math.comb(n, i) for i in range(k + 1)), 2**n)
+    assert mcnemar(b, c) == pytest.approx(float(min(1, coins)), rel=1e-10)
+
+
+def test_bootstraps_draw_the_same_rounds_as_by_hand():
+    rng = np.random.default_rng(5)
+    new, old = rng.uniform(5, 6, 9), rng.uniform(9, 12, 9)
+    draw = np.random.default_rng(0)
+    i = draw.integers(0, 9, (2000, 9))
+    for paired, j in (True, i), (False, draw.integers(0, 9, (2000, 9))):
+        ends = np.quantile(np.median(new[i], 1)/np.median(old[j], 1), (.025, .975))
+        assert ratio_interval(new, old, paired)[1:] == pytest.approx(tuple(ends), rel=1e-12)
+    assert mean_over_images(new)[1:] == pytest.approx(tuple(np.quantile(new[i].mean(1), (.025, .975))), rel=1e-12)
+    assert ratio_interval([3.], [6.]) == (.5, .5, .5) and mean_over_images([3.]) == (3., 3., 3.)
+
+
+def test_student_interval_of_three_runs():
+    "t for 2 degrees of freedom has a closed form: t = (2q - 1)/sqrt(2q(1 - q))."
+    t = .95/math.sqrt(2*.975*.025)
+    assert mean_interval([1., 2., 6.]) == pytest.approx((3, 3 - t*math.sqrt(7/3), 3 + t*math.sqrt(7/3)), rel=1e-12)

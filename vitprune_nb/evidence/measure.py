@@ -11,6 +11,7 @@ import contextlib, os, time
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #7d5c8538
 import numpy as np
+import scipy
 import torch
 from ..core import autocast, check_seed, fast_dtype, pick_device, progress
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
@@ -140,11 +141,12 @@ def ratio_interval(new,           # Times in ms, one a round
     require(is_whole(draws) and 1 <= draws <= 10**6, 'draws', draws, 'an integer from 1 to a million')
     require(is_number(level) and 0 < level < 1, 'level', level, 'a share in (0, 1)')
     require(not paired or len(new) == len(old), 'times', f'{len(new)} and {len(old)} times', 'equally many when paired=True')
+    def ratio(a, b, axis=-1): return np.median(a, axis)/np.median(b, axis)
     rng = np.random.default_rng(check_seed(seed))
-    i = rng.integers(0, len(new), (draws, len(new)))
-    j = i if paired else rng.integers(0, len(old), (draws, len(old)))
-    low, high = np.quantile(np.median(new[i], 1)/np.median(old[j], 1), ((1 - level)/2, (1 + level)/2))
-    return float(np.median(new)/np.median(old)), float(low), float(high)
+    times = [np.repeat(t, 2) if len(t) == 1 else t for t in (new, old)]            # scipy wants two
+    found = scipy.stats.bootstrap(times, ratio, n_resamples=draws, paired=paired, confidence_level=level,
+                                  method='percentile', random_state=rng).confidence_interval
+    return float(ratio(new, old)), float(found.low), float(found.high)
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #8010a738
 def time_reduction(rows:list,  # From one `bench`

@@ -12,8 +12,8 @@ from pathlib import Path
 
 # %% ../../nbs/4_evidence/22_results.ipynb #7e978c9d
 import numpy as np
+import scipy
 import torch
-from scipy import special
 from ..core import autocast, check_model, environment, pick_device, progress
 from ..errors import path_of, refuse, require
 from ..files import write_atomic
@@ -153,7 +153,7 @@ def mcnemar(only_a:int, # Images that only A gets right
     "McNemar's exact test (1947): if A and B were equally good, each disagreement would be a fair coin."
     n, k = int(only_a) + int(only_b), int(min(only_a, only_b))
     require(k >= 0, 'only_a, only_b', (only_a, only_b), 'counts, 0 or more')
-    return min(1., 2*float(special.bdtr(k, n, .5)))
+    return float(scipy.stats.binomtest(k, n, .5).pvalue) if n else 1.
 
 # %% ../../nbs/4_evidence/22_results.ipynb #8770dc59
 def paired_difference(correct_a,     # bool (images,), from `answers`
@@ -178,7 +178,7 @@ def mean_interval(values,           # Two or more, one of each run
     "Mean of independent runs with Student's interval."
     d = np.asarray(values, dtype=float)
     require(d.ndim == 1 and len(d) > 1 and np.isfinite(d).all(), 'values', values, 'two or more finite numbers')
-    wide = special.stdtrit(len(d) - 1, (1 + level)/2)*d.std(ddof=1)/len(d)**.5
+    wide = scipy.stats.t.ppf((1 + level)/2, len(d) - 1)*scipy.stats.sem(d)
     return float(d.mean()), float(d.mean() - wide), float(d.mean() + wide)
 
 # %% ../../nbs/4_evidence/22_results.ipynb #e0145211

@@ -15,6 +15,7 @@ from pathlib import Path
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #1e5dffce
 import numpy as np
+import scipy
 import torch
 from .channel_tables import uniform_cost
 from ..core import autocast, data_path, pick_device, progress
@@ -178,8 +179,10 @@ def mean_interval(values,         # (n,) one number an image
     "Mean over images with its bootstrap interval: images are drawn anew, with replacement."
     v = np.asarray(values, dtype=float)
     require(v.ndim == 1 and len(v) > 0 and np.isfinite(v).all(), 'values', f'{v.shape} values', 'one finite number an image')
-    drawn = v[np.random.default_rng(seed).integers(0, len(v), (draws, len(v)))].mean(1)
-    return float(v.mean()), *(float(q) for q in np.quantile(drawn, ((1 - level)/2, (1 + level)/2)))
+    drawn = np.repeat(v, 2) if len(v) == 1 else v                    # scipy wants two
+    found = scipy.stats.bootstrap((drawn,), np.mean, n_resamples=draws, confidence_level=level, method='percentile',
+                                  random_state=np.random.default_rng(seed)).confidence_interval
+    return float(v.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #590cbf93
 @torch.inference_mode()

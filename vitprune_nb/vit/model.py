@@ -14,6 +14,7 @@ from pathlib import Path
 from typing_extensions import Required, TypedDict   # of PyTorch and pydantic; typing has Required from Python 3.11 on
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #05bccbad
+import scipy
 import torch
 from ..core import autocast, check_model, data_path, pick_device, progress
 from ..errors import VitpruneError, is_whole, refuse, require
@@ -375,13 +376,13 @@ def course_model()->torch.nn.Module:
 # %% ../../nbs/1_foundations/02_vit.ipynb #fd7b6161
 def wilson_interval(correct:int, # Right answers
                     n:int,       # Questions
-                    z:float=1.959964, # Standard normal quantile: 95%
+                    level:float=.95, # Share of such intervals that hold the truth
                     )->tuple:    # (low, high), both in [0, 1]
     "Wilson's score interval for a share: honest near 0 and 1, unlike p ± z·sqrt(p(1-p)/n)."
-    require(is_whole(n) and is_whole(correct) and n > 0 and 0 <= correct <= n, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
-    p = correct/n; d = 1 + z*z/n
-    mid, half = (p + z*z/(2*n))/d, z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/d
-    return max(0., mid - half), min(1., mid + half)
+    ok = is_whole(n) and is_whole(correct) and n > 0 and 0 <= correct <= n
+    require(ok, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
+    low, high = scipy.stats.binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
+    return float(low), float(high)
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #fbb4cf8d
 def classes_of(logits:torch.Tensor # (B, classes)
