@@ -13,6 +13,7 @@ from vitprune_nb.core import set_seed
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.evidence.dense import train_dense
+from vitprune_nb.train.objectives import penalty, plus, supervised
 from vitprune_nb.train.trainer import frozen
 from vitprune_nb.methods.life_run import life_recipe, train_life
 from vitprune_nb.engine.store import load_pruned, save_pruned
@@ -62,7 +63,7 @@ def test_a_stage_after_any_other_gives_what_it_gives_after_a_reload(first, secon
             calls.append(1)
             return m.head.weight.sum()*(float('nan') if len(calls) == 3 else 1.)
         with pytest.raises(VitpruneError, match='training stopped at step 2'):
-            train_on(model, 'freeze', loss=bad)
+            train_on(model, 'freeze', objective=plus(supervised, penalty('bad', bad)))
     elif first == 'head alone':
         with frozen(model.blocks, model.norm): train_on(model, 'plain')
     else: train_on(model, first)
@@ -113,7 +114,7 @@ def test_what_a_stage_leaves_behind(how, tmp_path):
     before = states()
     try:
         fit(model, images(), cfg, teacher=teacher, accelerator=acc, out=tmp_path, callback=stop if how == 'interrupted' else None,
-            loss=(lambda m: m.head.weight.sum()*float('nan')) if how == 'not finite' else None)
+            objective=plus(supervised, penalty('bad', lambda m: m.head.weight.sum()*float('nan'))) if how == 'not finite' else None)
         assert how == 'finished'
     except (KeyboardInterrupt, VitpruneError): assert how != 'finished'
     assert all(p.grad is None for p in model.parameters())

@@ -3,11 +3,17 @@ import os, random, signal, socket, subprocess, sys
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, start
-from train_script import RANDOM, run, tiny_vit, train_set
+from train_script import PLAIN, RANDOM, run, tiny_vit, train_set
+from vitprune_nb.core import autocast
+from vitprune_nb.engine.policy import Policy, Step
+from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.files import sha256
 from vitprune_nb.train.course import train_course
-from vitprune_nb.train.trainer import TrainConfig, fit, load_checkpoint, read_log
+from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
+                                          supervised, token_mse)
+from vitprune_nb.train.trainer import (Log, Phase, TrainConfig, Trainer, fit, frozen, load_checkpoint, read_log, run_phases,
+                                       save_checkpoint)
 from vitprune_nb.vit.model import create_vit
 
 SCRIPT = 'train_script.py'
@@ -81,8 +87,9 @@ def test_nan_stops_before_the_weights(tmp_path):
         calls.append(1)
         return model.head.weight.sum()*(float('nan') if len(calls) == 4 else 0.)
     model = tiny_vit()
-    with pytest.raises(VitpruneError, match='training stopped at step 3: got loss nan .*; allowed: finite ones'):
-        fit(model, train_set(), TrainConfig(**dict(RANDOM, save_every=1)), out=tmp_path, loss=bad)
+    with pytest.raises(VitpruneError, match=r'training stopped at step 3: got loss nan \(broken nan\) and .*; allowed: finite ones'):
+        fit(model, train_set(), TrainConfig(**dict(RANDOM, save_every=1)), out=tmp_path,
+            objective=plus(supervised, penalty('broken', bad)))
     assert all(p.isfinite().all() for p in model.parameters())
     assert load_checkpoint(tmp_path/'checkpoint.pt')['step'] == 3
 
@@ -90,7 +97,8 @@ def test_nan_stops_before_the_weights(tmp_path):
 def test_an_infinite_gradient_stops_too(tmp_path):
     model = tiny_vit()
     with pytest.raises(VitpruneError, match='got loss .* and gradient norm (inf|nan)'):
-        fit(model, train_set(), TrainConfig(**RANDOM), loss=lambda m: (m.head.bias - m.head.bias.detach()).abs().sqrt().sum())   # value 0, slope infinite
+        steep = lambda m: (m.head.bias - m.head.bias.detach()).abs().sqrt().sum()                     # value 0, slope infinite
+        fit(model, train_set(), TrainConfig(**RANDOM), objective=plus(supervised, penalty('steep', steep)))
     assert apart(tiny_vit().state_dict(), model.state_dict()) == 0
 
 
@@ -122,3 +130,158 @@ def test_course_recipe_end_to_end(tmp_path):
     assert sha256(file) == info['sha256']
     model = create_vit(info['model'], **info['kwargs'])
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+
+
+class TermByTerm(Trainer):
+    "The loss as it was computed before there were objectives, one term after the other."
+    extra_loss = None
+
+    def losses(self, x, y):
+        mix, criterion = loss_and_targets(self.cfg, self.plain.num_classes)
+        x, target = (x, y) if mix is None else mix(x, y)
+        with autocast(self.acc.device, self.cfg.dtype): logits = self.model(x)
+        loss = criterion(logits.float(), target)
+        if self.teacher is not None:
+            with torch.no_grad(), autocast(self.acc.device, self.cfg.dtype): t = self.teacher(x)
+            loss = (1 - self.cfg.distill)*loss + self.cfg.distill*distillation(logits.float(), t.float(), self.cfg.temperature)
+        return dict(loss=loss if self.extra_loss is None else loss + self.extra_loss(self.plain))
+
+
+def l1(model): return 1e-3*model.head.weight.abs().sum()
+
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+@pytest.mark.parametrize('kind', ['plain', 'mixed', 'distilled', 'penalty', 'mixed, distilled, penalty', 'pruned'])
+def test_the_numbers_are_those_of_the_loss_term_by_term(kind, dtype):
+    changes = dict(dtype=dtype)
+    if 'mixed' not in kind: changes |= dict(mixup=0., cutmix=0.)
+    if 'distilled' in kind: changes |= dict(distill=.3, temperature=2.)
+    if kind == 'pruned': changes |= dict(patch_drop=())
+    cfg, end = TrainConfig(**{**RANDOM, **changes}), []
+    objective = plus(supervised, penalty('l1', l1)) if 'penalty' in kind else None
+    for make in (Trainer, TermByTerm):
+        model = tiny_vit()
+        if kind == 'pruned': model = SlimViT(model, Policy({1: Step(keep=tuple(range(8)))}))
+        tr = make(model, train_set(), cfg, tiny_vit(3) if cfg.distill else None, objective)
+        if make is TermByTerm and 'penalty' in kind: tr.extra_loss = l1
+        end.append(([tr.one_step() for _ in range(3)], model.state_dict(), tr.best_model().state_dict()))
+    (losses, weights, average), (old_losses, old_weights, old_average) = end
+    assert losses == old_losses and apart(weights, old_weights) == 0 and apart(average, old_average) == 0
+
+
+@looks_at('tokens', 'decisions', 'teacher_tokens')
+def tokens_of_a_mean(seen):
+    "An objective that uses all that it may see."
+    assert seen.tokens.dtype == seen.logits.dtype == seen.teacher_tokens.dtype == torch.float32
+    far = (seen.tokens - seen.teacher_tokens)[:, 1:].square().mean()
+    late = (seen.targets*seen.logits.log_softmax(-1)).sum(-1).mean()
+    return dict(far=far, late=-late*seen.progress*seen.epoch)
+
+
+def test_tokens_come_from_the_pass_that_trains():
+    "One forward pass of model and teacher for each step, and tokens that give the logits."
+    model, teacher, passes = tiny_vit(), tiny_vit(3), []
+    for m in (model, teacher): m.blocks[1].register_forward_hook(lambda *_: passes.append(1))
+
+    @looks_at('tokens', 'teacher_tokens')
+    def check(seen):
+        assert torch.allclose(seen.model.forward_head(seen.tokens), seen.logits, atol=1e-6)
+        assert torch.allclose(teacher.forward_head(seen.teacher_tokens), seen.teacher_logits, atol=1e-6)
+        assert seen.present is None and seen.decisions == [] and not seen.teacher_tokens.requires_grad and seen.tokens.requires_grad
+        return token_mse(1.)(seen)
+    tr = Trainer(model.train(), train_set(), TrainConfig(**PLAIN), teacher, check)
+    tr.one_step()
+    assert len(passes) == 2
+    assert not model.norm._forward_hooks and not teacher.norm._forward_hooks
+
+
+def test_nothing_is_kept_that_nobody_asked_for():
+    def check(seen):
+        assert seen.tokens is None and seen.teacher_tokens is None
+        return supervised(seen)
+    Trainer(tiny_vit(), train_set(), TrainConfig(**PLAIN, distill=.5), tiny_vit(3), check).one_step()
+
+
+def test_a_run_with_named_losses_resumes_with_the_same_log(tmp_path):
+    cfg = TrainConfig(**dict(RANDOM, patch_drop=(), epochs=1, log_every=4))
+    everything = dict(teacher=tiny_vit(3), objective=plus(supervised, tokens_of_a_mean))
+
+    def interrupt(rows):
+        if rows[-1]['step'] == 8: raise KeyboardInterrupt
+    whole, cut = tiny_vit(), tiny_vit()
+    rows = fit(whole, train_set(), cfg, out=tmp_path/'whole', **everything)
+    with pytest.raises(KeyboardInterrupt): fit(cut, train_set(), cfg, out=tmp_path/'cut', callback=interrupt, **everything)
+    assert load_checkpoint(tmp_path/'cut/checkpoint.pt')['step'] == 5              # one step past a row of the log
+    again = fit(tiny_vit(9), train_set(), cfg, out=tmp_path/'cut', **everything)
+    keys = ('step', 'lr', 'loss', 'classification', 'far', 'late')
+    assert [[r[k] for k in keys] for r in again] == [[r[k] for k in keys] for r in rows]
+    assert read_log(tmp_path/'cut/log.csv') == again
+    assert (tmp_path/'cut/log.csv').read_text().splitlines()[0].split(',') == [*Log.fields, 'classification', 'far', 'late']
+    for r in rows: assert r['loss'] == pytest.approx(r['classification'] + r['far'] + r['late'], rel=1e-5)
+    with pytest.raises(VitpruneError, match='allowed: a checkpoint of a run with the objective supervised. It was'):
+        fit(tiny_vit(), train_set(), cfg, out=tmp_path/'cut')
+
+
+def test_a_run_of_old_goes_on(tmp_path):
+    "A folder from before losses had names: no column for them, no name in the checkpoint."
+    cfg, out, log = TrainConfig(**dict(RANDOM, epochs=1, log_every=4)), tmp_path/'old', lambda rows: [(r['step'], r['loss']) for r in rows]
+
+    def interrupt(rows):
+        if rows[-1]['step'] == 8: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(tiny_vit(), train_set(), cfg, out=out, callback=interrupt)
+    state = load_checkpoint(out/'checkpoint.pt')
+    save_checkpoint(out/'checkpoint.pt', **{k: v for k, v in state.items() if k not in ('named', 'objective')})
+    lines = (out/'log.csv').read_text().splitlines()
+    (out/'log.csv').write_text(''.join(','.join(l.split(',')[:len(Log.fields)]) + '\n' for l in lines))
+    whole, old = tiny_vit(), tiny_vit(9)
+    rows, again = fit(whole, train_set(), cfg), fit(old, train_set(), cfg, out=out)
+    assert log(again) == log(rows) and apart(whole.state_dict(), old.state_dict()) == 0
+    assert ['classification' in r for r in again] == [False, True, True]
+    assert read_log(out/'log.csv') == again
+
+
+@pytest.mark.parametrize('bad, said', [
+    (lambda s: s.logits.sum(), 'got Tensor from .*; allowed: a dict'),
+    (lambda s: {}, 'got dict from .*; allowed: a dict'),
+    (lambda s: dict(a=s.logits), r"got 'a' of shape \(16, 10\)"),
+    (lambda s: dict(a=1.), "got 'a' of float"),
+    (lambda s: {'a,b': s.logits.sum()}, "a loss named 'a,b'"),
+    (lambda s: dict(lr=s.logits.sum()), 'a loss named lr'),
+    (looks_at('gradients')(lambda s: supervised(s)), "needs: got .*gradients"),
+    (looks_at('teacher_tokens')(lambda s: supervised(s)), "teacher: got None"),
+    (looks_at('teacher')(lambda s: supervised(s)), "teacher: got None"),
+    (7, 'objective: got int; allowed: a function of a `Seen`'),
+])
+def test_an_objective_that_cannot_be_is_refused(bad, said):
+    model = tiny_vit()
+    with pytest.raises(VitpruneError, match=said): fit(model, train_set(), TrainConfig(**PLAIN), objective=bad)
+    assert apart(tiny_vit().state_dict(), model.state_dict()) == 0
+
+
+def test_a_teacher_that_nobody_asks_is_refused():
+    with pytest.raises(VitpruneError, match='distill: got 0.0; allowed: a positive weight together with a teacher, or neither'):
+        fit(tiny_vit(), train_set(), TrainConfig(**PLAIN), teacher=tiny_vit(3), objective=ratio_loss((.5,)))
+    fit(tiny_vit(), train_set(), TrainConfig(**dict(PLAIN, epochs=.1)), teacher=tiny_vit(3), objective=plus(supervised, kl_to_teacher()))
+
+
+def test_phases_are_runs_with_the_rest_frozen(tmp_path):
+    "By hand: `fit` under `frozen`; killed in the second phase, the first is not run again."
+    cfg = TrainConfig(**dict(PLAIN, epochs=.3, save_every=1))
+    model, oracle = tiny_vit(), tiny_vit()
+    oracle.blocks[0].requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    phases = [Phase('head', cfg, trains=lambda n: n.startswith('head.'), objective=plus(supervised, penalty('l1', l1))),
+              Phase('rest', cfg, policy=Policy({1: Step(keep=tuple(range(8)))}), mode='mask')]
+
+    def kill(rows):
+        if 'l1' not in rows[-1]: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_phases(model, train_set(), phases, tmp_path, callback=kill)
+    model.load_state_dict(tiny_vit(5).state_dict())
+    logs = run_phases(model, train_set(), phases, tmp_path)
+    with frozen(*(p for n, p in oracle.named_parameters() if not n.startswith('head.'))):
+        fit(oracle, train_set(), cfg, objective=phases[0].objective)
+    fit(SlimViT(oracle, phases[1].policy, 'mask'), train_set(), cfg)
+    assert apart(oracle.state_dict(), model.state_dict()) == 0
+    assert list(logs) == ['head', 'rest'] and logs['rest'] == read_log(tmp_path/'rest/log.csv')
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == [n for n, _ in model.named_parameters() if n.startswith('blocks.0.')]
+    assert not model.training and type(model.blocks[1].attn).__name__ == 'Attention'

@@ -16,7 +16,7 @@ from ..errors import require
 from ..engine.slim import Policy, Scorer, SlimViT, Step, Tokens, select
 from .life import LifeScore, life_plan
 from ..engine.policy import decision_macs
-from ..train.trainer import frozen, TrainConfig, fit
+from ..train.trainer import Phase, TrainConfig, run_phases
 from ..vit.model import create_vit
 
 # %% ../../nbs/3_methods/13b_life_run.ipynb #1fa2410f
@@ -55,10 +55,8 @@ def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place
     "Train the predictor alone, then the backbone alone (life regression, Algorithm 1)."
     require(soft.mode == 'mask' and soft.policy.name == 'life (soft)', 'soft', f'{soft.policy} in mode {soft.mode!r}',
             "a SlimViT with LifePlan.policy(score, 'soft') in mode 'mask'")
-    folder = lambda name: None if out is None else f'{out}/{name}'
-    with frozen(soft.model): a = fit(soft, train_set, first, out=folder('predictor'), **kw)
-    with frozen(soft.scorers): b = fit(soft, train_set, second, out=folder('backbone'), **kw)
-    return a, b
+    phases = [Phase('predictor', first, trains=[soft.scorers]), Phase('backbone', second, trains=[soft.model])]
+    return tuple(run_phases(soft, train_set, phases, out, **kw).values())
 
 # %% ../../nbs/3_methods/13b_life_run.ipynb #18cb817c
 def life_batch(images:int,     # Training images
