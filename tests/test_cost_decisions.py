@@ -14,6 +14,7 @@ from vitprune_nb.methods.life import LifeScore, life_plan
 from vitprune_nb.methods.life_run import StageAttention, StagePredictor
 from vitprune_nb.papers.life_tables import RandomLife
 from vitprune_nb.methods.base import cost_of, counts_of, extra_macs, macs_of
+from vitprune_nb.engine.attention import VIEWS
 from vitprune_nb.engine.policy import FATES, POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step, decision_macs
 from vitprune_nb.engine.channels import slice_model
 
@@ -51,7 +52,7 @@ def agree(slim):
 
 
 PLACES = [(s, f, a) for s, f, a in itertools.product(SCORERS, FATES, POINTS)
-          if (s != 'cls_attention' or a == 'middle') and (s != 'cosine, context' or f == 'idle')]   # its context wants the same patches in every block
+          if (s != 'cosine, context' or f == 'idle')]   # its context wants the same patches in every block
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -70,6 +71,14 @@ def test_the_second_decision_sees_what_the_first_one_left(name, first, second):
     "Fused tokens are compared with the others and have keys of their own; idle ones are still there."
     score = lambda at: ClsAttention() if at == 'middle' else StagePredictor(48)
     agree(SlimViT(vit(name), Policy({0: Step(*first, score=score(first[0]), count=20), 1: Step(*second, score=score(second[0]), count=7)})))
+
+
+@pytest.mark.parametrize('first', ['remove', 'fuse', 'merge'])
+@pytest.mark.parametrize('second', [*itertools.product(['queries', 'middle'], ['remove', 'idle', 'fuse', 'merge'])])
+def test_two_steps_of_one_block(first, second):
+    at, fate = second
+    both = (Step('before', first, score=StagePredictor(48), count=20), Step(at, fate, score=StagePredictor(48), count=7))
+    agree(SlimViT(vit('dist'), Policy({1: both, 3: Step('before', 'merge', score=NormScore(), count=3)})))
 
 
 @pytest.mark.parametrize('scorer, fate, at', [p for p in PLACES if p[0] in ('cls_attention', 'life', 'predictor')])
@@ -99,14 +108,14 @@ def test_life_pays_once_and_everyone_who_asks_three_times_pays_three_times():
 
 
 def test_deit_small_with_three_cuts_by_the_attention_of_cls():
-    "The case of EViT's schedule, keep rate 0.7: the values of the row are not computed, its keys are."
+    "The case of EViT's schedule, keep rate 0.7: the row of CLS costs its products alone, for queries and keys are there."
     with torch.device('meta'): net = timm.create_model('deit_small_patch16_224').eval()
     cuts = Policy({i: Step('middle', 'remove', score=ClsAttention(), count=k) for i, k in ((3, 137), (6, 96), (9, 67))})
     slim, counts = SlimViT(net, cuts), cuts.counts(12, 197)
     with torch.device('meta'), flop_counter() as counter, torch.no_grad(): slim(torch.zeros(1, 3, 224, 224))
     assert cost_of(slim)['macs'] == counter.get_total_flops()//2
     assert round(model_macs(net, counts)/1e9, 3) == 2.98
-    assert cost_of(slim)['macs'] - model_macs(net, counts) == (197 + 138 + 97 + 3)*384**2 + (197 + 138 + 97)*384
+    assert cost_of(slim)['macs'] - model_macs(net, counts) == (197 + 138 + 97)*384
 
 
 def ragged(net, at, fate):
@@ -150,12 +159,16 @@ def test_a_score_that_nobody_knows(name):
     agree(SlimViT(vit(name), Policy({0: Step('queries', 'fuse', score=Projected(), count=11), 2: Step(score=Projected(), count=3)})))
 
 
-def test_a_cls_row_without_values_is_the_row_that_attention_computes():
-    "The row that decides comes from queries and keys alone, and is still timm's."
-    from vitprune_nb.engine.attention import cls_logits
-    for net in (vit('plain'), vit('q and k norm'), vit('registers'), sliced()):
-        attn, x = net.blocks[1].attn, torch.randn(2, 11, net.blocks[1].attn.qkv.in_features)
-        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        want = (attn.q_norm(q)[:, :, :1] @ attn.k_norm(k).transpose(-1, -2)*attn.scale).squeeze(-2)
-        torch.testing.assert_close(cls_logits(attn, x), want)
-        torch.testing.assert_close(cls_logits(attn, x[:, :1]), want[..., :1])
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('needs', [('cls_row',), ('keys',), ('column_sums',), ('cls_row', 'keys'), ('cls_row', 'column_sums')])
+@pytest.mark.parametrize('first', ['before', 'queries', 'middle'])
+def test_views_cost_what_is_counted(name, needs, first):
+    "In the middle of a block from its own attention, before a block from the one before; shared where two steps want the same."
+    class Sees(Scorer):
+        def forward(self, t):
+            assert all((getattr(t, v) is not None) == (v in needs) for v in VIEWS)
+            return t.x.norm(dim=-1)
+    Sees.needs = needs
+    steps = {1: Step(first, score=Sees(), count=20), 2: (Step('before', score=Sees(), count=11), Step('middle', 'fuse', score=Sees(), count=6))}
+    agree(SlimViT(vit(name), Policy(steps), 'gather'))
+    agree_on_average(SlimViT(vit(name), Policy({0: ragged(vit(name), 'before', 'remove')} | steps), 'packed'))

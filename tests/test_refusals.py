@@ -68,7 +68,7 @@ def test_odd_settings_of_a_run(change, tmp_path, capsys):
 @pytest.mark.parametrize('call', [
     lambda m, x: engine.SlimViT(m)(3), lambda m, x: engine.SlimViT(m)(x[0]), lambda m, x: engine.SlimViT(m)(x[:, :1]), lambda m, x: engine.SlimViT(m, {}), lambda m, x: engine.SlimViT(m, mode=[]),
     lambda m, x: policy.Step(keep=(1.5,)), lambda m, x: policy.Step(keep=(True,)), lambda m, x: policy.Step(score=3, count=2), lambda m, x: policy.Step(score=policy.NormScore(), threshold=math.nan),
-    lambda m, x: policy.Policy([1]), lambda m, x: policy.Policy({True: policy.Step(keep=(0,))}), lambda m, x: policy.policy_from_dict({'steps': {'a': {}}, 'name': 'x'}), lambda m, x: policy.parse_schedule({'a': .5}, 6),
+    lambda m, x: policy.Policy([1]), lambda m, x: policy.Policy({True: policy.Step(keep=(0,))}), lambda m, x: policy.Policy.from_dict({'steps': {'a': {}}, 'name': 'x'}), lambda m, x: policy.parse_schedule({'a': .5}, 6),
     lambda m, x: policy.parse_schedule(.5, 0), lambda m, x: plan.Plan('m', 'test_vit', 16, 1, [(1.5,)]), lambda m, x: plan.Plan('m', 3, 16, 1, [(1,)]), lambda m, x: plan.uniform_plan(m, x, .3),
     lambda m, x: measure.bench({'a': 3}, x), lambda m, x: measure.bench({'a': m}, x, dtype=[]), lambda m, x: measure.ratio_interval(['a'], [1.]), lambda m, x: measure.ratio_interval([1.], [math.nan]),
     lambda m, x: vit.evaluate(None, x), lambda m, x: vit.evaluate(m, x), lambda m, x: methods.cost_of(3), lambda m, x: methods.cost_of([1]), lambda m, x: methods.load_pruned(3), lambda m, x: methods.load_pruned(None), lambda m, x: methods.prune('uniform', m, x, reduction=.3), lambda m, x: methods.recover(m, x),

@@ -45,7 +45,7 @@ class ShapeFile(_Strict):
 class StepFile(_Strict):
     "A `Step`; `score` is the scorer's kind with its arguments."
     at: Literal['before', 'queries', 'middle']
-    fate: Literal['remove', 'idle', 'fuse', 'merge', 'halt']
+    fate: str|dict[str, Any]      # a name, or kind and config of a fate that has one
     keep: Optional[list[Annotated[int, Field(ge=0)]]] = None
     count: Optional[Annotated[int, Field(ge=0)]] = None
     threshold: Optional[float] = None
@@ -61,7 +61,7 @@ class StepFile(_Strict):
 class PolicyFile(_Strict):
     "A `Policy`."
     name: str
-    steps: dict[int, StepFile]
+    steps: dict[int, StepFile|list[StepFile]]
 
 class DataFile(_Strict):
     "How images are made ready; from `data_config`."
@@ -161,12 +161,15 @@ def _vit(config:_Pruned)->nn.Module:
 # %% ../../nbs/2_engine/05b_store.ipynb #a3be9355
 def _policy(config:_Pruned)->Policy:
     "The policy; steps that shared a scorer share it again."
-    steps = {i: {k: v for k, v in dict(s).items() if v is not None} for i, s in config.policy.steps.items()}
+    given = lambda s: {k: v for k, v in dict(s).items() if v is not None}
+    steps = {i: list(map(given, s)) if isinstance(s, list) else given(s) for i, s in config.policy.steps.items()}
     policy = Policy.from_dict(dict(name=config.policy.name, steps=steps))
-    scored = [i for i, s in policy.steps.items() if s.score is not None]
+    scored = [s for _, s in policy.each() if s.score is not None]
     first = getattr(config, 'same_scorer', None) or range(len(scored))
-    new = {i: dataclasses.replace(policy.steps[i], score=policy.steps[scored[f]].score) for i, f in zip(scored, first, strict=True)}
-    return Policy(policy.steps | new, policy.name)
+    require(len(first) == len(scored), 'same_scorer', first, f'{len(scored)} numbers, one for each step with a scorer')
+    shared = {s: dataclasses.replace(s, score=scored[f].score) for s, f in zip(scored, first)}   # steps are equal only to themselves: scorers are
+    new = lambda s: shared.get(s, s)
+    return Policy({i: tuple(map(new, s)) if isinstance(s, tuple) else new(s) for i, s in policy.steps.items()}, policy.name)
 
 def _assemble(config:_Pruned)->nn.Module:
     "The pruned model without weights."
@@ -267,7 +270,7 @@ def _describe(model, info)->ModelFile:
     d = dict(recipe_of(vit), format=FORMAT, data=data_config(vit), info=info, classes=_names(model))
     if hasattr(vit, 'channels'): d['shapes'] = vit.channels['shapes']
     if vit is not model:
-        scores = [s.score for s in model.policy.steps.values() if s.score is not None]
+        scores = [s.score for _, s in model.policy.each() if s.score is not None]
         d |= dict(policy=model.policy.to_dict(), mode=model.mode, same_scorer=[next(i for i, t in enumerate(scores) if t is s) for s in scores])
     try: return ModelFile.model_validate_json(json.dumps(d))
     except ValueError as e: refuse('model', type(vit).__name__, 'one that config.json can describe', f'({" ".join(str(e).split())[:300]})')

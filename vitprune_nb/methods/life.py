@@ -153,6 +153,7 @@ class LifeScore(Scorer):
 @register_scorer('life_left')
 class LifeLeft(Scorer):
     "The lives that a `LifeScore` predicted in an earlier block of the same forward pass, for the tokens that are left."
+    follows = LifeScore      # in mode 'gather' its one sort serves all later steps
     def forward(self, t:Tokens):
         require('life' in t.memory, 'policy', f'lives asked for in block index {t.block}', 'a LifeScore in an earlier block')
         return t.memory['life'].gather(1, t.pos.clamp_min(0))
