@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Seen', 'looks_at', 'needs_of', 'name_of', 'losses_of', 'total', 'loss_and_targets', 'distillation',
-           'supervised', 'plus', 'penalty', 'ratio_loss', 'kl_to_teacher', 'token_mse']
+           'supervised', 'plus', 'penalty', 'kept_so_far', 'ratio_loss', 'kl_to_teacher', 'token_mse']
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a00004
 import dataclasses, functools, operator
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from ..errors import is_number, refuse, require
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a0000a
-NEEDS = dict(tokens='the output tokens, and who is present among them', decisions='who was kept at each decision point',
-             teacher="a teacher's logits", teacher_tokens="a teacher's output tokens")   # beyond images, labels and logits
+NEEDS = dict(tokens='the output tokens, and who is present among them',     # beyond images, labels and logits
+             decisions='who was kept at each decision point',
+             teacher="a teacher's logits",
+             teacher_tokens="a teacher's output tokens")
 
 @dataclasses.dataclass
 class Seen:
@@ -28,7 +30,7 @@ class Seen:
     config: object                    # Its `TrainConfig`
     mixed: torch.Tensor|None = None   # (B, C) targets after Mixup or CutMix; None without them
     tokens: torch.Tensor|None = None  # (B, N, D) what the model's `norm` gives, prefix tokens first
-    present: torch.Tensor|None = None # (B, N) bool: which of them were kept to the end; None: all
+    present: torch.Tensor|None = None # (B, N) bool: kept by the last decision and by each soft one; None: all
     decisions: list = dataclasses.field(default_factory=list) # Of the engine, in order; empty for a plain ViT
     teacher_logits: torch.Tensor|None = None # (B, C)
     teacher_tokens: torch.Tensor|None = None # (B, N', D')
@@ -60,7 +62,8 @@ def needs_of(objective)->tuple:
     "What an objective says that it needs; unknown names are refused."
     require(callable(objective), 'objective', type(objective).__name__, 'a function of a `Seen`')
     needs = getattr(objective, 'needs', ())
-    require(isinstance(needs, (tuple, list, set, frozenset)), 'needs', needs, "a tuple of names, as in ('tokens',)")
+    listed = isinstance(needs, (tuple, list, set, frozenset))
+    require(listed, 'needs', needs, "a tuple of names, as in ('tokens',)")
     unknown = [n for n in needs if n not in NEEDS]
     require(not unknown, 'needs', unknown, ', '.join(NEEDS))
     return tuple(needs)
@@ -75,12 +78,16 @@ def losses_of(objective,  # A function of a `Seen`
               )->dict:    # {name: scalar tensor}
     "Call an objective and check what it returns."
     found, name = objective(seen), name_of(objective)
-    require(isinstance(found, dict) and len(found) > 0, 'objective', f'{type(found).__name__} from {name}', 'a dict {name: scalar tensor}')
+    some = isinstance(found, dict) and len(found) > 0
+    require(some, 'objective', f'{type(found).__name__} from {name}', 'a dict {name: scalar tensor}')
     for key, value in found.items():
-        require(isinstance(key, str) and key.isidentifier(), 'objective', f'a loss named {key!r} from {name}', 'a name of letters, digits and _')
+        word = isinstance(key, str) and key.isidentifier()
+        require(word, 'objective', f'a loss named {key!r} from {name}', 'a name of letters, digits and _')
         scalar = isinstance(value, torch.Tensor) and value.ndim == 0 and value.is_floating_point()
-        shown = f'shape {tuple(value.shape)}, {value.dtype}' if isinstance(value, torch.Tensor) else type(value).__name__
-        require(scalar, 'objective', f'{key!r} of {shown} from {name}', 'a scalar tensor, shape ()', 'Take a mean or a sum.')
+        tensor = isinstance(value, torch.Tensor)
+        shown = f'shape {tuple(value.shape)}, {value.dtype}' if tensor else type(value).__name__
+        require(scalar, 'objective', f'{key!r} of {shown} from {name}', 'a scalar tensor, shape ()',
+                'Take a mean or a sum.')
     return found
 
 def total(losses:dict # {name: scalar tensor}
@@ -91,24 +98,25 @@ def total(losses:dict # {name: scalar tensor}
 # %% ../../nbs/6_reference/20a_objectives.ipynb #604aa3fa
 def loss_and_targets(cfg,             # A `TrainConfig`: mixup, cutmix, label_smoothing
                      num_classes:int, # Width of the head
-                     )->tuple: # (a function that mixes images and labels, or None; the loss of logits and targets)
+                     )->tuple: # (what mixes images and labels, or None; the loss of logits and targets)
     "timm's Mixup/CutMix with soft targets, or label smoothing alone."
     from timm import data, loss
     if not (cfg.mixup or cfg.cutmix): return None, loss.LabelSmoothingCrossEntropy(cfg.label_smoothing)
-    return data.Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.label_smoothing, num_classes=num_classes), loss.SoftTargetCrossEntropy()
+    mix = data.Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.label_smoothing, num_classes=num_classes)
+    return mix, loss.SoftTargetCrossEntropy()
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #21afb136
 def distillation(student:torch.Tensor, # Logits (B, classes)
                  teacher:torch.Tensor, # Logits (B, classes), same classes
                  temperature:float=1., # Softens both, > 0
                  )->torch.Tensor:      # A scalar, >= 0
-    "KL divergence from the teacher's to the student's softened distribution, times temperature² (Hinton et al., 2015, section 2)."
+    "KL divergence of the softened distributions, teacher to student, times temperature² (Hinton, section 2)."
     s, t = F.log_softmax(student/temperature, -1), F.log_softmax(teacher/temperature, -1)
     return F.kl_div(s, t, log_target=True, reduction='batchmean')*temperature**2
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a0000f
 def supervised(seen:Seen)->dict: # {'classification'} and, with cfg.distill, {'distillation'}
-    "Cross-entropy with the recipe's targets and, weighted by `distill`, the teacher's soft labels (DeiT, section 6)."
+    "Cross-entropy with the recipe's targets and, weighted by `distill`, the teacher's soft labels (DeiT)."
     cfg = seen.config
     mix, criterion = loss_and_targets(cfg, seen.logits.shape[1])
     loss = criterion(seen.logits, seen.labels if mix is None else seen.mixed)
@@ -146,21 +154,35 @@ def penalty(name:str,  # Of the loss, in the log
 def _weight(weight):
     require(is_number(weight) and weight >= 0, 'weight', weight, 'zero or a positive number')
 
-def ratio_loss(targets:tuple,   # Wanted share of patches at each decision, of those that reach it, in (0, 1]
+def kept_so_far(decisions)->list: # (B, patches) for each decision, fp32
+    "What is left of each patch after each soft decision: the product of its keeps, without fused tokens."
+    out = []
+    for d in decisions:
+        keep, n = d.keep[:, d.n_prefix:].float(), decisions[0].keep.shape[1] - decisions[0].n_prefix
+        stay = keep.shape[1] >= n
+        require(stay, 'decisions', 'fewer tokens from one to the next', 'tokens that stay',
+                "Train in mode 'mask'.")
+        out.append(keep[:, :n]*out[-1] if out else keep)
+    return out
+
+def ratio_loss(targets:tuple,   # Wanted share of all patches after each decision, in (0, 1]
                weight:float=2., # The paper's
                ):               # An objective
     "Mean squared difference of kept and wanted share, over images and decisions (DynamicViT, section 3.4)."
     _weight(weight)
-    good = isinstance(targets, (list, tuple)) and len(targets) > 0 and all(is_number(t) and 0 < t <= 1 for t in targets)
+    share = lambda t: is_number(t) and 0 < t <= 1
+    good = isinstance(targets, (list, tuple)) and len(targets) > 0 and all(map(share, targets))
     require(good, 'targets', targets, 'shares in (0, 1], one for each decision')
 
     @looks_at('decisions')
     def ratio(seen):
-        keeps = [d.keep[:, d.n_prefix:] for d in seen.decisions]
-        require(len(keeps) == len(targets), 'targets', f'{len(targets)} for {len(keeps)} decisions', 'one for each decision of the policy')
-        soft = all(k.is_floating_point() for k in keeps)
-        require(soft, 'decisions', 'hard ones, which have no gradient', 'soft ones', "Train in mode 'mask' with a soft score.")
-        apart = [(k.float().mean(1) - t).square().mean() for k, t in zip(keeps, targets)]
+        keeps = kept_so_far(seen.decisions)
+        given = f'{len(targets)} for {len(keeps)} decisions'
+        require(len(keeps) == len(targets), 'targets', given, 'one for each decision of the policy')
+        soft = all(d.keep.is_floating_point() for d in seen.decisions)
+        require(soft, 'decisions', 'hard ones, which have no gradient', 'soft ones',
+                "Train in mode 'mask' with a soft score.")
+        apart = [(k.mean(1) - t).square().mean() for k, t in zip(keeps, targets)]
         return dict(ratio=weight*torch.stack(apart).mean())
     ratio.__name__ = f'ratio_loss({", ".join(f"{t:g}" for t in targets)}, weight={weight:g})'
     return ratio
@@ -169,7 +191,7 @@ def ratio_loss(targets:tuple,   # Wanted share of patches at each decision, of t
 def kl_to_teacher(temperature:float=1., # > 0
                   weight:float=.5,      # DynamicViT's
                   ):                    # An objective
-    "KL divergence from the teacher's distribution, mean over the batch (DynamicViT, section 3.4; see `distillation`)."
+    "`distillation`, weighted: KL divergence from the teacher's distribution (DynamicViT, section 3.4)."
     _weight(weight)
     require(is_number(temperature) and temperature > 0, 'temperature', temperature, 'a positive number')
 
@@ -180,14 +202,15 @@ def kl_to_teacher(temperature:float=1., # > 0
 
 def token_mse(weight:float=.5, # DynamicViT's
               ):               # An objective
-    "Squared distance of the kept patch tokens from the teacher's at the same places, mean over tokens and channels (section 3.4)."
+    "Squared distance of kept patch tokens from the teacher's, mean over tokens and channels (section 3.4)."
     _weight(weight)
 
     @looks_at('tokens', 'teacher_tokens')
     def mse(seen):
         ours, theirs = seen.tokens, seen.teacher_tokens
-        require(ours.shape == theirs.shape, 'tokens', f'{tuple(ours.shape)} beside the teacher\'s {tuple(theirs.shape)}',
-                'equal shapes', "Train in mode 'mask', where tokens keep their places, with a teacher of the same width.")
+        given = f"{tuple(ours.shape)} beside the teacher's {tuple(theirs.shape)}"
+        require(ours.shape == theirs.shape, 'tokens', given, 'equal shapes',
+                "Train in mode 'mask', where tokens keep their places, with a teacher of the same width.")
         p = seen.model.num_prefix_tokens
         kept = torch.ones_like(ours[..., 0]) if seen.present is None else seen.present.to(ours)
         apart = (ours - theirs).square().mean(-1)[:, p:]

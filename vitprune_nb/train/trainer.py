@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'make_optimizer', 'make_scheduler', 'Batches', 'set_patch_drop', 'set_drop_path', 'freeze_first',
-           'frozen', 'save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accelerator', 'check_objective',
-           'Trainer', 'trainer_state', 'restore_trainer', 'same_random_after', 'clean_stage', 'fit', 'Phase',
-           'run_phases']
+           'frozen', 'save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accelerator', 'asks_teacher',
+           'check_objective', 'Trainer', 'trainer_state', 'restore_trainer', 'same_random_after', 'clean_stage', 'fit',
+           'Phase', 'run_phases']
 
 # %% ../../nbs/6_reference/20_train.ipynb #c9290aac
 import contextlib, csv, dataclasses, inspect, io, json, math, random, time, zipfile
@@ -22,7 +22,8 @@ from ..files import append_text, check_output, claim, only_one, sweep, write_ato
 from ..data import ImageSet, check_set, data_config, eval_transform, train_transform
 from ..engine.policy import Policy
 from ..engine.slim import SlimViT
-from .objectives import Seen, loss_and_targets, losses_of, name_of, needs_of, supervised, total
+from .objectives import (Seen, loss_and_targets, losses_of, name_of, needs_of, supervised,
+                                          total)
 from ..vit.model import evaluate
 
 # %% ../../nbs/6_reference/20_train.ipynb #6ac22121
@@ -68,7 +69,8 @@ class TrainConfig:
              'zero or a positive number'),
             ('freeze', lambda v: is_whole(v) and v >= 0, 'zero or a positive integer'),
             ('distill', lambda v: is_number(v) and 0 <= v <= 1, 'a number in [0, 1]'),
-            ('patch_drop', lambda v: isinstance(v, (list, tuple)) and all(map(share, v)), 'numbers in [0, 1), in a list'),
+            ('patch_drop', lambda v: isinstance(v, (list, tuple)) and all(map(share, v)),
+             'numbers in [0, 1), in a list'),
             ('dtype', word('auto', 'bf16', 'fp32'), "'auto', 'bf16' or 'fp32'"),
             ('augment', word('none', 'light', 'deit'), "'none', 'light' or 'deit'")]:
             for name in names.split(): require(ok(getattr(self, name)), name, getattr(self, name), allowed)
@@ -83,7 +85,8 @@ def _vit(model):
 def _fresh(model):
     "(parameters of the head, parameters that the timm model does not have)."
     vit = _vit(model)
-    heads, known = vit.get_classifier() if hasattr(vit, 'get_classifier') else (), {id(p) for p in vit.parameters()}
+    known = {id(p) for p in vit.parameters()}
+    heads = vit.get_classifier() if hasattr(vit, 'get_classifier') else ()
     heads = heads if isinstance(heads, tuple) else (heads,)     # a distilled DeiT has two
     return [p for h in heads for p in h.parameters()], [p for p in model.parameters() if id(p) not in known]
 
@@ -91,18 +94,20 @@ def _fresh(model):
 def make_optimizer(model:torch.nn.Module, # A timm ViT or a SlimViT; with layer_decay 1 any module
                    cfg:TrainConfig,       # lr, layer_decay, weight_decay, head_lr_scale
                    )->torch.optim.AdamW:  # Groups carry an 'lr_scale' that timm's schedules multiply by
-    "AdamW with timm's layer-wise learning-rate decay (Bao et al., BEiT, 2021); frozen parameters are left out."
+    "AdamW with timm's layer-wise learning-rate decay (BEiT, Bao et al., 2021), without frozen parameters."
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
     vit, (head, outside), wd = _vit(model), _fresh(model), cfg.weight_decay
     skip = vit.no_weight_decay() if hasattr(vit, 'no_weight_decay') else ()
     require(cfg.layer_decay == 1 or hasattr(vit, 'group_matcher'), 'layer_decay', cfg.layer_decay,
-            f"1 for {type(vit).__name__}, which does not say how its layers follow each other (timm's group_matcher)")
+            f"1 for {type(vit).__name__}, which does not say how its layers follow each other "
+            "(timm's group_matcher)")
     if cfg.layer_decay < 1: groups = param_groups_layer_decay(vit, wd, skip, layer_decay=cfg.layer_decay)
     else: groups = param_groups_weight_decay(vit, wd, no_weight_decay_list=skip)
     groups += [dict(params=[p], weight_decay=wd if p.ndim > 1 else 0.) for p in outside if p.requires_grad]
     new = {id(p) for p in head + outside}
     old = [dict(g, params=[p for p in g['params'] if id(p) not in new]) for g in groups]
-    fast = [dict(g, params=[p for p in g['params'] if id(p) in new], lr_scale=g.get('lr_scale', 1.)*cfg.head_lr_scale) for g in groups]
+    scaled = lambda g: g.get('lr_scale', 1.)*cfg.head_lr_scale
+    fast = [dict(g, params=[p for p in g['params'] if id(p) in new], lr_scale=scaled(g)) for g in groups]
     groups = [g for g in old + fast if g['params']]
     require(len(groups) > 0, 'model', 'only frozen parameters', 'a model with something to train')
     return torch.optim.AdamW(groups, lr=cfg.lr)
@@ -112,11 +117,11 @@ def make_scheduler(opt,             # An optimiser from `make_optimizer`
                    cfg:TrainConfig, # lr, warmup, min_lr
                    steps:int,       # Optimiser steps in the whole run
                    ):               # Its `step_update(t)` sets the rates of step t
-    "timm's cosine schedule with linear warm-up, counted in optimiser steps; the warm-up starts at a hundredth of the peak."
+    "timm's cosine schedule, counted in optimiser steps, with a linear warm-up from a hundredth of the peak."
     from timm.scheduler import CosineLRScheduler
     warm = max(1, int(steps*cfg.warmup)) if cfg.warmup else 0
-    return CosineLRScheduler(opt, t_initial=max(steps, warm + 1), lr_min=cfg.min_lr, warmup_t=warm, warmup_lr_init=cfg.lr*.01,
-                             warmup_prefix=False, t_in_epochs=False)
+    return CosineLRScheduler(opt, t_initial=max(steps, warm + 1), lr_min=cfg.min_lr, warmup_t=warm,
+                             warmup_lr_init=cfg.lr*.01, warmup_prefix=False, t_in_epochs=False)
 
 # %% ../../nbs/6_reference/20_train.ipynb #33b789e5
 class Batches(torch.utils.data.Dataset):
@@ -127,10 +132,11 @@ class Batches(torch.utils.data.Dataset):
                  world:int=1,           # How many there are; each gets 1/world of every batch
                  ):
         require(len(ds) > 0, 'ds', 'no images', 'at least one training image')
-        require(len(ds) >= cfg.batch_size, 'batch_size', cfg.batch_size, f'at most {len(ds)}, the number of training images')
+        require(len(ds) >= cfg.batch_size, 'batch_size', cfg.batch_size,
+                f'at most {len(ds)}, the number of training images')
         each = 2*world if cfg.mixup or cfg.cutmix else world
-        require(cfg.batch_size % each == 0, 'batch_size', cfg.batch_size, f'a multiple of {each}' +
-                (f' ({world} process(es), each with pairs to mix)' if each > world else f' ({world} processes)'))
+        why = f'{world} process(es), each with pairs to mix' if each > world else f'{world} processes'
+        require(cfg.batch_size % each == 0, 'batch_size', cfg.batch_size, f'a multiple of {each} ({why})')
         self.ds, self.cfg, self.rank, self.world = ds, cfg, rank, world
         self.per_epoch = len(ds)//cfg.batch_size
         self.steps = max(1, round(self.per_epoch*cfg.epochs))
@@ -139,7 +145,7 @@ class Batches(torch.utils.data.Dataset):
     def __len__(self): return self.steps
 
     def indices(self, step:int)->list:
-        "Positions of the images of a step, over all processes; an epoch's last, incomplete batch is left out."
+        "Positions of a step's images, over all processes; an epoch's last, incomplete batch is left out."
         epoch, k = divmod(step, self.per_epoch)
         if self.epoch != epoch:
             gen = torch.Generator().manual_seed(fold_seed(self.cfg.seed, epoch))
@@ -153,39 +159,42 @@ class Batches(torch.utils.data.Dataset):
         return torch.stack(xs), torch.tensor(ys)
 
     def stream(self, start:int=0, workers:int=0):
-        "The batches from step `start` on, prepared ahead by worker processes; their number changes nothing but the speed."
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, self.steps), num_workers=workers))
+        "The batches from step `start` on; how many processes prepare them ahead changes the speed alone."
+        steps = range(start, self.steps)
+        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers))
 
 # %% ../../nbs/6_reference/20_train.ipynb #ea508b70
 def set_patch_drop(model:torch.nn.Module, # A timm ViT
                    share:float,           # Of the patch tokens, in [0, 1); 0 turns it off
                    ):
-    "Leave out a random share of the patch tokens while training (timm's PatchDropout; Liu et al., 2022); evaluation sees all of them."
+    "Leave out a random share of the patch tokens, in training only (timm's PatchDropout; Liu et al., 2022)."
     from timm.layers import PatchDropout
     require(share == 0 or hasattr(model, 'patch_drop'), 'patch_drop', share, f'0 for {type(model).__name__}',
             'The policy of a pruned model already says which patches are computed.')
     if hasattr(model, 'patch_drop'):
-        model.patch_drop = PatchDropout(share, num_prefix_tokens=model.num_prefix_tokens) if share else torch.nn.Identity()
+        prefix = model.num_prefix_tokens
+        model.patch_drop = PatchDropout(share, num_prefix_tokens=prefix) if share else torch.nn.Identity()
 
 def set_drop_path(model:torch.nn.Module, # A timm ViT or a SlimViT
                   rate:float,            # Of the last block, in [0, 1)
                   ):
-    "Stochastic depth (Huang et al., 2016) that rises linearly from 0 in the first block to `rate` in the last one."
+    "Stochastic depth (Huang et al., 2016), rising linearly from 0 in the first block to `rate` in the last."
     from timm.layers import DropPath
     blocks = _vit(model).blocks
     for i, block in enumerate(blocks):
         r = rate*i/max(1, len(blocks) - 1)
-        block.drop_path1, block.drop_path2 = (DropPath(r), DropPath(r)) if r else (torch.nn.Identity(), torch.nn.Identity())
+        block.drop_path1, block.drop_path2 = (DropPath(r) if r else torch.nn.Identity() for _ in range(2))
 
 # %% ../../nbs/6_reference/20_train.ipynb #02b27599
 def freeze_first(model:torch.nn.Module, # A timm ViT or a SlimViT
                  n:int,                 # How many of its blocks, at most all; everything before them too
                  )->list:               # The parameters that were frozen now
-    "Stop the training of the first `n` blocks, the patch embedding, the position embedding and the prefix tokens."
+    "Stop the training of the first `n` blocks, patch and position embedding and prefix tokens."
     vit = _vit(model)
     require(n <= len(vit.blocks), 'freeze', n, f'at most {len(vit.blocks)}, the number of blocks')
     tokens = [getattr(vit, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
-    params = [p for part in (vit.patch_embed, vit.norm_pre, *vit.blocks[:n]) for p in part.parameters()] + [p for p in tokens if p is not None]
+    params = [p for part in (vit.patch_embed, vit.norm_pre, *vit.blocks[:n]) for p in part.parameters()]
+    params += [p for p in tokens if p is not None]
     frozen = [p for p in params if n and p.requires_grad]
     for p in frozen: p.requires_grad_(False)
     return frozen
@@ -237,7 +246,7 @@ def read_log(path # log.csv of a run
 class Log:
     """A CSV file of training rows; on resume, the rows after the checkpoint's step are dropped.
     A row may bring columns of its own, the named losses: they come after the others."""
-    fields = ('step', 'epoch', 'lr', 'loss', 'images_per_s', 'seconds', 'top1', 'top1_low', 'top1_high', 'images')
+    fields = tuple('step epoch lr loss images_per_s seconds top1 top1_low top1_high images'.split())
 
     def __init__(self, path=None, # The file; None keeps the rows in memory
                  step:int=0,      # Where the run resumes; 0 starts a new file
@@ -259,7 +268,7 @@ class Log:
         return text.getvalue()
 
     def add(self, **row):
-        "Append one row, to six significant digits; a column that the file does not have yet is added to all its rows."
+        "Append one row, to six significant digits; a new column is added to all rows of the file."
         self.rows.append({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()})
         new = [k for k in row if k not in self.columns]
         self.columns += new
@@ -270,26 +279,29 @@ class Log:
 def pick_accelerator(device='auto', # 'auto', 'cpu', 'cuda' or 'mps'
                      **kwargs,      # For `accelerate.Accelerator`
                      ):             # An `accelerate.Accelerator`
-    "One for this device, whatever this process trained on before; under torchrun or `accelerate launch` it is one of many."
+    "One for this device, whatever was used before; under torchrun or `accelerate launch` one of many."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     device = pick_device(device)
-    if PartialState._shared_state and PartialState().num_processes == 1 and PartialState().device.type != device.type:
-        AcceleratorState._reset_state(reset_partial_state=True)     # it would stay on the first device of the process
-    return Accelerator(cpu=device.type == 'cpu', mixed_precision='no', **kwargs)   # mixed precision is ours: cfg.dtype
+    alone = PartialState._shared_state and PartialState().num_processes == 1
+    if alone and PartialState().device.type != device.type:     # it would stay on the first device
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == 'cpu', mixed_precision='no', **kwargs)    # mixed precision is ours
 
 def _stop_unless_finite(step, loss, named, norm, cfg):
     if math.isfinite(loss + norm): return
     which = ', '.join(f'{k} {v:g}' for k, v in named.items() if not math.isfinite(v))
-    raise VitpruneError(f'training stopped at step {step}: got loss {loss:g}{f" ({which})" if which else ""} and gradient norm {norm:g}; '
-                        f'allowed: finite ones. Start again in another folder with a lower lr (it was {cfg.lr:g}), '
-                        f'a tighter clip_grad (it was {cfg.clip_grad:g}) or dtype fp32.')
+    given = f'loss {loss:g} ({which})' if which else f'loss {loss:g}'
+    todo = (f'Start again in another folder with a lower lr (it was {cfg.lr:g}), a tighter clip_grad '
+            f'(it was {cfg.clip_grad:g}) or dtype fp32.')
+    raise VitpruneError(f'training stopped at step {step}: got {given} and gradient norm {norm:g}; '
+                        f'allowed: finite ones. {todo}')
 
 # %% ../../nbs/6_reference/20_train.ipynb #20d00002
 @contextlib.contextmanager
 def _outputs(vit, wanted): # Yields a list: what `vit.norm` gives in each forward pass within the `with`
     found = []
-    handle = vit.norm.register_forward_hook(lambda module, args, output: found.append(output)) if wanted else None
+    handle = vit.norm.register_forward_hook(lambda *args: found.append(args[-1])) if wanted else None
     try: yield found
     finally:
         if handle: handle.remove()
@@ -298,12 +310,18 @@ def _records(model):
     "Does its forward pass write down its decisions?"
     return 'record' in inspect.signature(model.forward).parameters
 
-def _present(decisions, tokens):
-    "(B, N) bool: the tokens that the last decision kept, and those that came after it; None where all are there."
+def _present(decisions, n):
+    "(B, n) bool: tokens kept by the last decision and by each soft one before, or added later; None: all."
     if not decisions: return None
-    keep, n = decisions[-1].keep.detach() > .5, tokens.shape[1]
-    if keep.shape[1] > n: return None           # the others are gone
-    return torch.cat([keep, keep.new_ones(len(keep), n - keep.shape[1])], 1)
+    soft = [d for d in decisions[:-1] if d.keep.is_floating_point()]
+    last = getattr(decisions[-1], 'present', None)      # who was there to choose from
+    there = [d.keep.detach() > .5 for d in (*soft, decisions[-1])] + ([] if last is None else [last])
+    there = [torch.cat([k, k.new_ones(len(k), n - k.shape[1])], 1) for k in there]
+    return torch.stack(there).all(0)
+
+def asks_teacher(objective)->bool:
+    "Does it look at what a teacher says?"
+    return any(n.startswith('teacher') for n in needs_of(objective))
 
 def check_objective(objective, model, cfg:TrainConfig, teacher=None)->tuple: # What it needs
     "Refuse an objective, a model, a recipe and a teacher that do not fit together."
@@ -312,20 +330,24 @@ def check_objective(objective, model, cfg:TrainConfig, teacher=None)->tuple: # W
         asks = n.startswith('teacher') and teacher is None
         require(not asks, 'teacher', 'None', 'a model', f'The objective {name_of(objective)} needs {n!r}.')
     require(cfg.distill == 0 or teacher is not None, 'distill', cfg.distill, pair)
-    require(cfg.distill > 0 or teacher is None or any(n.startswith('teacher') for n in needs), 'distill', cfg.distill, pair,
+    require(cfg.distill > 0 or teacher is None or asks_teacher(objective), 'distill', cfg.distill, pair,
             'Nothing else asks for a teacher: an objective would say so in its needs.')
     for n, m in (('tokens', model), ('teacher_tokens', teacher)):
         has = n not in needs or isinstance(getattr(_vit(m), 'norm', None), torch.nn.Module)
-        require(has, 'objective', f'{name_of(objective)} for {type(m).__name__}', f'one that needs no {n!r}', 'The model has no norm after its blocks.')
+        require(has, 'objective', f'{name_of(objective)} for {type(m).__name__}', f'one that needs no {n!r}',
+                'The model has no norm after its blocks.')
     own = {id(p) for p in teacher.parameters()} if teacher is not None else set()
-    require(not any(id(p) in own for p in model.parameters()), 'teacher', 'one that shares weights with the model that it teaches',
-            'a model of its own', 'Give it copy.deepcopy(teacher), or it changes while it teaches.')
+    shared = any(id(p) in own for p in model.parameters())
+    given = 'one that shares weights with the model that it teaches'
+    require(not shared, 'teacher', given, 'a model of its own',
+            'Give it copy.deepcopy(teacher), or it changes while it teaches.')
     return needs
 
 # %% ../../nbs/6_reference/20_train.ipynb #eb84dd0b
 class Trainer:
-    "State and one step of a training run: model, optimiser, schedule, weight average. Arguments as for `fit`."
-    def __init__(self, model, train_set:ImageSet, cfg:TrainConfig, teacher=None, objective=None, accelerator=None, workers:int=0):
+    "State and one step of a training run: model, optimiser, schedule, average. Arguments as for `fit`."
+    def __init__(self, model, train_set:ImageSet, cfg:TrainConfig, teacher=None, objective=None,
+                 accelerator=None, workers:int=0):
         from timm.utils import ModelEmaV3
         self.objective = objective or supervised
         self.needs = check_objective(self.objective, model, cfg, teacher)
@@ -341,7 +363,7 @@ class Trainer:
         self.teacher = teacher.eval().to(self.acc.device) if teacher is not None else None
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
         self.step, self.stream, self.start = 0, None, time.perf_counter()
-        self.recent, self.named, self.busy = [], {}, 0.   # losses since the last log row, and the seconds they took
+        self.recent, self.named, self.busy = [], {}, 0.   # since the last row of the log: losses, and seconds
 
     def best_model(self): return self.ema.module if self.ema is not None else self.plain
 
@@ -354,9 +376,12 @@ class Trainer:
             output = self.model(x, **(dict(record=decisions) if watched else {}))
         seen = Seen(x, labels, output, self.plain, self.cfg, mixed, decisions=decisions, step=self.step,
                     progress=self.step/self.batches.steps, epoch=self.step/self.batches.per_epoch)
-        if tokens: seen.tokens, seen.present = tokens[-1].float(), _present(decisions, tokens[-1])
+        if tokens: seen.tokens = tokens[-1].float()
+        in_place = getattr(self.plain, 'mode', 'mask') == 'mask'    # in others only those left are there
+        if tokens and in_place: seen.present = _present(decisions, tokens[-1].shape[1])
         if self.teacher is None: return seen
-        with torch.no_grad(), _outputs(_vit(self.teacher), 'teacher_tokens' in self.needs) as tokens, autocast(**place):
+        asked = 'teacher_tokens' in self.needs
+        with torch.no_grad(), _outputs(_vit(self.teacher), asked) as tokens, autocast(**place):
             seen.teacher_logits = self.teacher(x).float()
         if tokens: seen.teacher_tokens = tokens[-1].float()
         return seen
@@ -364,7 +389,8 @@ class Trainer:
     def losses(self, images, labels)->dict: # {name: scalar tensor}
         found = losses_of(self.objective, self.see(images, labels))
         clash = sorted(found.keys() & set(Log.fields))
-        require(not clash, 'objective', f'a loss named {", ".join(clash)}', 'a name that the log does not use yet')
+        given = f'a loss named {", ".join(clash)}'
+        require(not clash, 'objective', given, 'a name that is no column of the log')
         return found
 
     def loss(self, images, labels): return total(self.losses(images, labels))
@@ -414,19 +440,23 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
                     ):
     "Put a trainer where the checkpoint was written; refuses one of another recipe, data set or model."
     state, todo = load_checkpoint(path), 'Use another folder, or delete it to start again.'
-    require(isinstance(state, dict) and {'step', 'config', 'data', 'model', 'optimizer', 'ema'} <= set(state), 'checkpoint', path,
-            'a checkpoint that this trainer wrote', todo)
+    ours = isinstance(state, dict) and {'step', 'config', 'data', 'model', 'optimizer', 'ema'} <= set(state)
+    require(ours, 'checkpoint', path, 'a checkpoint that this trainer wrote', todo)
     old, new = json.loads(state['config']), json.loads(json.dumps(dataclasses.asdict(tr.cfg)))
-    changed = [f'{k} was {old.get(k)} and is {new.get(k)}' for k in {**old, **new} if old.get(k) != new.get(k)]
-    require(not changed, 'checkpoint', path, 'a checkpoint of this very recipe', f'Changed: {"; ".join(changed)}. {todo}')
-    require(state['data'] == tr.batches.ds.digest, 'checkpoint', path, 'a checkpoint of a run on these training images', todo)
-    was, is_ = state.get('objective'), name_of(tr.objective)     # runs of old have none
-    require(was in (None, is_), 'checkpoint', path, f'a checkpoint of a run with the objective {is_}', f'It was {was}. {todo}')
+    different = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    said = '; '.join(f'{k} was {old.get(k)} and is {new.get(k)}' for k in different)
+    require(not said, 'checkpoint', path, 'a checkpoint of this very recipe', f'Changed: {said}. {todo}')
+    same = state['data'] == tr.batches.ds.digest
+    require(same, 'checkpoint', path, 'a checkpoint of a run on these training images', todo)
+    was, now = state.get('objective'), name_of(tr.objective)     # runs of old have none
+    require(was in (None, now), 'checkpoint', path, f'a checkpoint of a run with the objective {now}',
+            f'It was {was}. {todo}')
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     require(shapes(state['model']) == shapes(tr.plain.state_dict()), 'checkpoint', path,
             f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
     try: tr.opt.load_state_dict(state['optimizer'])
-    except ValueError: refuse('checkpoint', path, 'a checkpoint of a run in which the same parameters were trained', todo)
+    except ValueError:
+        refuse('checkpoint', path, 'a checkpoint of a run in which the same parameters were trained', todo)
     tr.plain.load_state_dict(state['model'])
     if tr.ema is not None: tr.ema.module.load_state_dict(state['ema'])
     tr.step, tr.stream, tr.start = state['step'], None, time.perf_counter() - state.get('seconds', 0.)
@@ -436,12 +466,14 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
 def _row(tr, test_set=None):
     "What the log says about the steps since its last row; with a test set, the accuracy too."
     mean = lambda values: sum(values)/len(values)
-    row = dict(step=tr.step, epoch=tr.step/tr.batches.per_epoch, lr=max(g['lr'] for g in tr.opt.param_groups), loss=mean(tr.recent),
-               images_per_s=len(tr.recent)*tr.cfg.batch_size/tr.busy, seconds=time.perf_counter() - tr.start)
+    row = dict(step=tr.step, epoch=tr.step/tr.batches.per_epoch, lr=max(g['lr'] for g in tr.opt.param_groups),
+               loss=mean(tr.recent), images_per_s=len(tr.recent)*tr.cfg.batch_size/tr.busy,
+               seconds=time.perf_counter() - tr.start)
     named = {k: mean(v) for k, v in tr.named.items()}
     tr.recent, tr.named, tr.busy = [], {}, 0.
     if test_set is None: return row | named
-    if test_set.transform is None: test_set = test_set.but(transform=eval_transform(data_config(_vit(tr.plain))))
+    if test_set.transform is None:
+        test_set = test_set.but(transform=eval_transform(data_config(_vit(tr.plain))))
     r = evaluate(tr.best_model(), test_set, device=tr.acc.device, dtype=tr.cfg.dtype)
     return row | {k: r[k] for k in ('top1', 'top1_low', 'top1_high', 'images')} | named
 
@@ -461,7 +493,7 @@ def _alone(out, tr):
 # %% ../../nbs/6_reference/20_train.ipynb #20c1ea52
 @contextlib.contextmanager
 def same_random_after():
-    "Seed and draw within the `with`; afterwards the generators of Python, NumPy and PyTorch stand where they stood."
+    "Seed and draw within the `with`; then Python's, NumPy's and PyTorch's generators are as before."
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -473,9 +505,9 @@ def same_random_after():
 def clean_stage(model:torch.nn.Module, # What the stage trains
                 teacher:torch.nn.Module|None=None, # What teaches it
                 ):
-    """A stage of training within the `with` starts as it would from a file, with weights and buffers and without gradients,
-    and hands on nothing else: what may train, the modules that drop paths and patches, the teacher's mode and all random
-    generators are afterwards as they were before, also when the stage ends with an error."""
+    """A stage of training within the `with` starts as it would from a file, with weights and buffers and
+    without gradients, and hands on nothing else: what may train, the modules that drop paths and patches, the
+    teacher's mode and all generators are afterwards as before, also when the stage ends with an error."""
     may_train = [(p, p.requires_grad) for p in model.parameters()]
     drops = [(m, name, getattr(m, name)) for m in model.modules()
              for name in ('drop_path1', 'drop_path2', 'patch_drop') if hasattr(m, name)]
@@ -488,7 +520,7 @@ def clean_stage(model:torch.nn.Module, # What the stage trains
         for p, flag in may_train: p.requires_grad_(flag)
         for m, name, module in drops: setattr(m, name, module.train(m.training))
         for m, training in modes: m.training = training
-        vars(model).pop('_is_accelerate_prepared', None)     # with it, accelerate would not move the model again
+        vars(model).pop('_is_accelerate_prepared', None)     # with it, the model would not be moved again
 
 # %% ../../nbs/6_reference/20_train.ipynb #20d00005
 def _run(tr, model, test_set, out, callback):
@@ -518,24 +550,27 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         cfg:TrainConfig,       # The recipe
         test_set:ImageSet|None=None, # Evaluated after each epoch
         out=None,              # Folder for checkpoint.pt, log.csv and config.json; None keeps nothing
-        teacher:torch.nn.Module|None=None, # Gives soft labels, weighted by cfg.distill, and what the objective asks for
-        objective=None,        # A function of a `Seen` -> {name: loss}, as in `train.objectives`; None: `supervised`
+        teacher:torch.nn.Module|None=None, # For cfg.distill and for what the objective asks
+        objective=None,        # `Seen` -> {name: loss}, as in `train.objectives`; None: `supervised`
         accelerator=None,      # An `accelerate.Accelerator`; default: one for this machine
         callback=None,         # Called with the list of log rows after each new one
         workers:int=0,         # Processes that prepare images ahead; 0 prepares them in this one
         )->list:               # The rows of the log, dicts of numbers
-    """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without gradients;
-    a further `fit` of it gives what it would give after saving and loading."""
+    """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without
+    gradients; a further `fit` of it gives what it would give after saving and loading."""
     check_model(model), check_set(train_set, 'train_set')
     require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
     require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
-    require(teacher is None or isinstance(teacher, torch.nn.Module), 'teacher', type(teacher).__name__, 'a model, or None')
-    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers, 'a number of processes from 0 to 256')
+    fine = teacher is None or isinstance(teacher, torch.nn.Module)
+    require(fine, 'teacher', type(teacher).__name__, 'a model, or None')
+    few = is_whole(workers) and 0 <= workers <= 256
+    require(few, 'workers', workers, 'a number of processes from 0 to 256')
     if test_set is not None: check_set(test_set, 'test_set')
     if out is not None: check_output(path_of('out', out))
     with contextlib.ExitStack() as stack:
         stack.enter_context(clean_stage(model, teacher))
-        tr = stack.enter_context(contextlib.closing(Trainer(model, train_set, cfg, teacher, objective, accelerator, workers)))
+        tr = Trainer(model, train_set, cfg, teacher, objective, accelerator, workers)
+        stack.enter_context(contextlib.closing(tr))
         stack.enter_context(_alone(out, tr))
         try: return _run(tr, model, test_set, out, callback)
         finally: model.eval()
@@ -546,32 +581,35 @@ class Phase:
     "One phase of training: what learns, by which recipe, towards what."
     name: str                 # Of its folder
     config: TrainConfig       # Its recipe
-    trains: object = None     # Modules or parameters in a list, or a function of a parameter's name -> bool; None: all
+    trains: object = None     # List of modules or parameters, or function of a name -> bool; None: all
     objective: object = None  # As for `fit`
     policy: Policy|None = None # What a SlimViT follows meanwhile; None: its own
     mode: str|None = None     # How it is run meanwhile; None: its own
 
     def __post_init__(self):
-        plain = isinstance(self.name, str) and self.name == Path(self.name).name and self.name not in ('', '.', '..')
+        plain = isinstance(self.name, str) and self.name == Path(self.name).name not in ('', '..')
         require(plain, 'name', self.name, 'the name of a folder, without its path')
         require(isinstance(self.config, TrainConfig), 'config', type(self.config).__name__, 'a TrainConfig')
-        parts = isinstance(self.trains, (list, tuple)) and all(isinstance(p, (torch.nn.Module, torch.nn.Parameter)) for p in self.trains)
+        part = lambda p: isinstance(p, (torch.nn.Module, torch.nn.Parameter))
+        parts = isinstance(self.trains, (list, tuple)) and all(map(part, self.trains))
         require(self.trains is None or callable(self.trains) or parts, 'trains', type(self.trains).__name__,
                 'modules or parameters in a list, a function of a name, or None')
 
     def view(self, model)->torch.nn.Module:
         "The model as it is run in this phase; it shares all weights with the one that is given."
         if self.policy is None and self.mode is None: return model
-        slim = isinstance(model, SlimViT)
-        return SlimViT(_vit(model), self.policy or (model.policy if slim else None), self.mode or (model.mode if slim else 'gather'))
+        policy, mode = (model.policy, model.mode) if isinstance(model, SlimViT) else (None, 'gather')
+        return SlimViT(_vit(model), self.policy or policy, self.mode or mode)
 
     def resting(self, model)->list: # Parameters of the view that do not learn
         "Everything but what this phase trains."
         if self.trains is None: return []
-        if callable(self.trains): learning = {id(p) for name, p in model.named_parameters() if self.trains(name)}
+        named = model.named_parameters()
+        if callable(self.trains): learning = {id(p) for name, p in named if self.trains(name)}
         else: learning = {id(p) for part in self.trains for p in _parameters(part)}
         ours = [p for p in model.parameters() if id(p) in learning and p.requires_grad]
-        require(len(ours) > 0, 'trains', f'nothing that may learn in phase {self.name!r}', "parts of the phase's model")
+        given = f'nothing that may learn in phase {self.name!r}'
+        require(len(ours) > 0, 'trains', given, "parts of the phase's model")
         return [p for p in model.parameters() if id(p) not in learning]
 
 # %% ../../nbs/6_reference/20_train.ipynb #20d00012
@@ -588,8 +626,8 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
     names = [p.name for p in phases]
     require(len(set(names)) == len(names), 'phases', names, 'a name for each')
     views = [p.view(model) for p in phases]
-    teachers = [teacher if p.config.distill or any(n.startswith('teacher') for n in needs_of(p.objective or supervised)) else None
-                for p in phases]
+    asks = [p.config.distill > 0 or asks_teacher(p.objective or supervised) for p in phases]
+    teachers = [teacher if a else None for a in asks]
     for p, view, who in zip(phases, views, teachers):
         check_objective(p.objective or supervised, view, p.config, who)
         p.resting(view)
@@ -597,6 +635,7 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
     for p, view, who in zip(phases, views, teachers):
         with frozen(*p.resting(view)):
             folder = None if out is None else f'{out}/{p.name}'
-            logs[p.name] = fit(view, train_set, p.config, out=folder, teacher=who, objective=p.objective, **kw)
+            given = dict(kw, out=folder, teacher=who, objective=p.objective)
+            logs[p.name] = fit(view, train_set, p.config, **given)
     model.eval()
     return logs
