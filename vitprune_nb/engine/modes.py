@@ -374,7 +374,7 @@ class Gather(Sparse):
         return min(idx.stop, self.x.shape[1]) if isinstance(idx, slice) else idx.shape[-1]
     def take(self, v, idx): return v if v is None or idx is None else _take(v, idx)
     def put(self, idx, values, x=None): return _put(self.x if x is None else x, idx, values)
-    def blank(self, v): return v.new_zeros(len(v), self.x.shape[1], *v.shape[2:])
+    def blank(self, v): return v.new_zeros(v.shape[0], self.x.shape[1], *v.shape[2:])
     def chosen(self, idx):
         "(B, n) bool: the tokens at idx."
         none = torch.zeros(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
@@ -387,7 +387,7 @@ class Gather(Sparse):
         elif how == 'sort':
             scores = self.ask(i, step)
             order = scores[:, p:].argsort(dim=1, descending=True, stable=True)[:, :step.count] + p
-            idx = torch.cat([torch.arange(p, device=order.device).expand(len(order), p), order], 1)
+            idx = torch.cat([torch.arange(p, device=order.device).expand(order.shape[0], p), order], 1)
         elif how == 'cut': idx, scores = slice(0, p + step.count), None if self.record is None else self.ask(i, step)
         else:
             keep, scores = self.decide(i, step)
