@@ -5,10 +5,12 @@ import torch
 from conftest import ONE_THREAD, ROOT, start
 from train_script import PLAIN, RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import autocast
-from vitprune_nb.engine.policy import Policy, Step
+from vitprune_nb.engine.policy import Policy, Scorer, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.files import sha256
+from vitprune_nb.methods.life import life_plan
+from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.train.course import train_course
 from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
                                           supervised, token_mse)
@@ -285,3 +287,55 @@ def test_phases_are_runs_with_the_rest_frozen(tmp_path):
     assert list(logs) == ['head', 'rest'] and logs['rest'] == read_log(tmp_path/'rest/log.csv')
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == [n for n, _ in model.named_parameters() if n.startswith('blocks.0.')]
     assert not model.training and type(model.blocks[1].attn).__name__ == 'Attention'
+
+
+class SoftLinear(Scorer):
+    "A learned score whose soft form is a straight-through mask: 1 above 0, 0 below, with the slope of the sigmoid."
+    def __init__(self, width):
+        super().__init__()
+        self.line = torch.nn.Linear(width, 1)
+
+    def forward(self, t): return self.line(t.x).squeeze(-1)
+
+    def soft_keep(self, t, scores):
+        soft = scores.sigmoid()
+        hard = (soft > .5).float() + soft - soft.detach()
+        return torch.cat([torch.ones_like(hard[:, :t.n_prefix]), hard[:, t.n_prefix:]], 1)
+
+
+def test_soft_decisions_of_the_engine_learn_a_share(tmp_path):
+    "The whole loss of DynamicViT on two decisions: gradients reach both scorers, and the kept shares move to those wanted."
+    torch.manual_seed(0)
+    policy = Policy({1: Step(score=SoftLinear(48), count=8), 2: Step(score=SoftLinear(48), count=8)})
+    model, teacher, seen = SlimViT(tiny_vit(), policy, 'mask'), tiny_vit(3), []
+
+    @looks_at('tokens', 'decisions')
+    def watch(s):
+        first, second = (d.keep[:, 1:].detach() for d in s.decisions)
+        assert (s.present[:, 1:] == (first*second > .5)).all() and s.present[:, 0].all()
+        assert s.tokens.shape == (16, 17, 48) and s.decisions[0].keep.requires_grad
+        seen.append((first.mean().item(), (first*second).mean().item()))
+        return dict(nothing=s.logits.sum()*0.)
+    cfg = TrainConfig(**dict(PLAIN, epochs=4, lr=3e-3, head_lr_scale=5., layer_decay=1.))
+    rows = fit(model, train_set(), cfg, out=tmp_path, teacher=teacher,
+               objective=plus(supervised, ratio_loss((.75, .5)), kl_to_teacher(), token_mse(), watch))
+    assert {'classification', 'ratio', 'kl', 'token_mse'} <= set(rows[-1])
+    assert abs(seen[-1][0] - .75) < .15 and abs(seen[-1][1] - .5) < .15, seen[::8]
+    assert rows[-1]['ratio'] < rows[0]['ratio']/2
+
+
+def test_two_stages_of_life_regression_are_two_runs_with_one_half_frozen():
+    small = dict(epochs=.3, batch_size=16, augment='none', dtype='fp32')
+    first, second = life_recipe(1e-3, **small), life_recipe(1e-4, **small)
+    ends = []
+    for by_hand in (False, True):
+        vit = tiny_vit()
+        plan = life_plan(vit, .5, (2, 3))
+        soft = SlimViT(vit, plan.policy(plan.score(48), 'soft'), 'mask')
+        if by_hand:
+            with frozen(soft.model): a = fit(soft, train_set(), first)
+            with frozen(soft.scorers): b = fit(soft, train_set(), second)
+        else: a, b = two_stage(soft, train_set(), first, second)
+        ends.append((soft.state_dict(), [r['loss'] for r in (*a, *b)]))
+    assert apart(ends[0][0], ends[1][0]) == 0 and ends[0][1] == ends[1][1]
+    assert apart(ends[0][0], SlimViT(tiny_vit(), plan.policy(plan.score(48), 'soft'), 'mask').state_dict()) > 0
