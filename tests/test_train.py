@@ -330,7 +330,7 @@ def test_two_stages_of_life_regression_are_two_runs_with_one_half_frozen():
     ends = []
     for by_hand in (False, True):
         vit = tiny_vit()
-        plan = life_plan(vit, .5, (2, 3))
+        plan = life_plan(vit, .5, (1, 2))
         soft = SlimViT(vit, plan.policy(plan.score(48), 'soft'), 'mask')
         if by_hand:
             with frozen(soft.model): a = fit(soft, train_set(), first)
