@@ -84,8 +84,10 @@ class Views:
         "Is the map of all queries needed?"
         return 'column_sums' in self.names
 
-    def read(self, attn, q, k, bias=None, rows=None)->dict: # q, k as for `attention_map`; rows: the map, where it is known
-        "{name: (…, Nkv, …)}, token by token: `cls_row` (…, Nkv, H), `keys` (…, Nkv, H, d), `column_sums` (…, Nkv)."
+    def read(self, attn, q, k, bias=None, # as for `attention_map`
+             rows=None, # the map, where it is known
+             )->dict:   # token by token: `cls_row` (…, Nkv, H), `keys` (…, Nkv, H, d), `column_sums` (…, Nkv)
+        "What is seen, by name."
         out = {}
         if 'keys' in self.names: out['keys'] = k.transpose(-2, -3)
         if 'cls_row' in self.names:
@@ -199,7 +201,8 @@ def _boxed_attention(attn, xq, xkv, n_images, size, views):
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #37cf20d4
 def _padded_attention(attn, xq, xkv, qlens, kvlens, size, views):
-    "The same as one map (B, H, longest, longest) for whoever watches `attn_drop`; absent keys are masked, absent queries dropped."
+    """The same as one map (B, H, longest, longest) for whoever watches `attn_drop`; absent keys are masked, absent queries
+    dropped."""
     pad = lambda t, lens: nn.utils.rnn.pad_sequence(t.split(lens), batch_first=True)
     answer, lens = pad(xkv, kvlens), torch.tensor([qlens, kvlens], device=xkv.device)[..., None]
     asked, there = torch.arange(max(*qlens, *kvlens), device=xkv.device) < lens
@@ -219,7 +222,8 @@ def ragged_attention(attn, # timm's Attention
                      views:Views|None=None, # filled in when given: (total', …)
                      ):    # (total, D)
     "`attend` for packed tokens (total, D): projections for all rows at once, softmax image by image."
-    if len(set(qlens)) == len(set(kvlens)) == 1: return _boxed_attention(attn, xq, xkv, len(qlens), size, views)
+    equal = len(set(qlens)) == len(set(kvlens)) == 1
+    if equal: return _boxed_attention(attn, xq, xkv, len(qlens), size, views)
     if hooked(attn.attn_drop): return _padded_attention(attn, xq, xkv, qlens, kvlens, size, views)
     q, k, v = (_heads(attn, t) for t in _project_qkv(attn, xq, xkv))      # (H, total, d)
     q, k = attn.q_norm(q).split(qlens, 1), attn.k_norm(k).split(kvlens, 1)

@@ -21,7 +21,7 @@ def register_fate(name:str): # What a policy calls it
     return add
 
 class Fate:
-    "What becomes of the tokens that a step does not keep. Equal to its name, and to a fate of the same kind and config."
+    "What becomes of the tokens that a step does not keep; equal to its name, and to one of the same kind and config."
     kind = ''
     points = POINTS     # where a step may have it
     stays = False       # the tokens stay in the sequence and are candidates again in the next block
@@ -34,25 +34,36 @@ class Fate:
     def config(self)->dict: return {}    # what `__init__` needs to rebuild it
 
     def meet(self, s, keep, drop, scores):
-        """Before the tokens `drop` (B, n) are out of the way. `s` has x (B, n, D), size (B, n) or None, n_prefix, there() (B, n)
-        and freeze(drop); scores (B, n) or None. May change x and size; returns None, or the token that joins: its values
-        (B, 1, D), its size (B, 1), and which images have one (B, 1) bool."""
+        """Before the tokens `drop` (B, n) are out of the way. `s` has x (B, n, D), size (B, n) or None, n_prefix, there()
+        (B, n) and freeze(drop); scores (B, n) or None. May change x and size; returns None, or the token that joins: its
+        values (B, 1, D), its size (B, 1), and which images have one (B, 1) bool."""
 
     def restore(self, entered, left):
-        "After the block, for tokens that stay: what is added to those that were passed by. From the token that joined, as it entered and left the block, (B, 1, D); None: nothing."
+        """After the block, for tokens that stay: what is added to those that were passed by. From the token that joined, as it
+        entered and as it left the block, (B, 1, D); None: nothing."""
+
+    @property
+    def just_leave(self)->bool:
+        "Nothing but fewer tokens comes of it."
+        return not (self.stays or self.acts)
 
     def macs(self, n:float, dim:int)->float: # n tokens enter the decision point, prefix included, dim wide
         "Matrix products of its own, for one image."
         return 0.
 
-    def spent(self, at:str, n:int, k:int)->tuple: # decision point; tokens that enter; tokens kept, prefix included
+    def spent(self, at:str, # decision point
+              n:int, k:int, # tokens that enter, tokens that are kept, prefix included
+              )->tuple:
         "(Nq, Nkv, Nmlp) of the block, and how many tokens leave it."
         inside = k + self.joins*(k < n)
         after = n if self.stays else inside
         return dict(before=(inside,)*3, queries=(k, n, k), middle=(n, n, inside))[at], after
 
-    def after(self, at:str, counts, n:float)->float: # counts: (Nq, Nkv, Nmlp) of the block; n: tokens that enter
-        "The same the other way round: tokens that leave a block whose counts are known, in the mean over images too."
+    def after(self, at:str, # decision point
+              counts,       # (Nq, Nkv, Nmlp) of the block, or means over images
+              n:float,      # tokens that enter
+              )->float:
+        "The same the other way round: tokens that leave a block whose counts are known."
         nq, nkv, nmlp = counts
         return n if self.stays else dict(before=nkv, queries=min(n, nq + self.joins), middle=nmlp)[at]
 
@@ -92,13 +103,15 @@ class Idle(Fate):
 class Fuse(Fate):
     "All of them become one extra token, their mean, weighted by scores and sizes (EViT, Liang et al. 2022, section 3.2)."
     joins, sized, lost, acts = 1, True, False, True
-    def meet(self, s, keep, drop, scores): return fuse_tokens(s.x, drop, s.size, None if scores is None else scores.clamp_min(1e-6))
+    def meet(self, s, keep, drop, scores):
+        return fuse_tokens(s.x, drop, s.size, None if scores is None else scores.clamp_min(1e-6))
 
 @register_fate('merge')
 class Merge(Fate):
     "Each is averaged into the kept token most like it; sizes are remembered (ToMe, Bolya et al. 2023, section 3)."
     sized = acts = True
-    def meet(self, s, keep, drop, scores): s.x, s.size = merge_tokens(s.x, keep, drop, s.size*s.there(), s.n_prefix)
+    def meet(self, s, keep, drop, scores):
+        s.x, s.size = merge_tokens(s.x, keep, drop, s.size*s.there(), s.n_prefix)
     def macs(self, n, dim): return n*n*dim      # all are compared with all
 
 @register_fate('halt')

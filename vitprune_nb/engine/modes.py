@@ -33,7 +33,8 @@ class Stream:
     "The state between blocks; a mode adds how a block is run."
     GUEST = -3                     # position of a token that goes through a block for others who stay
 
-    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0, record=None, cuts=None):
+    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0, record=None,
+                 cuts=None):
         B, n, _ = x.shape
         self.x, self.present, self.n_tokens, self.n_prefix, self.memory = x, None, n, n_prefix, {}
         self.training, self.static, self.trace, self.least = training, static or {}, trace, least
@@ -48,8 +49,8 @@ class Stream:
     def tokens(self, i):
         "What a scorer sees in block i."
         cls, keys, sums = (self.views.get(name) for name in ('cls_row', 'keys', 'column_sums'))
-        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, None if cls is None else cls.transpose(1, 2),
-                      None if keys is None else keys.transpose(1, 2), sums, self.kept)
+        cls, keys = (None if v is None else v.transpose(1, 2) for v in (cls, keys))
+        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, cls, keys, sums, self.kept)
 
     def there(self): return torch.ones_like(self.pos, dtype=torch.bool) if self.present is None else self.present
 
@@ -70,15 +71,19 @@ class Stream:
         "(B, n) bool: who is kept, or floats, how much; and the scores that said so, or None."
         keep, scores = None, None if step.score is None else self.ask(i, step)
         if self.training and hasattr(step.score, 'soft_keep'): keep = step.score.soft_keep(self.tokens(i), scores)
-        if keep is None: keep = select(step, self.tokens(i), scores, self.least)
-        else: require(step.at != 'queries' and not step.fate.stays, 'policy', f"a soft decision at '{step.at}' with fate {step.fate}",
-                      "soft decisions 'before' or in the 'middle' of a block, whose tokens leave")
+        soft = keep is not None
+        fits = not soft or step.at != 'queries' and not step.fate.stays
+        require(fits, 'policy', f"a soft decision at '{step.at}' with fate {step.fate}",
+                "soft decisions 'before' or in the 'middle' of a block, whose tokens leave")
+        if not soft: keep = select(step, self.tokens(i), scores, self.least)
         self.note_down(i, step, scores, keep)
         return keep, scores
 
     def forget(self, *steps):
         "Drop the views that none of these steps wants to see."
-        if self.views: self.views = {n: v for n, v in self.views.items() if any(n in needs_of(s.score) for s in steps)}
+        if not self.views: return
+        wanted = frozenset().union(*(needs_of(s.score) for s in steps))
+        self.views = {n: v for n, v in self.views.items() if n in wanted}
 
     def join(self, token, size, some, pos=-1):
         "One more token at the end, for the images where `some` (B, 1)."
@@ -172,11 +177,12 @@ def shared_orders(steps:dict # {block index: Step, or a tuple of Steps}, as in a
     "Steps that one order serves, in mode 'gather': the first sorts by falling score, the others keep the front."
     out, head = {}, None
     for i, s in _all(steps):
-        plain = s.count is not None and s.fate == 'remove'
+        plain = s.count is not None and s.fate.just_leave
         follows = getattr(s.score, 'follows', None)
-        if head and plain and follows and isinstance(head[1].score, follows): out |= {(head[0], head[1].at): 'sort', (i, s.at): 'cut'}
-        elif head and (s.fate.joins or s.score is not None and isinstance(s.score, type(head[1].score))): head = None
-        if plain and head is None and follows is None: head = i, s
+        if head and plain and follows and isinstance(head[1].score, follows):
+            out |= {(head[0], head[1].at): 'sort', (i, s.at): 'cut'}
+        elif head and (s.fate.joins or isinstance(s.score, type(head[1].score))): head = None     # the order ends
+        if plain and head is None and s.score is not None and follows is None: head = i, s
     return out
 
 
@@ -223,7 +229,7 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
 class Mask(Stream):
     "Dense: the oracle of the other two modes."
     def meet(self, step, keep, scores):
-        "Those outside `keep` meet their fate; returns who is computed from here on, and the token that joined, if it does not stay."
+        "Those outside `keep` meet their fate; returns who is computed from here on, and a guest of this block, or None."
         if keep.is_floating_point(): self.soften(keep); return self.present, None
         drop, guest = self.there() & ~keep, None
         joined = step.fate.meet(self, keep, drop, scores) if step.fate.acts else None
@@ -289,7 +295,8 @@ class Mask(Stream):
             active, guest = self.meet(at['middle'], keep, scores)
         self.settle(mlp_branch(block, self.x), active)
         self.done = self.there() if active is None else active             # (B, n'): who is new
-        if self.trace is not None: self.trace.add(self.asked.sum(1), answer.sum(1), self.done.sum(1), self.pos, self.done)
+        if self.trace is not None:
+            self.trace.add(self.asked.sum(1), answer.sum(1), self.done.sum(1), self.pos, self.done)
         if guest is not None: self.send_home(at.get('middle') or at['before'], active, guest)
         if 'queries' in at: self.meet(at['queries'], active, scores)
 
@@ -326,7 +333,7 @@ class Sparse(Stream):
         x = self.take(self.x, idx) + self.attention(block, idx)
         x, k = x + mlp_branch(block, x), self.count(idx)
         self.note(k, self.count(), k, self.take(self.pos, idx))
-        if step.fate == 'remove': return self.shrink(idx, x)
+        if step.fate.just_leave: return self.shrink(idx, x)
         self.x = self.put(idx, x)
         self.meet(step, idx, scores)
 
@@ -344,21 +351,24 @@ class Sparse(Stream):
     def see(self, views, idx):
         "Remember what the attention showed; tokens outside `idx` had no key in it and get zeros."
         if views is None: return
-        self.views = views.seen if idx is None else {n: self.put(idx, v, self.blank(v)) for n, v in views.seen.items()}
+        whole = lambda v: v if idx is None else self.put(idx, v, self.blank(v))
+        self.views = {n: whole(v) for n, v in views.seen.items()}
 
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #4e1bd512
+def _spread(idx, x):
+    "(B, k) as wide as the tokens of x."
+    return idx if x.dim() == 2 else idx.view(*idx.shape, *[1]*(x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+
 def _take(x, idx):
     "Tokens at idx: (k,) the same for all images, (B, k) per image, or a slice."
     if isinstance(idx, slice): return x[:, idx]
-    if idx.dim() == 1: return x.index_select(1, idx)
-    return x.gather(1, idx if x.dim() == 2 else idx.view(*idx.shape, *[1]*(x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    return x.index_select(1, idx) if idx.dim() == 1 else x.gather(1, _spread(idx, x))
 
 def _put(x, idx, values):
-    "x with the tokens at idx replaced."
+    "x with the tokens at idx replaced; a slice starts at the first."
     if isinstance(idx, slice): return torch.cat([values, x[:, idx.stop:]], 1)
-    if idx.dim() == 1: return x.index_copy(1, idx, values)
-    return x.scatter(1, idx if x.dim() == 2 else idx.view(*idx.shape, *[1]*(x.dim() - 2)).expand_as(values), values)
+    return x.index_copy(1, idx, values) if idx.dim() == 1 else x.scatter(1, _spread(idx, x), values)
 
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #c8232910
@@ -388,7 +398,8 @@ class Gather(Sparse):
             scores = self.ask(i, step)
             order = scores[:, p:].argsort(dim=1, descending=True, stable=True)[:, :step.count] + p
             idx = torch.cat([torch.arange(p, device=order.device).expand(order.shape[0], p), order], 1)
-        elif how == 'cut': idx, scores = slice(0, p + step.count), None if self.record is None else self.ask(i, step)
+        elif how == 'cut':
+            idx, scores = slice(0, p + step.count), None if self.record is None else self.ask(i, step)
         else:
             keep, scores = self.decide(i, step)
             return _keep_index(keep, min(self.x.shape[1], p + step.count)), scores
@@ -397,10 +408,11 @@ class Gather(Sparse):
 
     def shrink(self, idx, x=None):
         self.views = {n: _take(v, idx) for n, v in self.views.items()}
-        self.x, self.pos, self.size = self.take(self.x, idx) if x is None else x, _take(self.pos, idx), self.take(self.size, idx)
+        self.x = self.take(self.x, idx) if x is None else x
+        self.pos, self.size = _take(self.pos, idx), self.take(self.size, idx)
 
     def meet(self, step, idx, scores):
-        "Those outside `idx` meet their fate; returns where the others stand if all stay (None: nobody else is left), and a guest."
+        "Those outside `idx` meet their fate; returns where the others stand (None: nobody else is left), and a guest."
         fate, joined = step.fate, None
         if fate.acts and not (fate.joins and self.count(idx) == self.count()):
             keep = self.chosen(idx)
@@ -436,7 +448,8 @@ class Gather(Sparse):
 
     def note(self, nq, nkv, nmlp, who):
         if self.trace is None: return
-        self.trace.add(*(torch.full((len(who),), n) for n in (nq, nkv, nmlp)), who, torch.ones_like(who, dtype=torch.bool))
+        each = (torch.full((len(who),), n) for n in (nq, nkv, nmlp))
+        self.trace.add(*each, who, torch.ones_like(who, dtype=torch.bool))
 
 MODES['gather'] = Gather
 
@@ -456,7 +469,8 @@ class _Rows(NamedTuple):
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #7e718551
 class Packed(Sparse):
-    "Ragged: all tokens of all images in one (total, D) matrix, image after image. Token-wise layers on all of it, attention image by image."
+    """Ragged: all tokens of all images in one (total, D) matrix, image after image. Token-wise layers on all of it,
+    attention image by image."""
     def __init__(self, x, n_prefix, sized=False, *args):
         super().__init__(x, n_prefix, sized, *args)
         self.view, self.lens = Mask(x, n_prefix, sized), [x.shape[1]]*len(x)
@@ -497,7 +511,8 @@ class Packed(Sparse):
 
     def shrink(self, idx, x=None):
         self.views = {n: self.take(v, idx) for n, v in self.views.items()}
-        self.x, self.pos, self.size = self.take(self.x, idx) if x is None else x, self.take(self.pos, idx), self.take(self.size, idx)
+        self.x = self.take(self.x, idx) if x is None else x
+        self.pos, self.size = self.take(self.pos, idx), self.take(self.size, idx)
         self.lens = idx.lens
 
     def meet(self, step, idx, scores):

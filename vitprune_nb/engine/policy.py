@@ -49,7 +49,8 @@ def patch_indices(keep, # Whole numbers, in any order
 # %% ../../nbs/1_foundations/04b_policy.ipynb #6f0c4f7a
 @dataclasses.dataclass(frozen=True)
 class Step:
-    "What is kept at one point of a block: where it is decided, what becomes of the rest, and which patch tokens stay. Prefix tokens (CLS …) always stay."
+    """What is kept at one point of a block: where it is decided, what becomes of the rest, and which patch tokens stay.
+    Prefix tokens (CLS …) always stay."""
     at: str = 'before'          # 'before', 'queries' or 'middle'
     fate: Fate = 'remove'       # a name out of `FATES`, or a `Fate`; kept as a `Fate`, which equals its name
     keep: tuple = None          # static: patch indices, 0-based in the full grid
@@ -78,12 +79,14 @@ class Step:
         "The inverse of `to_dict`; methods of the course are found by name."
         d = dict(d)
         score, fate = d.pop('score', None), d.get('fate', 'remove')
-        if (fate.get('kind') if isinstance(fate, dict) else fate) not in FATES: load_methods()   # whose fates register themselves
+        name = fate.get('kind') if isinstance(fate, dict) else fate
+        if name not in FATES: load_methods()                     # whose fates register themselves
         if score is None: return Step(**{**d, 'keep': tuple(d['keep'])})
         score = dict(score)
         kind = score.pop('kind')
         if kind not in SCORERS: load_methods()
-        require(kind in SCORERS, 'score', kind, ', '.join(sorted(SCORERS)), 'Import the module of the method that defines it first.')
+        require(kind in SCORERS, 'score', kind, ', '.join(sorted(SCORERS)),
+                'Import the module of the method that defines it first.')
         return Step(**d, score=SCORERS[kind](**score))
 
 
@@ -99,8 +102,8 @@ class Tokens:
     memory: dict               # lives for one forward pass; scorers may leave notes for later blocks
     cls_row: torch.Tensor|None = None     # (B, H, n) attention of CLS, for scorers whose `needs` name it
     keys: torch.Tensor|None = None        # (B, H, n, d), likewise
-    column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each token, mean over heads, likewise
-    kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1; None: there was none
+    column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads, likewise
+    kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #7186c384
@@ -113,19 +116,22 @@ def register_scorer(name:str): # What a saved policy calls it
 class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ()       # views of the attention that it wants to be given, out of `VIEWS`: one name, or several
-    follows = None   # class of a scorer of an earlier step whose scores it repeats for those who are left: one order serves both
+    follows = None   # class of an earlier step's scorer whose scores it repeats for those who are left: one order for both
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
 
     def macs(self, n:float, dim:int, n_prefix:int=1)->float:
-        "Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix tokens; `needs` is not among them."
+        """Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix tokens; `needs` is
+        not among them."""
         return 0.
 
     def key_weight(self, t:Tokens):
-        "In training, in mode 'mask': (B, n) weights that multiply exp(logit) of each key in this block, with gradient; None: no such weights."
+        """In training, in mode 'mask': (B, n) weights that multiply exp(logit) of each key in this block, with gradient.
+        None: no such weights."""
 
     def soft_keep(self, t:Tokens, scores):
-        """In training, in mode 'mask', instead of a choice: (B, n) in [0, 1] with gradient, how much of each token is kept, for
-        tokens with these scores (B, n). Then nobody leaves; the product over all steps weighs keys and averages. None: a hard choice."""
+        """In training, in mode 'mask', instead of a choice: (B, n) in [0, 1] with gradient, how much of each token is kept,
+        for tokens with these scores (B, n). Then nobody leaves; the product over all steps weighs keys and averages.
+        None: a hard choice."""
 
 def needs_of(score # A scorer, or None
              )->frozenset: # names out of `VIEWS`
@@ -211,7 +217,7 @@ def steps_of(steps:dict, # {block index: Step, or a tuple of Steps}
 def views_at(steps:dict, # {block index: Step, or a tuple of Steps}
              i:int       # Block index
              )->frozenset:
-    "What the attention of a block must show: to a step in its own middle, and to those before the next block's attention."
+    "What the attention of a block must show: to a step in its middle, and to those before the next block's attention."
     here = [s for s in steps_of(steps, i) if s.at == 'middle']
     later = [s for s in steps_of(steps, i + 1) if s.at != 'middle']
     return frozenset().union(*(needs_of(s.score) for s in here + later))
@@ -219,7 +225,8 @@ def views_at(steps:dict, # {block index: Step, or a tuple of Steps}
 def _ordered(i, some):
     "The steps of a block as a `Policy` keeps them: one as it is, several as a tuple."
     some = (some,) if isinstance(some, Step) else tuple(some) if isinstance(some, (tuple, list)) else ()
-    require(some and all(isinstance(s, Step) for s in some), 'steps', f'{some or "no Step"} in block index {i}', 'a Step, or a tuple of Steps')
+    ok = some and all(isinstance(s, Step) for s in some)
+    require(ok, 'steps', f'{some or "no Step"} in block index {i}', 'a Step, or a tuple of Steps')
     some = tuple(sorted(some, key=lambda s: POINTS.index(s.at)))
     points = [s.at for s in some]
     fits = len(some) == 1 or points in (['before', 'queries'], ['before', 'middle']) and not some[0].fate.stays
@@ -235,13 +242,17 @@ def _check_fates(steps):
             'A halted token keeps its place in the output; a fused one has none.')
 
 def _check_room(i, s, n_blocks, n_patches):
-    require(i < n_blocks, 'policy', f'a step for block index {i}', f'0 to {n_blocks - 1}', f'The model has {n_blocks} blocks.')
-    require(s.keep is None or not s.keep or s.keep[-1] < n_patches, 'policy', f'patch {max(s.keep or (0,))} in block index {i}',
+    require(i < n_blocks, 'policy', f'a step for block index {i}', f'0 to {n_blocks - 1}',
+            f'The model has {n_blocks} blocks.')
+    last = max(s.keep or (0,))
+    require(not s.keep or last < n_patches, 'policy', f'patch {last} in block index {i}',
             f'0 to {n_patches - 1}', 'The plan was made for a model with more patches.')
-    require(s.count is None or s.count <= n_patches, 'count', f'{s.count} in block index {i}', f'at most {n_patches} patches')
+    fits = s.count is None or s.count <= n_patches
+    require(fits, 'count', f'{s.count} in block index {i}', f'at most {n_patches} patches')
     needs = needs_of(s.score)
     require(needs <= set(VIEWS), 'needs', sorted(needs), ', '.join(map(repr, VIEWS)))
-    require(not needs or i > 0 or s.at == 'middle', 'at', s.at, f"'middle' for the scorer {type(s.score).__name__} in the first block",
+    known = not needs or i > 0 or s.at == 'middle'
+    require(known, 'at', s.at, f"'middle' for the scorer {type(s.score).__name__} in the first block",
             'There is no attention before it.')
 
 def _check_average(steps, n_patches):
@@ -252,7 +263,8 @@ def _check_average(steps, n_patches):
         halted |= s.fate.freezes and s.patches < left
         left = min(left, s.patches)
         require(left > 0 or halted or not s.fate.lost, 'policy', f'a step that leaves no patch in block index {i}',
-                'at least one patch in every step, for a model that averages its patches', 'Keep one, or use fate idle, halt or fuse.')
+                'at least one patch in every step, for a model that averages its patches',
+                'Keep one, or use fate idle, halt or fuse.')
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #b2e95b3b
@@ -263,7 +275,8 @@ class Policy:
         require(steps is None or isinstance(steps, dict), 'steps', steps, '{block index: Step}')
         require(isinstance(name, str), 'name', name, 'text')
         for i, s in (steps or {}).items():
-            require(is_whole(i) and i >= 0 and isinstance(s, (Step, tuple, list)), 'steps', {i: s}, '{block index: Step}')
+            ok = is_whole(i) and i >= 0 and isinstance(s, (Step, tuple, list))
+            require(ok, 'steps', {i: s}, '{block index: Step}')
         self.steps, self.name = {i: _ordered(i, s) for i, s in sorted((steps or {}).items())}, name
         _check_fates(s for _, s in self.each())
 
@@ -278,7 +291,8 @@ class Policy:
         "Do token counts depend on the image?"
         return any(s.ragged for _, s in self.each())
 
-    def check(self, n_blocks:int, n_patches:int, averages:bool=False): # averages: the head reads the mean of the patches
+    def check(self, n_blocks:int, n_patches:int,
+              averages:bool=False): # the head reads the mean of the patches
         "Refuse steps that this model does not have room for, or that leave its head nothing to read."
         for i, s in self.each(): _check_room(i, s, n_blocks, n_patches)
         if averages: _check_average(self.each(), n_patches)
@@ -290,14 +304,15 @@ class Policy:
         "Token counts per block of a policy with fixed budgets, without running anything."
         for name, v in dict(n_blocks=n_blocks, n_tokens=n_tokens).items():
             require(is_whole(v) and v >= 1, name, v, 'a whole number, 1 or more')
-        require(is_whole(n_prefix) and 0 <= n_prefix <= n_tokens, 'n_prefix', n_prefix, f'a whole number from 0 to {n_tokens}')
+        ok = is_whole(n_prefix) and 0 <= n_prefix <= n_tokens
+        require(ok, 'n_prefix', n_prefix, f'a whole number from 0 to {n_tokens}')
         self.check(n_blocks, n_tokens - n_prefix)
         require(not self.ragged, 'policy', f'{self.name}, whose counts depend on the image', 'steps with keep or count',
                 'Measure them instead: SlimViT(model, policy, mode="packed").trace(images).')
         n, out = n_tokens, []
         for i in range(n_blocks):
             used = (n,)*3
-            for s in steps_of(self.steps, i):               # of two, the first has left `used` as many of each as go on
+            for s in steps_of(self.steps, i):    # of two, the first has left as many of each as go on
                 used, n = s.fate.spent(s.at, n, min(n, n_prefix + s.patches))
             out.append(used)
         return out

@@ -17,8 +17,9 @@ from .attention import attend, attn_branch, fuse_tokens, merge_tokens, mlp_branc
 from ..errors import refuse, require
 from .fates import Fate, register_fate
 from .modes import MODES, Decision, Layers, Trace, run_blocks, static_indices
-from .policy import (FATES, POINTS, SCORERS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer, Step, Tokens,
-                                       needs_of, parse_schedule, pyramid, register_scorer, schedule_policy, select, softens)
+from .policy import (FATES, POINTS, SCORERS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer,
+                                       Step, Tokens, needs_of, parse_schedule, pyramid, register_scorer, schedule_policy,
+                                       select, softens)
 from ..vit.cost import cost_rows
 from ..vit.model import Captured, create_vit, standard_blocks
 
@@ -32,7 +33,8 @@ class TimmViT:
     def check(model):
         "Refuse what this adapter does not know, by name."
         standard_blocks(model)
-        require(model.global_pool in ('token', 'avg'), 'model', f'one with global_pool={model.global_pool!r}', "global_pool 'token' or 'avg'")
+        known = model.global_pool in ('token', 'avg')
+        require(known, 'model', f'one with global_pool={model.global_pool!r}', "global_pool 'token' or 'avg'")
 
     blocks = property(operator.attrgetter('model.blocks'))
     n_prefix = property(operator.attrgetter('model.num_prefix_tokens'))
@@ -56,7 +58,8 @@ class TimmViT:
         "(rows, columns) of patches, padding included."
         embed = self.model.patch_embed
         size = embed.img_size if images is None else images.shape[-2:]
-        require(size is not None, 'model', f'{type(self.model).__name__} of no fixed image size', 'a model with img_size set')
+        what = f'{type(self.model).__name__} of no fixed image size'
+        require(size is not None, 'model', what, 'a model with img_size set')
         return tuple(embed.dynamic_feat_size(size))
 
     @property
@@ -73,7 +76,9 @@ class TimmViT:
         "The last norm, which the head reads through."
         return self.model.norm(x)
 
-    def readout(self, x, present=None, pre_logits:bool=False): # (B, n, D) normalised; (B, n) bool or weights, None: all
+    def readout(self, x,                    # (B, n, D) normalised
+                present=None,               # (B, n) bool or weights; None: all
+                pre_logits:bool=False):     # what the classifier would read, instead of the logits
         "Pool and classify; `present` says which tokens an average may use, or how much it weighs them."
         m = self.model
         if present is None or m.global_pool == 'token': return m.forward_head(x, pre_logits=pre_logits)
@@ -105,15 +110,16 @@ def same_grid(slim, # A `SlimViT`
               ):
     "Refuse another grid than the policy was made for; a policy without steps fits any."
     by = lambda g: '{} by {} patches'.format(*g)
-    require(not slim.policy.steps or tuple(grid) == slim.grid, 'images', f'a grid of {by(grid)}', f'{by(slim.grid)}, for which {slim.policy.name!r} was made',
-            'Resize the images, or prune again for the other size.')
+    fits, own = not slim.policy.steps or tuple(grid) == slim.grid, f'{by(slim.grid)}, for which {slim.policy.name!r} was made'
+    require(fits, 'images', f'a grid of {by(grid)}', own, 'Resize the images, or prune again for the other size.')
 
 def _embed(slim, images):
     "(B, N, D) tokens that enter the first block."
     b = slim.backbone
     require(isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == b.channels, 'images',
             getattr(images, 'shape', type(images).__name__), f'a tensor (B, {b.channels}, H, W)')
-    require(not (slim.training and slim.mode == 'packed'), 'mode', 'packed in training', "'mask' or 'gather' in training")
+    packed = slim.training and slim.mode == 'packed'
+    require(not packed, 'mode', 'packed in training', "'mask' or 'gather' in training")
     dropped = slim.training and slim.policy.steps and b.drops_patches
     require(not dropped, 'patch_drop', 'patch dropout together with a policy', 'one of the two')
     same_grid(slim, b.grid(images))
@@ -122,8 +128,8 @@ def _embed(slim, images):
 
 # %% ../../nbs/2_engine/05_engine.ipynb #2254d8ba
 LOOSE = ('cls_token', 'dist_token', 'reg_token', 'pos_embed')    # timm's parameters that are in no layer
-TIMM = ('num_classes', 'num_prefix_tokens', 'in_chans', 'num_features', 'embed_dim', 'pretrained_cfg', 'patch_embed', 'norm_pre', 'blocks',
-        'norm', 'fc_norm', 'head', 'head_dist', *LOOSE)          # what trainers and optimisers ask a timm model for
+TIMM = ('num_classes', 'in_chans', 'num_features', 'embed_dim', 'pretrained_cfg', 'patch_embed', 'norm_pre', 'norm', 'fc_norm',
+        'head', 'head_dist', *LOOSE)                             # what trainers and optimisers ask a timm model for
 
 def _without_model(named, prefix):
     "Names as the wrapped model has them."
@@ -185,13 +191,15 @@ class SlimViT(nn.Module):
         self.grid = self.backbone.grid()
         self.policy.check(len(self.backbone.blocks), math.prod(self.grid), self.averages)
         for i, s in self.policy.each():
-            require('cls_row' not in needs_of(s.score) or self.backbone.has_cls, 'model', f'{type(model).__name__} without a class token',
+            fits = 'cls_row' not in needs_of(s.score) or self.backbone.has_cls
+            require(fits, 'model', f'{type(model).__name__} without a class token',
                     f'a ViT with one, for the scorer {type(s.score).__name__} in block index {i}')
-        self.scorers = nn.ModuleList(dict.fromkeys(s.score for _, s in self.policy.each() if s.score is not None))
+        scorers = (s.score for _, s in self.policy.each() if s.score is not None)
+        self.scorers = nn.ModuleList(dict.fromkeys(scorers))
         self.set_mode(mode)
         static = static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, mode)
         self.static = {key: 'static_{}_{}'.format(*key) for key in static}
-        for key, idx in static.items(): self.register_buffer(self.static[key], torch.tensor(idx), persistent=False)
+        for key, name in self.static.items(): self.register_buffer(name, torch.tensor(static[key]), persistent=False)
         self.train(model.training)
         self.register_state_dict_post_hook(_timm_names)
         self.register_load_state_dict_pre_hook(_our_names)
@@ -199,8 +207,10 @@ class SlimViT(nn.Module):
 
     # --- what is asked of a timm model
 
-    (num_classes, num_prefix_tokens, in_chans, num_features, embed_dim, pretrained_cfg, patch_embed, norm_pre, blocks, norm, fc_norm,
-     head, head_dist, cls_token, dist_token, reg_token, pos_embed) = (property(operator.attrgetter(f'model.{name}')) for name in TIMM)
+    (num_classes, in_chans, num_features, embed_dim, pretrained_cfg, patch_embed, norm_pre, norm, fc_norm, head, head_dist,
+     cls_token, dist_token, reg_token, pos_embed) = (property(operator.attrgetter(f'model.{name}')) for name in TIMM)
+    num_prefix_tokens = property(operator.attrgetter('backbone.n_prefix'))
+    blocks = property(operator.attrgetter('backbone.blocks'))
 
     def __setattr__(self, name, value):      # `torch.func.functional_call` sets tensors under timm's names
         if name in LOOSE: self.model._parameters[name] = value
@@ -231,8 +241,8 @@ class SlimViT(nn.Module):
     def _stream(self, images, trace=None, layers=None, n_blocks=None, record=None):
         static = {key: getattr(self, name) for key, name in self.static.items()}
         blocks = self.backbone.blocks if n_blocks is None else self.backbone.blocks[:n_blocks]
-        return run_blocks(_embed(self, images), blocks, self.policy.steps, self.mode, self.backbone.n_prefix, self.training, static,
-                          trace, int(self.averages), layers or self.layers, record)
+        return run_blocks(_embed(self, images), blocks, self.policy.steps, self.mode, self.backbone.n_prefix, self.training,
+                          static, trace, int(self.averages), layers or self.layers, record)
 
     def forward_features(self, images, record:list=None): # record: gets a `Decision` for each step
         "(B, n, D) normalised tokens; in ragged batches and in mode 'mask', absent ones hold no meaning."
@@ -286,7 +296,8 @@ class SlimViT(nn.Module):
         return _without_model(named, prefix) if remove_duplicate else named
 
     def untaught(self)->list:
-        "Parameters of the scorers that no gradient reaches in this mode: a choice has none, a soft weight and a fused mean have one."
+        """Parameters of the scorers that no gradient reaches in this mode: a choice has none, a soft weight and a fused mean
+        have one."""
         taught = any(s.fate.joins or self.mode == 'mask' and softens(s.score) for _, s in self.policy.each())
         return [] if taught else list(self.scorers.parameters())
 
@@ -299,37 +310,43 @@ class SlimViT(nn.Module):
     # --- a look inside
 
     def forward_intermediates(self, x, indices=None, return_prefix_tokens:bool=False, norm:bool=False, stop_early:bool=False,
-                              output_fmt:str='NCHW', intermediates_only:bool=False, output_dict:bool=False, attn_mask=None, is_causal:bool=False):
+                              output_fmt:str='NCHW', intermediates_only:bool=False, output_dict:bool=False, attn_mask=None,
+                              is_causal:bool=False):
         """timm's method, arguments and all. The intermediates are on the full grid: a patch that was removed holds the value
         it had last. With output_dict=True the key `computed` says which are new: for each intermediate, (B, H, W) or (B, N) bool."""
         require(attn_mask is None and not is_causal, 'attn_mask', 'a mask', 'None for a pruned model')
         require(output_fmt in ('NCHW', 'NLC'), 'output_fmt', output_fmt, "'NCHW' or 'NLC'")
         take, last = _block_indices(len(self.blocks), indices)
-        layers, trace, prefix, (H, W) = Layers(), Trace(), self.num_prefix_tokens, self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        layers, trace, prefix, (H, W) = Layers(), Trace(), self.backbone.n_prefix, self.backbone.grid(x)
+        flat = output_fmt == 'NLC'
         s = self._stream(x, trace if output_dict else None, layers, last + 1 if stop_early else None)
-        tokens = [self.norm(t) if norm else t for t in (layers.tokens[i + 1] for i in take)]
+        tokens = [self.backbone.norm(t) if norm else t for t in (layers.tokens[i + 1] for i in take)]
         maps = [t[:, prefix:] for t in tokens]
-        if output_fmt == 'NCHW': maps = [t.unflatten(1, (H, W)).permute(0, 3, 1, 2).contiguous() for t in maps]
+        if not flat: maps = [t.unflatten(1, (H, W)).permute(0, 3, 1, 2).contiguous() for t in maps]
         if output_dict:
             computed = trace.computed(prefix + H*W)[..., prefix:].to(x.device)
-            out = dict(image_intermediates=maps, computed=[computed[:, i].unflatten(1, (H, W)) if output_fmt == 'NCHW' else computed[:, i] for i in take])
+            new = [computed[:, i] if flat else computed[:, i].unflatten(1, (H, W)) for i in take]
+            out = dict(image_intermediates=maps, computed=new)
             if prefix and return_prefix_tokens: out['image_intermediates_prefix'] = [t[:, :prefix] for t in tokens]
-            return out if intermediates_only else out | dict(image_features=self.norm(s.x))
+            return out if intermediates_only else out | dict(image_features=self.backbone.norm(s.x))
         if prefix and return_prefix_tokens: maps = [(m, t[:, :prefix]) for m, t in zip(maps, tokens)]
-        return maps if intermediates_only else (self.norm(s.x), maps)
+        return maps if intermediates_only else (self.backbone.norm(s.x), maps)
 
-    def get_intermediate_layers(self, x, n=1, reshape:bool=False, return_prefix_tokens:bool=False, norm:bool=False, attn_mask=None)->list:
+    def get_intermediate_layers(self, x, n=1, reshape:bool=False, return_prefix_tokens:bool=False, norm:bool=False,
+                                attn_mask=None)->list:
         "timm's method, for those who know it from DINO: `forward_intermediates` of the last `n` blocks, or of those listed."
-        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt='NCHW' if reshape else 'NLC', intermediates_only=True, attn_mask=attn_mask)
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt='NCHW' if reshape else 'NLC',
+                                          intermediates_only=True, attn_mask=attn_mask)
 
     @contextlib.contextmanager
     def capture(self, attention:bool=True): # False keeps only the CLS rows; yields a `Captured`
         """What `vit.capture(slim)` gives: as for a dense model and on the full grid, from passes that run in mode 'mask'. A token
         that was removed keeps the value it had last; rows of queries that were not computed are 0, and so are columns of
         keys that were not there. `computed` says which tokens are new: L of (B, N)."""
-        require(not self.training or self.mode == 'mask', 'slim', 'a SlimViT in training', 'one in eval mode', 'Call slim.eval().')
+        can = not self.training or self.mode == 'mask'
+        require(can, 'slim', 'a SlimViT in training', 'one in eval mode', 'Call slim.eval().')
         cap, before, handles = Captured(), (self.mode, self.layers), []
-        layers = _Capture(cap, attention, getattr(self.model, 'cls_token', None) is not None)
+        layers = _Capture(cap, attention, self.backbone.has_cls)
         try:
             for b in self.blocks: handles.append(b.attn.attn_drop.register_forward_pre_hook(layers.see_map))
             self.mode, self.layers = 'mask', layers
@@ -364,7 +381,8 @@ def _check_traces(slims, policy, images):
     traces, oracle = {m: s.trace(images) for m, s in slims.items()}, slims['mask']
     counts = traces['mask'].counts
     for m, t in traces.items():
-        assert t.computed(oracle.n_tokens)[..., :oracle.num_prefix_tokens].all(), f'{policy.name}: CLS was dropped in mode {m}'
+        prefix = t.computed(oracle.n_tokens)[..., :oracle.num_prefix_tokens]
+        assert prefix.all(), f'{policy.name}: CLS was dropped in mode {m}'
         assert _same_counts(t.counts, counts), f'{policy.name}: token counts of {m} and mask differ'
     if policy.ragged: return
     predicted = policy.counts(len(oracle.blocks), oracle.n_tokens, oracle.num_prefix_tokens)
