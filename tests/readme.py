@@ -72,7 +72,7 @@ def engine_block():
     return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
 
 
-def _with_note(row): return dict(row, **json.loads(row['note']))
+def _with_note(row): return dict(row, **row['note'])
 
 
 def cifar100_blocks():
@@ -123,7 +123,7 @@ def trained_text(plan):
     recovered = lambda name: {r['method']: r for r in read_rows(ROWS.with_name(name)) if r['recovery'] != 'none'}
     more, before = recovered('cifar100_trained.csv'), recovered('cifar100_longer.csv')
     length = ('sparse_epochs', 'predictor_epochs', 'backbone_epochs', 'calibration')
-    given = {m: json.loads(r['schedule'])['options'] for m, r in more.items()}
+    given = {m: r['schedule']['options'] for m, r in more.items()}
     usual = lambda m: {'calibration': plan.calibration, **plan.options.get(m, {})}
     ratios = {(m, k): given[m][k]/usual(m)[k] for m in plan.methods if m in given for k in length if k in given[m] and given[m][k] != usual(m)[k]}
     times, = {round(v, 6) for v in ratios.values()}
@@ -140,7 +140,7 @@ def speed_block():
         lines.append({'method': method, 'shape': r['backbone'].split('_patch')[0].replace('_', ' ').replace('deit', 'DeiT'), 'batch': r['batch'], 'MACs saved': f'{saved:.1%}', 'time saved': f'{time:.1%}',
                       'time saved / MACs saved': f'{time/saved:.2f}'})
     for name, keep, label in (('patch_times', lambda r: r['method'] == 'keys entering', lambda r: 'patch slimming'),
-                              ('channels_speed', lambda r: r['method'] == 'vtp', lambda r: f"VTP, {json.loads(r['schedule'])['channels']}"),
+                              ('channels_speed', lambda r: r['method'] == 'vtp', lambda r: f"VTP, {r['schedule']['channels']}"),
                               ('life_speed', lambda r: r['method'] == 'life' and r['batch'] == 32 and 'whole' in r['note'], lambda r: 'life regression')):
         rows = read_rows(ROWS.with_name(f'{name}.csv'))
         for r in filter(keep, rows): line(label(r), next(d for d in rows if d['method'] == 'dense' and (d['backbone'], d['batch']) == (r['backbone'], r['batch'])), r)

@@ -270,7 +270,7 @@ def test_tables_from_an_image_folder(tmp_path):
     run = paper_run(l1s=(1e-4,), ratios=(.2, .6), sparse=cfg, tune=cfg)
     table = lambda: channel_table(vit(), train, test, tmp_path/'rows.csv', tmp_path/'runs', run, 'tiny', 'cpu')
     dense, *rows = table()
-    said = [(r['method'], json.loads(r['schedule'])['ratio'], r['recovery']) for r in rows]
+    said = [(r['method'], r['schedule']['ratio'], r['recovery']) for r in rows]
     assert said == [(m, ratio, k) for ratio in (.2, .6) for m in ('vtp', 'uniform', 'random') for k in ('none', 'fine-tuned')]
     assert all(r['images'] == 40 for r in rows) and dense['macs'] > rows[0]['macs'] > rows[6]['macs'] == rows[10]['macs']
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}

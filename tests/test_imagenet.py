@@ -1,5 +1,5 @@
 """ImageNet's lesson where a notebook cannot look: a run that is killed, the command line, and costs counted another way."""
-import json, math
+import math
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def tree(tmp_path_factory):
     return root
 
 
-def points(file): return [(r['method'], json.loads(r['schedule'])['reduction']) for r in read_rows(file)]
+def points(file): return [(r['method'], r['schedule']['reduction']) for r in read_rows(file)]
 
 
 def test_a_killed_run_goes_on_without_repeating_or_losing_a_point(subject, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_the_command_runs_on_an_imagenet_tree_and_resumes(tree, tmp_path, capsys
     words = list(map(str, words))
     assert imagenet.main(words) == 0 and len(read_rows(out)) == 2
     row = read_rows(out)[0]
-    assert row['backbone'] == 'test_vit at 64 px' and row['images'] == 12 and json.loads(row['schedule'])['calibration'] == 8
+    assert row['backbone'] == 'test_vit at 64 px' and row['images'] == 12 and row['schedule']['calibration'] == 8
     assert imagenet.main(words) == 0 and len(read_rows(out)) == 2
     assert '0 rows added' in capsys.readouterr().out
 

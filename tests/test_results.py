@@ -1,11 +1,12 @@
 """What a notebook cannot show about result files: a process that dies in the middle of a write."""
-import math, subprocess, sys
+import csv, json, math, subprocess, sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from vitprune_nb.evidence.measure import ratio_interval
-from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_rows
+from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_cell, read_rows, write_cell
 from vitprune_nb.papers.imagenet import mean_interval as mean_over_images
 from vitprune_nb.vit.model import wilson_interval
 
@@ -92,3 +93,74 @@ def test_student_interval_of_three_runs():
     "t for 2 degrees of freedom has a closed form: t = (2q - 1)/sqrt(2q(1 - q))."
     t = .95/math.sqrt(2*.975*.025)
     assert mean_interval([1., 2., 6.]) == pytest.approx((3, 3 - t*math.sqrt(7/3), 3 + t*math.sqrt(7/3)), rel=1e-12)
+
+
+OLD = dict(schedule=dict(method='life', keep_rate=.7, stages=[4, 7, 10], step=None, counts=[[54.5, 65.0], [3.25, 1.0]],
+                         options=dict(lr=1e-5, seed=0), allocator=dict(MALLOC='0'), dial='', single=False, rule='keys of all'),
+           note=dict(target=.35, seconds=3, speed_up=[1.9, 1.8, 2.0], patch_drop=[], only=[5]))
+KNOWN = dict(OLD, schedule={k: v for k, v in OLD['schedule'].items() if k not in ('step', 'dial')})
+
+
+def old_file(path, **cells):
+    "A results file as it was written before settings had columns of their own."
+    row = dict({k: '' for k in FIELDS}, method='life', seed='3', top1='0.5', **cells)
+    with open(path, 'w', encoding='utf-8', newline='') as f:
+        w = csv.DictWriter(f, FIELDS, lineterminator='\n')
+        w.writeheader()
+        w.writerow(row)
+    return path
+
+
+def test_a_file_of_json_cells_is_read_and_continued(tmp_path):
+    file = old_file(tmp_path/'r.csv', **{k: json.dumps(v) for k, v in OLD.items()})
+    row, = read_rows(file)
+    assert {k: row[k] for k in KNOWN} == KNOWN and (row['method'], row['seed'], row['top1']) == ('life', 3, .5)
+    assert append_rows(file, [make_row('dense', note='64 calibration images')]) == 2
+    with open(file, encoding='utf-8') as f: first, second = csv.DictReader(f)
+    assert first['schedule.keep_rate'] == '0.7' and first['schedule.stages'] == '4 7 10' and first['note.target'] == '0.35'
+    assert first['schedule.counts'] == '(54.5 65.0) (3.25 1.0)' and first['schedule.allocator.MALLOC'] == '"0"'
+    assert first['schedule'] == first['note'] == second['schedule.keep_rate'] == '' and second['note'] == '64 calibration images'
+    assert read_rows(file)[0] == row
+
+
+def test_columns_grow_and_rows_stay(tmp_path):
+    rows = [make_row('a', schedule=[4, 7]), make_row('b', schedule=dict(x=1, y=dict(z='w'))), make_row('c', note=dict(x=.5)),
+            make_row('d', schedule='4 7', note=7), make_row('e', schedule=dict(y='flat'))]
+    for n, row in enumerate(rows): assert append_rows(tmp_path/'r.csv', [row]) == n + 1
+    assert read_rows(tmp_path/'r.csv') == rows
+    assert [r['schedule'] for r in rows] == [[4, 7], dict(x=1, y=dict(z='w')), None, '4 7', dict(y='flat')]
+
+
+@pytest.mark.parametrize('cells', [dict(schedule='text', settings='1'), dict(schedule='', settings='1', inner='2')])
+def test_two_values_for_one_setting_are_refused(tmp_path, cells):
+    names = [k for f in FIELDS for k in ([f, 'schedule.a', 'schedule.a.b'] if f == 'schedule' else [f])]
+    row = dict({k: '' for k in names}, method='life', schedule=cells['schedule'])
+    row |= {'schedule.a': cells['settings'], 'schedule.a.b': cells.get('inner', '')}
+    with open(tmp_path/'r.csv', 'w', encoding='utf-8', newline='') as f:
+        w = csv.DictWriter(f, names)
+        w.writeheader()
+        w.writerow(row)
+    with pytest.raises(ValueError, match='row 1; allowed: one value for each setting'): read_rows(tmp_path/'r.csv')
+
+
+def test_any_cell_comes_back(rng=np.random.default_rng(0)):
+    def value(depth=0):
+        kind = rng.integers(6 if depth < 3 else 5)
+        if kind == 0: return int(rng.integers(-10**6, 10**6))
+        if kind == 1: return float(rng.normal()*10.0**rng.integers(-9, 9))
+        if kind == 2: return bool(rng.integers(2))
+        if kind == 3: return ''.join(rng.choice(list('a1.( )",[]{}e-\\ntrue'), rng.integers(1, 9)))
+        if kind == 4: return None
+        return [value(depth + 1) for _ in range(rng.integers(4))]
+    for _ in range(3000):
+        v = value()
+        back = read_cell(write_cell(v))
+        assert (back, type(back)) == (v, type(v)) and write_cell(v)[:1] not in ('{', '[')
+
+
+def test_no_recorded_cell_holds_json():
+    files = sorted((ROOT/'data'/'results').glob('*.csv'))
+    assert len(files) > 20
+    for file in files:
+        with open(file, encoding='utf-8', newline='') as f:
+            for row in csv.DictReader(f): assert not [v for v in row.values() if v[:1] in ('{', '[')], file

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'PAGE', 'COLUMNS', 'WRITES', 'rival_plans', 'measure_models'
            'summary', 'comparisons', 'verdict', 'kept_picture', 'picture', 'report_html', 'check_classes', 'run_demo']
 
 # %% ../nbs/6_reference/23_demo.ipynb #9ae45e46
-import base64, html, io, json, os, shutil, time
+import base64, html, io, os, shutil, time
 from pathlib import Path
 from string import Template
 
@@ -238,7 +238,7 @@ def report_html(rows:list,     # Result rows
 
 def _schedule(row):
     "Patches kept in each block."
-    return json.loads(row['schedule'])
+    return row['schedule']
 
 # %% ../nbs/6_reference/23_demo.ipynb #4f020738
 def check_classes(model, # Anything with num_classes

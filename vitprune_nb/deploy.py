@@ -226,7 +226,7 @@ def deploy_rows(name:str='deit_small_patch16_224', # A timm name; its weights ar
                 threads:int|None=None, # CPU threads of both runtimes; None: as many as PyTorch uses
                 ratio:float=.4, reduction:float=.4, keep_rate:float=.7, seed:int=0, # As for `static_models`
                 only=None,      # Names from `static_models` to time beside the dense model; None: all
-                **kwargs)->list: # kwargs: for timm. Result rows; `note` holds time and MAC reduction against the dense model of the same runtime, as JSON
+                **kwargs)->list: # kwargs: for timm. Result rows; `note` holds time and MAC reduction against the dense model of the same runtime
     "Time the static models in PyTorch and in ONNX Runtime, in turn in one process, on the CPU."
     models = static_models(create_vit(name, **kwargs), ratio, reduction, keep_rate, seed)
     require(set(only or ()) <= set(models), 'only', only, ', '.join(map(repr, models)))
@@ -237,7 +237,7 @@ def deploy_rows(name:str='deit_small_patch16_224', # A timm name; its weights ar
     for runtime in ('torch', 'onnxruntime'):
         mine = [dict(t, name=t['name'][0]) for t in timing if t['name'][1] == runtime]
         for t, said in zip(mine, time_reduction(mine, 'dense', macs)):
-            note = '' if t['name'] == 'dense' else json.dumps({k: round(v, 4) for k, v in said.items() if k != 'name'})
+            note = None if t['name'] == 'dense' else {k: round(v, 4) for k, v in said.items() if k != 'name'}
             rows.append(make_row(t['name'], name, timing=t, seed=seed, macs=macs[t['name']], params=model_params(models[t['name']]),
                                  schedule=dict(runtime=runtime, ratio=ratio, reduction=reduction, keep_rate=keep_rate), note=note))
     return rows
@@ -253,8 +253,8 @@ def record_deploy(path=None, # The CSV; None: data/results/deploy.csv
 def show_deploy(rows:list # From `deploy_rows`
                 )->str:   # Markdown
     "The rows as a table, one runtime below the other; time reductions with their 95% intervals."
-    runtime = lambda r: json.loads(r['schedule'])['runtime']
-    said = lambda k: lambda r: f"{json.loads(r['note'])[k]:.3f}" if r['note'] else ''
-    reduced = lambda r: '{time_reduction:.3f} ({time_reduction_low:.3f} to {time_reduction_high:.3f})'.format(**json.loads(r['note'])) if r['note'] else ''
+    runtime = lambda r: r['schedule']['runtime']
+    said = lambda k: lambda r: f"{r['note'][k]:.3f}" if r['note'] else ''
+    reduced = lambda r: '{time_reduction:.3f} ({time_reduction_low:.3f} to {time_reduction_high:.3f})'.format(**r['note']) if r['note'] else ''
     return markdown_table(rows, {'method': 'method', 'runtime': runtime, 'MACs (G)': lambda r: f"{r['macs']/1e9:.3f}", 'latency_ms': 'latency_ms', 'MAC reduction': said('mac_reduction'),
                                  'time reduction': reduced, 'speed-up': said('speed_up'), 'realised': said('realised'), 'batch': 'batch', 'threads': 'threads', 'device': 'device_name'})

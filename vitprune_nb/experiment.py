@@ -21,7 +21,7 @@ from .core import check_seed
 from .errors import is_number, path_of, refuse, require
 from .files import check_output, sha256, sweep, write_atomic, writing
 from .methods.base import COMMON, METHODS, Options, check_options
-from .evidence.results import append_rows, read_rows
+from .evidence.results import append_rows, read_rows, typed_row
 from .train.trainer import TrainConfig
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #d8bef6fb
@@ -348,7 +348,7 @@ class Ledger:
 
     def files(self)->list: return sorted(self.folder.glob('[0-9]*-*.json'))
     def keys(self)->list: return [f.stem.partition('-')[2] for f in self.files()]
-    def rows(self)->list: return [_read_object(f) for f in self.files()]
+    def rows(self)->list: return [typed_row(_read_object(f)) for f in self.files()]
     def find(self, key)->dict: return dict(zip(self.keys(), self.rows()))[key]
 
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`

@@ -262,7 +262,7 @@ def old_timing(row:dict # Of the same model before recovery
                )->tuple: # As `timed`
     "Recovery changes weights and not their number: a model of as many MACs takes as long as it did."
     known = {} if row['latency_ms'] is None else {k: row[k] for k in TIMED}
-    return known, {k: v for k, v in json.loads(row['note']).items() if k == 'speed_up'}
+    return known, {k: v for k, v in row['note'].items() if k == 'speed_up'}
 
 # %% ../nbs/6_reference/26_run.ipynb #9edc70a8
 def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or 'recovered'; seconds that the step took
@@ -277,7 +277,7 @@ def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or
     note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1), processes=run.acc.num_processes, dtype=dtype_name(run.e.dtype, run.acc.device), **extra)
     with write_atomic(run.out/'answers'/f'{unit.key}-{stage}.npy') as tmp, open(tmp, 'wb') as f: np.save(f, right)
     row = make_row(unit.method, run.e.model, run.test, result, timing, run.acc.device, macs=cost['macs'], params=cost['params'], seed=unit.seed, weights=run.weights,
-                   recovery=recovery_text(run.e, stage), schedule=getattr(model, 'info', {}), note=json.dumps(note))
+                   recovery=recovery_text(run.e, stage), schedule=getattr(model, 'info', {}), note=note)
     run.ledger.add(f'{unit.key}-{stage}', row)
     run.note('row', unit=unit.key, stage=stage, seconds=seconds, top1=row['top1'])
 

@@ -91,7 +91,7 @@ def _dense_row(model, name, file, what, right, test_set, device, **note):
     low, high = wilson_interval(int(right.sum()), len(right))
     result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low, top1_high=high)
     return make_row('dense', name, test_set, result, device=device, weights=_tag(file), schedule=what, recovery='none', seed=(recipe_of(file) or [{}])[-1].get('seed'),
-                    macs=model_macs(model), params=model_params(model), note=json.dumps(note))
+                    macs=model_macs(model), params=model_params(model), note=note)
 
 def _tag(file): return f'{Path(file).name}, sha256 {sha256(file)[:12]}'
 

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'target', 'stage', 'one_run', 'experiment_table', 'draw_exp
            'report_text', 'write_report']
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #20fb0ac6
-import csv, json
+import csv
 from pathlib import Path
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #1705bdb1
@@ -21,7 +21,7 @@ STAGES = ('before recovery', 'after recovery')
 def target(row:dict # Of a run
            )->float:# Share of the MACs that was to be saved
     "The budget that was asked for; `macs` is what came of it."
-    return json.loads(row['note'])['target']
+    return row['note']['target']
 
 def stage(row:dict # Of a run
           )->str:  # One of STAGES
@@ -32,13 +32,13 @@ def stage(row:dict # Of a run
 def one_run(rows:list # Result rows
             )->list:  # The rows, unchanged
     "Refuse rows that are not of one run: one dense model, one set of images, each with its target."
-    strange = [r for r in rows if 'target' not in json.loads(r.get('note') or '{}')]
+    strange = [r for r in rows if 'target' not in (r.get('note') or {})]
     require(len(rows) > 0 and not strange, 'rows', f'{len(rows)} rows, {len(strange)} of them without a target', 'the rows that `vitprune run` wrote, one at least')
     return same_setting(rows, (*ACCURACY, 'weights'))
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #f68269f6
 def _speed(row):
-    known = json.loads(row['note']).get('speed_up')
+    known = row['note'].get('speed_up')
     return '{:.2f} ({:.2f}–{:.2f})'.format(*known) if known else ''
 
 def _accuracy(row):

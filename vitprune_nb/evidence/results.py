@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'OPEN', 'TOKEN', 'ACCURACY', 'TIME', 'SHOW', 'write_cell', 'read_cell', 'settings', 'spread', 'gather',
-           'make_row', 'typed_row', 'to_csv', 'read_rows', 'append_rows', 'same_setting', 'markdown_table',
+           'make_row', 'typed_row', 'to_csv', 'read_rows', 'append_rows', 'same_setting', 'in_words', 'markdown_table',
            'update_block', 'mcnemar', 'paired_difference', 'mean_interval', 'answers']
 
 # %% ../../nbs/4_evidence/22_results.ipynb #cdca1833
@@ -201,10 +201,16 @@ SHOW = dict(macs=('MACs (G)', lambda r: f"{r['macs']/1e9:.3f}"), params=('params
     latency_ms=('latency (ms)', lambda r: f"{r['latency_ms']:.1f}" + _between(r, 'latency', 1, 1)),
     throughput=('images/s', lambda r: f"{r['throughput']:.0f}" + _between(r, 'throughput', 1, 0)))
 
+def in_words(value # A schedule, a note or any other value of a row
+             )->str:
+    "A value for the eye, in a line: keep_rate 0.7, stages 4 7 10."
+    if value is None: return ''
+    if not isinstance(value, dict): return write_cell(value) if isinstance(value, list) else str(value)
+    return ', '.join(f'{c[1:]} {text}' for c, text in spread('', value).items())
+
 def _cell(r, c):
     v = c(r) if callable(c) else SHOW[c][1](r) if c in SHOW and r.get(c) is not None else r.get(c)
-    if isinstance(v, dict): v = ', '.join(f'{k} {text}' for k, x in v.items() for text in spread('', x).values())
-    return '' if v is None else str(v).replace('|', '\\|').replace('\n', ' ')
+    return in_words(v).replace('|', '\\|').replace('\n', ' ')
 
 def markdown_table(rows:list,    # Result rows, or any dicts
                    columns=('method', 'macs', 'top1', 'latency_ms'), # Keys in order, or {heading: key or function of a row}

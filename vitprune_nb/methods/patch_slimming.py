@@ -399,4 +399,4 @@ def time_search(images:int=256,    # Calibration images, from the embedded train
     note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1), passes=search.passes, eps=eps, tune_epochs=tune_epochs, lr=lr,
                 mac_reduction=round(plan.reduction(model), 4))
     return make_row('patch slimming search', f"{COURSE['model']} at {side} px", ds=cal, schedule=[len(k) for k in plan.keep], batch=batch_size,
-                    dtype='fp32', device=pick_device(device).type, note=json.dumps(note))
+                    dtype='fp32', device=pick_device(device).type, note=note)

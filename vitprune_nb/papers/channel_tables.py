@@ -22,7 +22,7 @@ from ..vit.cost import Widths, model_macs, model_params
 from ..data import calibration, data_config, load_data
 from ..evidence.measure import bench, time_reduction
 from ..engine.plan import weights_hash
-from ..evidence.results import append_rows, make_row, read_rows
+from ..evidence.results import append_rows, make_row, read_rows, settings
 from ..engine.channels import padding_macs, plan_cost, slice_model, widths_cost
 from ..train.trainer import TrainConfig, fit
 from ..vit.model import course_model, create_vit, evaluate
@@ -117,13 +117,16 @@ def run_cases(run:ChannelRun # Of the table
 ChannelRun.recipe, ChannelRun.cases = run_recipe, run_cases
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #db9efcbe
+def _key(method, schedule=None, recovery='none'):
+    return method, json.dumps(settings(schedule), sort_keys=True), recovery
+
 def _known_rows(path, backbone, test_set, recipe):
-    "{(method, schedule, recovery): row} of the rows that this run would make again."
+    "{_key: row} of the rows that this run would make again."
     rows = [r for r in (read_rows(path) if Path(path).is_file() else []) if (r['backbone'], r['data_hash']) == (backbone, test_set.digest)]
     for r in rows:
-        same = json.loads(r['note'] or '{}').get('recipe') == recipe
+        same = (r['note'] or {}).get('recipe') == settings(recipe)
         require(same, 'path', path, f'rows of this recipe for {backbone}', 'Write rows of another recipe to a new file.')
-    return {(r['method'], r['schedule'] or '', r['recovery']): r for r in rows}
+    return {_key(r['method'], r['schedule'], r['recovery']): r for r in rows}
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #61c8e45c
 class _Table:
@@ -131,12 +134,12 @@ class _Table:
     def __init__(self, path, backbone, test_set, recipe, device, dtype):
         self.path, self.backbone, self.test_set, self.recipe, self.how = path, backbone, test_set, recipe, dict(device=device, dtype=dtype)
         self.rows = _known_rows(path, backbone, test_set, recipe)
-    def has(self, method, schedule='', recovery='none'): return (method, schedule, recovery) in self.rows
-    def add(self, model, method, schedule='', recovery='none', **note):
-        key = (method, schedule, recovery)
+    def has(self, method, schedule=None, recovery='none'): return _key(method, schedule, recovery) in self.rows
+    def add(self, model, method, schedule=None, recovery='none', **note):
+        key = _key(method, schedule, recovery)
         if key in self.rows: return
         row = channel_row(model, self.test_set, self.backbone, method=method, schedule=schedule, recovery=recovery,
-                          seed=self.recipe['seed'], note=json.dumps(dict(recipe=self.recipe, **note)), **self.how)
+                          seed=self.recipe['seed'], note=dict(recipe=self.recipe, **note), **self.how)
         append_rows(self.path, [row]); self.rows[key] = row
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #39e6c2e7
@@ -166,7 +169,7 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
     table.add(model, 'dense')
     trained = {}
     for method, l1, ratio in run.cases():
-        schedule, part = json.dumps(dict(ratio=ratio, l1=l1)), work/f'l1-{l1:g}'
+        schedule, part = dict(ratio=ratio, l1=l1), work/f'l1-{l1:g}'
         kinds = ['none'] + ['fine-tuned']*(run.tune is not None)
         if all(table.has(method, schedule, k) for k in kinds): continue
         if l1 not in trained: trained = {l1: train_gates(model, train_set, run.sparse, l1, run.start, out=part/'sparse', workers=workers)}
@@ -176,8 +179,8 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
         note = dict(removed=round(plan.removed, 4), closed=round(closed, 4))
         table.add(sliced, method, schedule, **note)
         if run.tune is not None: table.add(_recovered(sliced, train_set, run.tune, part/f'{method}-{ratio:g}', workers), method, schedule, 'fine-tuned', **note)
-    wanted = {(m, json.dumps(dict(ratio=r, l1=l1))) for m, l1, r in run.cases()} | {('dense', '')}
-    return [r for (m, s, _), r in table.rows.items() if (m, s) in wanted]
+    wanted = {_key(m, dict(ratio=r, l1=l1))[:2] for m, l1, r in run.cases()} | {_key('dense')[:2]}
+    return [r for key, r in table.rows.items() if key[:2] in wanted]
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #bfabd84c
 def record_table(model=None,       # None: the course model
@@ -242,13 +245,13 @@ def speed_models(name:str='deit_base_patch16_224', # A timm name
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #0bc2744f
 def _speed_note(t): # From `time_reduction`
-    return json.dumps({k: round(t[k], 4) for k in ('time_reduction', 'time_reduction_low', 'time_reduction_high', 'mac_reduction', 'speed_up', 'realised')})
+    return {k: round(t[k], 4) for k in ('time_reduction', 'time_reduction_low', 'time_reduction_high', 'mac_reduction', 'speed_up', 'realised')}
 
 def speed_rows(name:str='deit_base_patch16_224', ratio:float=.4, # As for `speed_models`
                batch:int=16,   # Images at once
                repeats:int=10, # Rounds that count
                device='cpu', dtype='fp32', threads:int|None=None, seed:int=0, # As for `bench`
-               **kwargs)->list:# Result rows, the dense model first; `note` holds reductions, speed-up and how much of the MAC reduction is realised, as JSON
+               **kwargs)->list:# Result rows, the dense model first; `note` holds reductions, speed-up and how much of the MAC reduction is realised
     "Measured time of sliced models against the dense one, timed in turn in one process."
     models = speed_models(name, ratio, seed, **kwargs)
     macs = {n: model_macs(m, extra=padding_macs(m)) for n, m in models.items()}

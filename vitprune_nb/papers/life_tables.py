@@ -22,7 +22,7 @@ from ..train.trainer import frozen
 from ..methods.life_run import life_recipe
 from ..methods.base import macs_of, prune
 from .patch_figures import Subject, figure_table, recorded
-from ..evidence.results import append_rows, paired_difference
+from ..evidence.results import append_rows, paired_difference, settings
 from ..train.trainer import fit
 from ..vit.model import read_checkpoint
 
@@ -105,13 +105,13 @@ def rival(name:str,       # One of RIVALS
 FIGURE = 'life tables'
 
 def _key(method, where):
-    return method, json.dumps({k: v for k, v in where.items() if k not in ('figure', 'calibration', 'calibration_hash')}, sort_keys=True)
+    return method, json.dumps({k: v for k, v in settings(where).items() if k not in ('figure', 'calibration', 'calibration_hash')}, sort_keys=True)
 
 class _Record:
     "Rows of one model and one data set, made when they are missing."
     def __init__(self, s, out):
         self.s, self.out = s, out
-        self.rows = {_key(r['method'], json.loads(r['schedule'])): r for r in recorded(out, s, FIGURE)}
+        self.rows = {_key(r['method'], r['schedule']): r for r in recorded(out, s, FIGURE)}
     def lacks(self, method, where): return _key(method, where) not in self.rows
     def add(self, method, where, slim, by_lot=None, recovery='none'):
         if not self.lacks(method, where): return

@@ -7,7 +7,7 @@ __all__ = ['FREE', 'OPERATOR_KINDS', 'TAKEN_APART', 'fixed_time', 'saved_time', 
            'compiled_graphs', 'shortfall', 'operator_rows']
 
 # %% ../../nbs/4_evidence/32b_overhead.ipynb #f83a0c92
-import json, time
+import time
 
 # %% ../../nbs/4_evidence/32b_overhead.ipynb #06986b44
 import numpy as np
@@ -117,4 +117,4 @@ def operator_rows(backbone:str,  # A timm name
             ms = operator_ms(c.net.eval(), x, 1)
             if n not in best or sum(ms.values()) < sum(best[n].values()): best[n] = ms
     return [make_row(n, backbone, seed=seed, macs=c.macs, batch=batch, repeats=rounds, dtype='fp32', threads=torch.get_num_threads(), latency_ms=sum(best[n].values()),
-                     schedule=dict(budget='paper', dial=c.dial, **kwargs), note=json.dumps({k: round(v, 2) for k, v in best[n].items()})) for n, c in found.items()]
+                     schedule=dict(budget='paper', dial=c.dial, **kwargs), note={k: round(v, 2) for k, v in best[n].items()}) for n, c in found.items()]

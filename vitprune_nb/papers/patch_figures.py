@@ -9,7 +9,7 @@ __all__ = ['SCORES', 'FIGURES', 'Subject', 'subject_row', 'figure_table', 'simil
            'record_figures', 'named_subject', 'widest', 'draw_run', 'lone_losses']
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #0588715b
-import dataclasses, functools, json, os
+import dataclasses, functools, os
 from pathlib import Path
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #c34cba4f
@@ -76,7 +76,7 @@ def subject_row(self:Subject, # Model and images
         found.update(paired_difference(self.dense, right, seed=self.seed))
     where = dict(figure=figure, **where, calibration=len(self.calib), calibration_hash=self.calib.digest[:16])
     return make_row(method, self.name, self.ds, result, device=self.device, weights=self.weights, schedule=where, recovery='none',
-                    seed=self.seed, dtype=self.dtype, macs=macs, params=model_params(self.model), note=json.dumps(found))
+                    seed=self.seed, dtype=self.dtype, macs=macs, params=model_params(self.model), note=found)
 
 Subject.row = subject_row
 
@@ -88,10 +88,10 @@ def figure_table(rows:list, # Result rows, of any figures
     import pandas as pd
     out = []
     for r in rows:
-        where = json.loads(r['schedule'] or '{}') if (r['schedule'] or '{')[0] == '{' else {}
+        where = r['schedule'] if isinstance(r['schedule'], dict) else {}
         if where.get('figure') != figure: continue
         plain = {k: v for k, v in r.items() if v is not None and k not in ('schedule', 'note')}
-        out.append({**plain, **where, **json.loads(r['note'] or '{}')})
+        out.append({**plain, **where, **(r['note'] or {})})
     return pd.DataFrame(out)
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #db5aa396
@@ -317,8 +317,8 @@ def recorded(out,       # A CSV of result rows; it may not exist yet
              )->list:   # Rows
     "The rows of one figure that a file already holds for this model, these images, this calibration and this seed."
     def same(r):
-        where = json.loads(r['schedule'] or 'null')
-        if not isinstance(where, dict) or where.get('figure') != figure: return False
+        where = r['schedule'] if isinstance(r['schedule'], dict) else {}
+        if where.get('figure') != figure: return False
         return (r['weights'], r['data_hash'], r['seed'], where.get('calibration_hash')) == (s.weights, s.ds.digest, s.seed, s.calib.digest[:16])
     return [r for r in read_rows(out) if same(r)] if Path(out).is_file() else []
 

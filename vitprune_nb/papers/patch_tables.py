@@ -6,7 +6,7 @@
 __all__ = ['TABLE1', 'PRINTED', 'rounding_range', 'stem_macs', 'published_macs', 'table1_rows', 'bench_keys', 'table2_rows']
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #96b903c1
-import functools, json
+import functools
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #62e6029e
 import torch
@@ -78,7 +78,7 @@ def bench_keys(reduction:float=.43, # MAC reduction of the ramp with keys='enter
                repeats:int=5,       # Timed rounds
                model_name:str='deit_small_patch16_224', # timm name; its weights are random
                device='cpu',        # Where to compute
-               )->list:             # Rows for data/results/pyramid_speed.csv; `note` holds time and MAC reduction and their ratio, as JSON
+               )->list:             # Rows for data/results/pyramid_speed.csv; `note` holds time and MAC reduction and their ratio
     "Time a dense ViT and one ramp with each kind of keys, alternately in one process."
     net = create_vit(model_name)
     plan = ramp_plan(net, reduction)
@@ -88,7 +88,7 @@ def bench_keys(reduction:float=.43, # MAC reduction of the ramp with keys='enter
     rows = bench(nets, x, warmup=1, repeats=repeats, device=device)
     said = {t.pop('name'): {k: round(v, 4) for k, v in t.items() if k != 'speed_up'} for t in time_reduction(rows, 'dense', macs)}
     return [make_row(r['name'], model_name, timing=r, macs=macs[r['name']], schedule=[len(k) for k in plan.keep] if r['name'] != 'dense' else '',
-                     note=json.dumps(said[r['name']]) if r['name'] != 'dense' else 'random weights and images: for time only') for r in rows]
+                     note=said[r['name']] if r['name'] != 'dense' else 'random weights and images: for time only') for r in rows]
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #ebe28203
 PRINTED = dict(deit_tiny_patch16_224=dict(theory=46.2, cuda=40.5, cpu=39.8), deit_small_patch16_224=dict(theory=43.6, cuda=39.2, cpu=38.7),
@@ -100,7 +100,7 @@ def table2_rows(rows:list # From `plan.bench_keys`, of one or more models
     out = []
     for r in rows:
         if r['method'] == 'dense': continue
-        said = json.loads(r['note'])
+        said = r['note']
         percent = {k: round(100*said[v], 1) for k, v in (('theory', 'mac_reduction'), ('measured', 'time_reduction'), ('low', 'time_reduction_low'), ('high', 'time_reduction_high'))}
         paper = PRINTED.get(r['backbone'], {})
         theory, measured = paper.get('theory'), paper.get(r['device'])

@@ -6,7 +6,7 @@
 __all__ = ['CLOSED', 'noisiest', 'gate_noise', 'lambda_for', 'gate_row', 'noise_row']
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00004
-import copy, json
+import copy
 from pathlib import Path
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00005
@@ -72,14 +72,14 @@ def gate_row(run,      # Folder of a run
              **how,    # device, dtype as for `evaluate`
              )->dict:
     "A result row of the network whose gates a run trained, before the cut; its note says what share of the gates is closed."
-    file, options = Path(run)/'shared'/f"vtp-s{cut['seed']}"/'checkpoint.pt', json.loads(cut['schedule'])['options']
+    file, options = Path(run)/'shared'/f"vtp-s{cut['seed']}"/'checkpoint.pt', cut['schedule']['options']
     require(file.is_file(), 'run', run, 'a folder in which `vitprune run` trained gates', f'There is no {file.name} in shared/{file.parent.name}.')
     saved = read_checkpoint(file, 'run')
     gated = add_gates(copy.deepcopy(dense), options['gate_start'])
     gated.load_state_dict(saved['model'])
     a = torch.cat([g.detach().abs() for g in gates(gated).values()])
     note = dict(steps=saved['step'], options=options, closed=round((a < CLOSED*options['gate_start']).float().mean().item(), 4))
-    return channel_row(gated.eval(), test_set, note=json.dumps(note), **{k: cut[k] for k in ('backbone', 'weights', 'recovery', 'seed')}, **how)
+    return channel_row(gated.eval(), test_set, note=note, **{k: cut[k] for k in ('backbone', 'weights', 'recovery', 'seed')}, **how)
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00033
 def noise_row(model,     # As for `gate_noise`
@@ -89,9 +89,9 @@ def noise_row(model,     # As for `gate_noise`
               **said,    # Anything else for the note
               )->dict:
     "A row whose note holds the percentiles of `gate_noise` for the recipe of a run."
-    o = json.loads(cut['schedule'])['options']
+    o = cut['schedule']['options']
     cfg = TrainConfig(**PAPER | dict(epochs=o['sparse_epochs'], batch_size=o['batch_size'], lr=o['lr'], seed=cut['seed']))
     sigma = gate_noise(model, train_set, cfg, o['gate_start'], steps).double()
     note = dict(batches=steps, options=o, **said, percentiles=[float(f'{v:.4g}') for v in sigma.quantile(torch.linspace(0, 1, 101).double()).tolist()])
     return make_row('gate noise', seed=cut['seed'], data=train_set.name, data_hash=train_set.digest, split=train_set.split, images=steps*o['batch_size'],
-                    note=json.dumps(note), **{k: cut[k] for k in ('backbone', 'weights')})
+                    note=note, **{k: cut[k] for k in ('backbone', 'weights')})

@@ -10,7 +10,7 @@ __all__ = ['SLICES', 'PLANS', 'TIMED', 'ENGINES', 'ALLOCATOR', 'DEIT', 'THROUGHP
            'main']
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #87d68224
-import argparse, contextlib, functools, itertools, json, os, re, sys
+import argparse, contextlib, functools, itertools, os, re, sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from ..evidence.measure import bench, peak_memory, time_reduction
 from ..methods.base import default_stages, macs_of, turn
 from .patch_tables import PRINTED, table2_rows
 from ..engine.plan import ramp_plan, uniform_plan
-from ..evidence.results import append_rows, make_row, read_rows
+from ..evidence.results import append_rows, make_row, read_rows, settings
 from ..vit.model import create_vit
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #1ee3e42a
@@ -241,7 +241,7 @@ def time_case(case:Case,      # What to time
     for t, said in zip(timing, time_reduction(timing, 'dense', {n: c.macs for n, c in found.items()})):
         n, peak = t['name'], peaks[t['name']]
         note = {k: round(said[k], 4) for k in ('mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised')} if n != 'dense' else {}
-        rows.append(make_row(n, case.backbone, timing=t, seed=seed, macs=found[n].macs, params=model_params(found[n].net), note=json.dumps(note | dict(peak_mb=peak and round(peak/1e6, 1), faults=faults[n])),
+        rows.append(make_row(n, case.backbone, timing=t, seed=seed, macs=found[n].macs, params=model_params(found[n].net), note=note | dict(peak_mb=peak and round(peak/1e6, 1), faults=faults[n]),
                              schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial, **_apart(session), **kwargs)))
     return rows
 
@@ -250,9 +250,9 @@ DEIT = tuple(PRINTED)   # DeiT-Ti, -S, -B
 
 def _of_this_machine(rows, case, budget, session=None, **kwargs):
     "Methods that rows hold for a case, measured on this device with these threads."
-    here, how = environment(case.device), json.loads(json.dumps(dict(engine=case.engine, budget=budget, **_apart(session), **kwargs)))
+    here, how = environment(case.device), settings(dict(engine=case.engine, budget=budget, **_apart(session), **kwargs))
     def same(r):
-        s = json.loads(r['schedule'] or '{}')
+        s = (r['schedule'] or {})
         mine = all(r[k] == here[k] for k in ('device', 'device_name', 'threads')) and (r['backbone'], r['dtype'], r['batch']) == (case.backbone, case.dtype, case.batch)
         return mine and {k: v for k, v in s.items() if k != 'dial'} == how
     return {r['method'] for r in rows if same(r)}
@@ -301,7 +301,7 @@ def timing_table(rows:list # From `timing_grid`
     "Recorded times with everything that they know."
     import pandas as pd
     keys = 'method backbone device device_name threads dtype batch repeats latency_ms throughput macs'.split()
-    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget', 'session')}, 'allocator': ' '.join(f'{k}={v}' for k, v in json.loads(r['schedule']).get('allocator', {}).items()), **json.loads(r['note'])} for r in rows],
+    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in r['schedule'].items() if k in ('engine', 'budget', 'session')}, 'allocator': ' '.join(f'{k}={v}' for k, v in r['schedule'].get('allocator', {}).items()), **r['note']} for r in rows],
                         columns=[*keys, 'machine', 'engine', 'budget', 'session', 'allocator', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb', 'faults'])
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #09c6029e
