@@ -397,7 +397,7 @@ def run_child(work, cwd, timeout):
         finally:
             with contextlib.suppress(BaseException): sys.stdout.flush(); sys.stderr.flush()
             os._exit(code if isinstance(code, int) and 0 <= code < 256 else 72)
-    end, code = time.time() + timeout, None
+    code = None
     poll = os.pidfd_open(pid)
     if not select.select([poll], [], [], timeout)[0]:
         with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)

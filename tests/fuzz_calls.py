@@ -152,7 +152,6 @@ def random_call(rng, zoo):
 
 def make(text, zoo):
     "Make the call; a context manager is entered, an iterable of batches begun."
-    import copy, os
     from pathlib import Path
     import numpy as np, torch
     from vitprune_nb import core, data, errors, files, experiment, run

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 2 run_script.py CONFIG OUT   the same run in two proce
 """
 import json, os, random, signal, sys, time
 import torch
-import vitprune_nb.run
 from vitprune_nb.run import run_config
 
 

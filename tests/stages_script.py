@@ -51,17 +51,17 @@ def prepare(root):
     set_seed(0)
     save_file(create_vit('vit_small_patch14_dinov2', **BIG).state_dict(), root/'big.safetensors')
     save_file(create_vit('test_vit', img_size=64, num_classes=3).state_dict(), root/'test_vit.safetensors')
-    (root/'tiny.toml').write_text(f'''
+    (root/'tiny.toml').write_text('''
 data = "images"
 model = "deit_tiny_patch16_224"
-model_args = {{ img_size = 32, patch_size = 8, embed_dim = 48, depth = 3, num_heads = 3 }}
+model_args = { img_size = 32, patch_size = 8, embed_dim = 48, depth = 3, num_heads = 3 }
 device = "cpu"
 methods = ["life", "vtp", "cosine", "uniform"]
 reductions = [0.25]
 calibration = 6
 control = true
-train = {{ epochs = 1, batch_size = 6, dtype = "fp32", drop_path = 0.1 }}
-recover = {{ epochs = 1, batch_size = 6, dtype = "fp32", freeze = 1, distill = 0.5 }}
+train = { epochs = 1, batch_size = 6, dtype = "fp32", drop_path = 0.1 }
+recover = { epochs = 1, batch_size = 6, dtype = "fp32", freeze = 1, distill = 0.5 }
 [options.life]
 batch_size = 6
 dtype = "fp32"

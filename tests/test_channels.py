@@ -4,7 +4,6 @@ import copy, json
 import pytest
 import torch
 from timm.models.vision_transformer import Attention
-from torch import nn
 
 from vitprune_nb.methods import vtp as ch
 
@@ -300,7 +299,7 @@ def test_a_stopped_table_goes_on(tmp_path, monkeypatch):
         return g
     monkeypatch.setattr(train.Trainer, 'one_step', counted(train.Trainer.one_step))
     monkeypatch.setattr(ct, 'append_rows', counted(ct.append_rows))
-    for stops in range(20):
+    for stops in range(20):     # noqa: B007 (counted)
         try: got = table('stopped'); break
         except Stop: calls['left'] = 3
     assert 3 < stops < 20

@@ -1,14 +1,14 @@
 """What is the user's stays as it is: other people's files, permissions, full disks, links, and two processes in one folder."""
-import errno, hashlib, json, os, shutil, stat, subprocess, sys, time
+import errno, hashlib, os, shutil, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT, clean_env
+from conftest import ROOT, clean_env
 
 from vitprune_nb import cli, files
 from vitprune_nb.errors import VitpruneError
-from vitprune_nb.files import (MARK, append_text, check_output, claim, is_ours, made_in, only_one, publish,
-                               remove, sign, sweep, temporary_path, write_atomic, write_folder_atomic)
+from vitprune_nb.files import (MARK, append_text, check_output, claim, is_ours, only_one, publish,
+                               remove, sign, sweep, write_atomic, write_folder_atomic)
 from vitprune_nb.experiment import Experiment, Ledger, read_experiment
 from vitprune_nb.engine.store import load_pruned
 from vitprune_nb.run import run_config

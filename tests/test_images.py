@@ -1,10 +1,9 @@
 """Images from anywhere: whatever Pillow opens is read as what it shows, folders hold what their users put there, the rest is named."""
-import io, json, os, struct, sys, zlib
+import io, json, os, struct, zlib
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from vitprune_nb import cli, data
 from vitprune_nb.errors import VitpruneError, for_shell

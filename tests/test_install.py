@@ -1,8 +1,8 @@
 """What an install gives: a console script, quick imports, a README whose code runs."""
-import configparser, json, re, statistics, subprocess, sys, time
+import configparser, re, statistics, subprocess, sys, time
 
 import pytest
-from conftest import BIN, ROOT, clean_env
+from conftest import ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
 import readme

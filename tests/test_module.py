@@ -256,7 +256,7 @@ def test_a_static_plan_by_hand(images):
     for l, block in enumerate(model.blocks):
         if not l: continue
         x = x.clone()
-        with capture(model) as small: kept = block(x[:, rows])
+        with capture(model): kept = block(x[:, rows])
         x[:, rows] = kept
         assert equal(cap.tokens[l + 1], x)
         assert equal(cap.attention[l][:, :, rows][..., rows].sum(-1), torch.ones(3, 3, 4)) and cap.attention[l].sum() == pytest.approx(3*3*4, abs=1e-3)

@@ -1,5 +1,5 @@
 """What a notebook cannot show: a search that is really killed, and what its state file refuses."""
-import os, random, signal, subprocess, sys
+import os, random, signal
 import pytest, torch
 from conftest import start
 from patch_slimming_script import images, run, tiny_vit

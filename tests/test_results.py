@@ -143,7 +143,8 @@ def test_two_values_for_one_setting_are_refused(tmp_path, cells):
     with pytest.raises(ValueError, match='row 1; allowed: one value for each setting'): read_rows(tmp_path/'r.csv')
 
 
-def test_any_cell_comes_back(rng=np.random.default_rng(0)):
+def test_any_cell_comes_back():
+    rng = np.random.default_rng(0)
     def value(depth=0):
         kind = rng.integers(6 if depth < 3 else 5)
         if kind == 0: return int(rng.integers(-10**6, 10**6))

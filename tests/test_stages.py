@@ -7,7 +7,6 @@ from train_script import tiny_vit
 from vitprune_nb.methods import vtp as channels
 from vitprune_nb.train import course
 from vitprune_nb.engine import slim as engine
-from vitprune_nb.methods import base as methods
 from vitprune_nb.train import trainer as train
 from vitprune_nb.core import set_seed
 from vitprune_nb.errors import VitpruneError

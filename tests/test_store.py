@@ -1,6 +1,5 @@
 """What a pruned folder gives back: the same logits, or a refusal."""
 import copy, functools, itertools, json, math, os, shutil
-from pathlib import Path
 
 import numpy as np, pytest, timm, torch
 from conftest import ROOT
@@ -17,7 +16,6 @@ from vitprune_nb.methods.base import cost_of
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.engine.plan import Plan, model_name, ramp_plan
 from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step
-from vitprune_nb.engine.store import load_slim
 from vitprune_nb.engine.channels import slice_model
 
 FIXTURES = ROOT/'tests/fixtures'
@@ -268,7 +266,7 @@ def test_class_names_are_kept_and_matched(tmp_path):
 
 
 def test_other_class_names_are_refused(tmp_path):
-    from vitprune_nb.methods.base import prune, recover
+    from vitprune_nb.methods.base import recover
     from vitprune_nb.vit.model import evaluate
     model, wrong = named(tmp_path), images([*NAMES[:4], 'zebra'])
     for call in (lambda: evaluate(model, wrong), lambda: recover(model, wrong), lambda: recover(model, images(NAMES), test_set=wrong)):
@@ -426,8 +424,8 @@ def test_the_right_file_of_weights(folders, tmp_path):
     file = tmp_path/'m/model.safetensors'
     state = load_file(file)
     first = 'head.weight'
-    for name, new in {'short': {k: v for k, v in state.items() if k != first}, 'long': dict(state, more=torch.zeros(1)), 'shape': dict(state, **{first: torch.zeros(3)}),
-                      'kind': dict(state, **{first: state[first].long()})}.items():
+    for new in {'short': {k: v for k, v in state.items() if k != first}, 'long': dict(state, more=torch.zeros(1)), 'shape': dict(state, **{first: torch.zeros(3)}),
+                      'kind': dict(state, **{first: state[first].long()})}.values():
         save_file(new, file)
         with pytest.raises(VitpruneError, match='weights that fit its config.json'): load_pruned(tmp_path/'m')
     file.unlink()

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, clean_env
 from safetensors.torch import save_file
 
-from vitprune_nb import cli, run
+from vitprune_nb import run
 
 from vitprune_nb.vit import model as vit
 from vitprune_nb.core import data_path

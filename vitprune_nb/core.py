@@ -7,13 +7,13 @@ __all__ = ['check_seed', 'set_seed', 'fold_seed', 'check_model', 'pick_device', 
            'fast_dtype', 'autocast', 'progress', 'repo_root', 'data_path', 'load_methods']
 
 # %% ../nbs/6_reference/00_core.ipynb #f336f3ef
-import contextlib, functools, importlib, os, pkgutil, platform, random, subprocess, sys, warnings
+import contextlib, functools, importlib, os, pkgutil, platform, random, subprocess, sys
 from pathlib import Path
 
 # %% ../nbs/6_reference/00_core.ipynb #b85b9d3c
 import numpy as np
 import torch
-from .errors import VitpruneError, is_whole, refuse, require
+from .errors import is_whole, require
 
 # %% ../nbs/6_reference/00_core.ipynb #734024d4
 def check_seed(seed:int, # What was given

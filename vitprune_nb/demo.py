@@ -7,8 +7,7 @@ __all__ = ['STYLE', 'PAGE', 'COLUMNS', 'WRITES', 'rival_plans', 'measure_models'
            'summary', 'comparisons', 'verdict', 'kept_picture', 'picture', 'report_html', 'check_classes', 'run_demo']
 
 # %% ../nbs/6_reference/23_demo.ipynb #9ae45e46
-import base64, html, io, os, shutil, time
-from pathlib import Path
+import base64, html, io, shutil, time
 from string import Template
 
 # %% ../nbs/6_reference/23_demo.ipynb #8c451316

@@ -33,7 +33,7 @@ ABOUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'classes')   
 
 def onnx_runtime():
     "The onnxruntime module; without it, or without what the exporter needs, one sentence."
-    try: import onnx, onnxruntime, onnxscript
+    try: import onnx, onnxruntime, onnxscript     # noqa: F401 (the exporter imports them)
     except ImportError as e: refuse('onnx', f'an environment without {e.name}', 'one with onnx, onnxruntime and onnxscript', 'Run `pip install onnx onnxruntime onnxscript`.')
     return onnxruntime
 

@@ -8,7 +8,7 @@ __all__ = ['SETS', 'SHARED', 'GROWS', 'Experiment', 'method_options', 'parse_cha
            'imported', 'code_hashes', 'flat', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
-import ast, contextlib, dataclasses, difflib, hashlib, json, os, re, time
+import ast, contextlib, dataclasses, difflib, hashlib, json, os, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ def _check_recipes(e):
         _known(table, [k for k in METHODS[m].reads if k not in COMMON], f'options.{m}')
         Options(**table)
         dial = METHODS[m].dial
-        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), f'no value of its own, for a run turns this dial until each of its reductions is met',
+        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), 'no value of its own, for a run turns this dial until each of its reductions is met',
                 f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
     for m in e.methods: check_options(m, method_options(e, m, e.reductions[0]))
 

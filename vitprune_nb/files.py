@@ -11,7 +11,7 @@ __all__ = ['MARK', 'temp_folder', 'writing', 'temporary_path', 'remove', 'sweep'
 import atexit, contextlib, errno, hashlib, json, os, re, shutil, stat, tempfile
 from pathlib import Path
 
-from .errors import VitpruneError, path_of, printable, refuse, require
+from .errors import VitpruneError, path_of, refuse, require
 
 # %% ../nbs/6_reference/00b_files.ipynb #c2f0b7e4
 def temp_folder()->Path:
@@ -156,7 +156,7 @@ def check_output(path,               # A file or folder that shall be written
         fixed = os.path.lexists(path) and (os.path.ismount(path) or os.path.samefile(path, '.'))
         require(not fixed, argument, f'{path}, which cannot be replaced', 'a folder that can be renamed', 'Name a new folder in it.')
     if there == Path(os.path.abspath(path)) and (renamed or os.path.isfile(path)): there = there.parent     # where the name stands
-    require(there.is_dir(), argument, f'{path}, but {there} is no folder', f'a path through folders')
+    require(there.is_dir(), argument, f'{path}, but {there} is no folder', 'a path through folders')
     longest = os.pathconf(there, 'PC_NAME_MAX') if hasattr(os, 'pathconf') else 255
     require(all(len(os.fsencode(n)) <= longest for n in new), argument, path, f'names of at most {longest} bytes')
     may_write = os.access(there, os.W_OK | os.X_OK)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .core import environment, set_seed
-from .errors import VitpruneError, refuse, require
+from .errors import VitpruneError, require
 from .files import (append_text, check_ours, check_output, claim, made_in, only_one, remove,
                                sha256, sweep, temporary_path, write_atomic, write_folder_atomic)
 from .vit.cost import model_macs

@@ -18,7 +18,7 @@ from ..files import read_json, sha256, write_atomic
 from ..vit.cost import meet_budget, model_macs, tolerance_of
 from .slim import Policy, SlimViT, Step, own_grid
 from .policy import patch_indices
-from ..vit.model import create_vit, standard_blocks
+from ..vit.model import standard_blocks
 
 # %% ../../nbs/2_engine/10b_plan.ipynb #f633fc00
 KEYS = ('entering', 'all', 'kept')

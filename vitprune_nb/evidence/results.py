@@ -122,7 +122,8 @@ def make_row(method:str,       # e.g. 'dense', 'patch_slimming'
     env = environment(timing['device'] if timing else device)
     row = dict(env, method=method, backbone=backbone, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
     if ds is not None: row.update(data=ds.name, data_hash=ds.digest, split=ds.split, images=len(ds))
-    require(ds is None or not result or result['images'] == len(ds), 'result', f"{(result or {}).get('images')} images", f'the result on ds' + (f', {len(ds)} images' if ds is not None else ''))
+    if ds is not None and result:
+        require(result['images'] == len(ds), 'result', f"{result['images']} images", f'the result on ds, {len(ds)} images')
     for part in (result or {}), (timing or {}), values: row.update({k: v for k, v in part.items() if k in FIELDS})
     return typed_row(row)
 

@@ -13,9 +13,9 @@ import contextlib, itertools, math
 # %% ../../nbs/3_methods/10_significance.ipynb #801018ba
 import torch
 from ..core import fold_seed, pick_device, progress
-from ..errors import refuse, require
+from ..errors import require
 from ..data import ImageSet, check_set, data_config, eval_transform, loader
-from ..vit.model import Captured, capture, standard_blocks
+from ..vit.model import Captured, standard_blocks
 
 # %% ../../nbs/3_methods/10_significance.ipynb #f0dbb612
 def path_scores_brute(attn:list,   # L attention maps (H, N, N) of one image

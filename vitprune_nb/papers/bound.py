@@ -8,7 +8,6 @@ __all__ = ['spearman', 'bootstrap_mean', 'drop_errors', 'compare', 'winners']
 # %% ../../nbs/3_methods/10a_bound.ipynb #1266f3e9
 import scipy
 import torch
-from ..core import progress
 from ..errors import require
 from ..engine.slim import attn_branch, mlp_branch
 from ..vit.model import standard_blocks

@@ -141,7 +141,7 @@ def one_block_answers(s:Subject,  # Model and images
                       )->dict:    # {name: bool (images,)}; 'dense' too
     "Right or wrong for each image when one block drops some patches (equation 2) and all other blocks are whole."
     right, n = {k: [] for k in ('dense', *cases)}, len(standard_blocks(s.model))
-    for k, (t, _) in cases.items(): require(0 <= t < n, 'block', t, f'a block index, 0 to {n - 1}')
+    for t, _ in cases.values(): require(0 <= t < n, 'block', t, f'a block index, 0 to {n - 1}')
     with autocast(s.device, s.dtype), capture(s.model, attention=False) as cap:
         for x, y in progress(loader(s.ds, s.batch_size), 'one block', unit='batch'):
             right['dense'].append(classes_of(s.model(x.to(s.device))) == y)

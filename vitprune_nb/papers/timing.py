@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #6b23b916
-import numpy as np
 import torch
 from .channel_tables import speed_models, uniform_cost
 from ..core import autocast, data_path, environment, fast_dtype, pick_device, progress
@@ -29,7 +28,7 @@ from ..methods.life import life_plan
 from ..methods.life_run import OneSort
 from ..evidence.measure import bench, peak_memory, time_reduction
 from ..methods.base import default_stages, macs_of, turn
-from .patch_tables import PRINTED, table2_rows
+from .patch_tables import PRINTED
 from ..engine.plan import ramp_plan, uniform_plan
 from ..evidence.results import append_rows, make_row, read_rows, settings
 from ..vit.model import create_vit

@@ -8,9 +8,8 @@ __all__ = ['USED', 'PARTS', 'FLOATS', 'COURSE', 'VARIANTS', 'read_checkpoint', '
            'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of', 'logits_of', 'evaluate']
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #a0b7e91b
-import argparse, collections, contextlib, difflib, inspect, json, math, os, pickle, re, time, warnings
+import argparse, collections, contextlib, difflib, inspect, math, os, pickle, re, time, warnings
 import zipfile
-from pathlib import Path
 from typing_extensions import Required, TypedDict   # of PyTorch and pydantic; typing has Required from Python 3.11 on
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #05bccbad
