@@ -22,7 +22,8 @@ def summary(times_ms, # Times of single calls in ms
             )->dict:  # latency_ms, latency_low, latency_high, throughput, throughput_low, throughput_high
     "Median and quartiles of a latency, and the throughput (images/s) that goes with each."
     times_ms = np.asarray(times_ms, dtype=float)
-    require(times_ms.size > 0 and (times_ms > 0).all(), 'times_ms', times_ms.tolist()[:5], 'at least one time, all above 0')
+    require(times_ms.size > 0 and (times_ms > 0).all(), 'times_ms', times_ms.tolist()[:5],
+            'at least one time, all above 0')
     low, mid, high = (float(q) for q in np.quantile(times_ms, (.25, .5, .75)))
     return dict(latency_ms=mid, latency_low=low, latency_high=high,
                 throughput=1e3*batch/mid, throughput_low=1e3*batch/high, throughput_high=1e3*batch/low)
@@ -47,7 +48,7 @@ def wait(device): # Any torch device
     elif kind == 'mps': torch.mps.synchronize()
 
 def stopwatch(device='cpu',           # The device that computes
-              clock=time.perf_counter # Returns seconds; on a CUDA device the default is replaced by CUDA events
+              clock=time.perf_counter # Returns seconds; on a CUDA device CUDA events replace the default
               ):                      # A function: time_ms(f) runs f once and returns milliseconds
     "How to time one call on this device."
     def by_clock(f):
@@ -65,7 +66,8 @@ def stopwatch(device='cpu',           # The device that computes
 def num_threads(n:int|None=None # Threads within the `with`; None leaves them as they are
                 ):              # Yields the number in force
     "PyTorch's CPU threads, restored on exit."
-    require(n is None or is_whole(n) and 0 < n <= 4096, 'threads', n, 'a positive integer, at most 4096, or None')
+    require(n is None or is_whole(n) and 0 < n <= 4096, 'threads', n,
+            'a positive integer, at most 4096, or None')
     old = torch.get_num_threads()
     try:
         if n is not None: torch.set_num_threads(n)
@@ -80,7 +82,8 @@ def _call(name, model, x):
         except VitpruneError: raise
         except (AssertionError, RuntimeError, TypeError, ValueError) as e:
             if isinstance(e, torch.OutOfMemoryError): raise
-            refuse('x', f'shape {tuple(x.shape)}', f"images that model '{name}' takes", f'The model says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
+            refuse('x', f'shape {tuple(x.shape)}', f"images that model '{name}' takes",
+                   f'The model says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     return call
 
 def dtype_name(dtype='auto', # As `autocast` takes it
@@ -106,19 +109,24 @@ def bench(models:dict,       # {name: module or function of x}
     "Latency and throughput of several models, timed in turn in one process: median and quartiles."
     ok = isinstance(models, dict) and len(models) > 0 and all(map(callable, models.values()))
     require(ok, 'models', models, 'a dict of at least one name and module', "For example {'dense': model}.")
-    for arg, n in (('warmup', warmup), ('repeats', repeats)): require(is_whole(n) and 0 < n <= 10**6, arg, n, 'a positive integer, at most a million')
-    require(isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) > 0, 'x', getattr(x, 'shape', type(x).__name__), 'a tensor of at least one image')
+    for arg, n in (('warmup', warmup), ('repeats', repeats)):
+        require(is_whole(n) and 0 < n <= 10**6, arg, n, 'a positive integer, at most a million')
+    require(isinstance(x, torch.Tensor) and x.ndim > 0 and len(x) > 0, 'x',
+            getattr(x, 'shape', type(x).__name__), 'a tensor of at least one image')
     device = pick_device(device)
     x, used = x.to(device), dtype_name(dtype, device, x)
     modules = {n: m for n, m in models.items() if isinstance(m, torch.nn.Module)}
     training = {n: m.training for n, m in modules.items()}
     for m in modules.values(): m.eval().to(device)
     try:
-        with num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, dtype if x.dtype == torch.float32 else 'fp32'):
-            times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock), warmup, repeats)
+        used = dtype if x.dtype == torch.float32 else 'fp32'
+        with num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, used):
+            times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock),
+                               warmup, repeats)
     finally:
         for n, m in modules.items(): m.train(training[n])
-    return [dict(name=n, batch=len(x), **summary(t, len(x)), repeats=repeats, device=device.type, dtype=used, threads=n_threads,
+    return [dict(name=n, batch=len(x), **summary(t, len(x)), repeats=repeats, device=device.type, dtype=used,
+                 threads=n_threads,
                  first_ms=w[0], times_ms=t) for n, (w, t) in times.items()]
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #df0e8360
@@ -140,7 +148,8 @@ def ratio_interval(new,           # Times in ms, one a round
     new, old = _times('new', new), _times('old', old)
     require(is_whole(draws) and 1 <= draws <= 10**6, 'draws', draws, 'an integer from 1 to a million')
     require(is_number(level) and 0 < level < 1, 'level', level, 'a share in (0, 1)')
-    require(not paired or len(new) == len(old), 'times', f'{len(new)} and {len(old)} times', 'equally many when paired=True')
+    require(not paired or len(new) == len(old), 'times', f'{len(new)} and {len(old)} times',
+            'equally many when paired=True')
     def ratio(a, b, axis=-1): return np.median(a, axis)/np.median(b, axis)
     rng = np.random.default_rng(check_seed(seed))
     times = [np.repeat(t, 2) if len(t) == 1 else t for t in (new, old)]            # scipy wants two
@@ -154,23 +163,28 @@ def time_reduction(rows:list,  # From one `bench`
                    macs:dict|None=None, # {name: MACs}; adds mac_reduction and realised
                    )->list:    # One dict a model: name, time_reduction with low and high, speed_up
     "Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is."
-    ok = isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r) for r in rows)
+    ok = (isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r)
+                                         for r in rows))
     require(ok, 'rows', rows, 'the rows of one bench')
     by = {r['name']: r for r in rows}
     require(len(by) > 0, 'rows', 'no rows', 'the rows of one bench')
     require(isinstance(base, str) and base in by, 'base', base, f'one of {list(by)}')
     settings = {(r['batch'], r['device'], r['dtype'], r['threads'], r['repeats']) for r in rows}
-    require(len(settings) == 1 and len(by) == len(rows), 'rows', f'{len(rows)} rows of {len(settings)} settings', 'the rows of one bench')
+    require(len(settings) == 1 and len(by) == len(rows), 'rows',
+            f'{len(rows)} rows of {len(settings)} settings', 'the rows of one bench')
     require(macs is None or isinstance(macs, dict), 'macs', macs, 'a dict of MACs, or None')
-    require(macs is None or set(by) <= set(macs), 'macs', list(macs or ()), f'one entry for each of {list(by)}')
+    require(macs is None or set(by) <= set(macs), 'macs', list(macs or ()),
+            f'one entry for each of {list(by)}')
     require(macs is None or all(is_number(macs[n]) and macs[n] > 0 for n in by), 'macs', macs, 'MACs above 0')
     out = []
     for n, r in by.items():
         ratio, low, high = ratio_interval(r['times_ms'], by[base]['times_ms'])
-        out.append(dict(name=n, time_reduction=1 - ratio, time_reduction_low=1 - high, time_reduction_high=1 - low, speed_up=1/ratio))
+        out.append(dict(name=n, time_reduction=1 - ratio, time_reduction_low=1 - high,
+                        time_reduction_high=1 - low, speed_up=1/ratio))
         if macs is None: continue
         saved = 1 - macs[n]/macs[base]
-        out[-1].update(mac_reduction=saved, realised=out[-1]['time_reduction']/saved if saved else float('nan'))
+        out[-1].update(mac_reduction=saved, realised=out[-1]['time_reduction']/saved if saved
+                       else float('nan'))
     return out
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #80553006
@@ -198,5 +212,6 @@ def peak_memory(fn,          # A function without arguments, e.g. lambda: model(
         try: fn()
         finally:
             with _quiet_stderr(): prof.stop()
-    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns())
     return int(np.cumsum([e.nbytes() for e in events]).max(initial=0))

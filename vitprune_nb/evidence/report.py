@@ -33,7 +33,9 @@ def one_run(rows:list # Result rows
             )->list:  # The rows, unchanged
     "Refuse rows that are not of one run: one dense model, one set of images, each with its target."
     strange = [r for r in rows if 'target' not in (r.get('note') or {})]
-    require(len(rows) > 0 and not strange, 'rows', f'{len(rows)} rows, {len(strange)} of them without a target', 'the rows that `vitprune run` wrote, one at least')
+    require(len(rows) > 0 and not strange, 'rows',
+            f'{len(rows)} rows, {len(strange)} of them without a target',
+            'the rows that `vitprune run` wrote, one at least')
     return same_setting(rows, (*ACCURACY, 'weights'))
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #f68269f6
@@ -52,8 +54,10 @@ def experiment_table(rows:list # Of one run
     several, timed = len({k[2] for k in keys}) > 1, any(_speed(r) for r in rows)
     for k in keys:
         r = next(by[(*k, s)] for s in STAGES if (*k, s) in by)
-        lines.append({'target': f'{100*k[0]:g}%', 'method': k[1], **({'seed': k[2]} if several else {}), 'MACs (G)': f"{r['macs']/1e9:.3f}", 'params (M)': f"{r['params']/1e6:.1f}",
-                      **({'speed-up': _speed(r)} if timed else {}), **{f'top-1 {s} (%)': _accuracy(by.get((*k, s))) for s in shown}})
+        lines.append({'target': f'{100*k[0]:g}%', 'method': k[1], **({'seed': k[2]} if several else {}),
+                      'MACs (G)': f"{r['macs']/1e9:.3f}", 'params (M)': f"{r['params']/1e6:.1f}",
+                      **({'speed-up': _speed(r)} if timed else {}),
+                      **{f'top-1 {s} (%)': _accuracy(by.get((*k, s))) for s in shown}})
     return markdown_table(lines, {c: c for c in lines[0]})
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #9c4998c6
@@ -64,40 +68,48 @@ def draw_experiment(rows:list,   # Of one run
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import style
     dense = [r for r in one_run(rows) if r['method'] == 'dense' and stage(r) == STAGES[0]]
-    parts = {s: part for s in STAGES if (part := [r for r in rows if r['method'] != 'dense' and stage(r) == s])}
+    parts = {s: part for s in STAGES if (part := [r
+                                                  for r in rows if r['method'] != 'dense' and stage(r) == s])}
     require(len(parts) > 0, 'rows', f'{len(rows)} rows', 'rows of one pruned model at least')
     with style():
         fig, axes = plt.subplots(len(parts), 2, figsize=(11.2, 3.8*len(parts)), squeeze=False, dpi=70)
-        for line, (s, part) in zip(axes, parts.items()): _stage_panels(line, dense, part, f'{title}, {s}' if title else s)
+        for line, (s, part) in zip(axes, parts.items()):
+            _stage_panels(line, dense, part, f'{title}, {s}' if title else s)
     return axes
 
 def _stage_panels(line, dense, part, title):
     from vitprune_nb.viz import accuracy_macs
     names = list(dict.fromkeys(r['method'] for r in part))
-    for ax, which in zip(line, ('all', 'enlarged')): accuracy_macs([dict(d, method=n) for n in names for d in dense] + part, f'{title}, {which}', ax)
+    for ax, which in zip(line, ('all', 'enlarged')):
+        accuracy_macs([dict(d, method=n) for n in names for d in dense] + part, f'{title}, {which}', ax)
     line[1].get_legend().remove()
     top = max(r['top1'] for r in dense + part)
     near = [n for n in names if min(r['top1'] for r in part if r['method'] == n) > top/2]
-    if near: line[1].set_ylim(100*min(r['top1_low'] for r in part if r['method'] in near) - 1, 100*max(r['top1_high'] for r in dense + part) + 1)
+    if near:
+        line[1].set_ylim(100*min(r['top1_low'] for r in part if r['method'] in near) - 1,
+                         100*max(r['top1_high'] for r in dense + part) + 1)
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #fa505a98
 def read_pairs(path # The CSV of a run's paired comparisons
-               )->list: # Dicts: a, b, reduction, seed, recovery, images, difference, low, high, only_a, only_b, p_value; [] when there is none
+               )->list: # Dicts, [] when there is none: a, b, reduction, seed, recovery, images,
+                        # difference, low, high, only_a, only_b, p_value
     "The paired comparisons that a run wrote beside its rows."
     if not Path(path).is_file(): return []
     number = lambda k, v: v if k in ('a', 'b', 'recovery') else float(v)
     with open(path, newline='', encoding='utf-8') as f: found = list(csv.DictReader(f))
-    require(not found or {'a', 'b', 'reduction', 'seed', 'recovery', 'p_value'} <= set(found[0]), 'pairs', path, 'a file that ends in _pairs.csv, written by `vitprune run`')
+    require(not found or {'a', 'b', 'reduction', 'seed', 'recovery', 'p_value'} <= set(found[0]), 'pairs',
+            path, 'a file that ends in _pairs.csv, written by `vitprune run`')
     return [{k: number(k, v) for k, v in r.items()} for r in found]
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #a313b04a
 def leaders(rows:list,       # Of one run
             pairs:list,      # From `read_pairs`
             level:float=.05, # Probability of any false alarm at one budget and stage
-            )->list:         # Dicts: target, seed, stage, leader (a row), ahead, open (methods), macs (least, most)
+            )->list:         # Dicts: target, seed, stage, leader (a row), ahead, open (methods), macs (range)
     "Who is ahead, of whom; McNemar's test with Bonferroni's correction for all pairs."
     require(0 < level < 1, 'level', level, 'a probability in (0, 1)')
-    p = {(q['reduction'], q['seed'], STAGES[q['recovery'] != 'none'], frozenset((q['a'], q['b']))): q['p_value'] for q in pairs}
+    p = {(q['reduction'], q['seed'], STAGES[q['recovery'] != 'none'],
+          frozenset((q['a'], q['b']))): q['p_value'] for q in pairs}
     groups = {}
     for r in one_run(rows):
         if r['method'] != 'dense': groups.setdefault((target(r), r['seed'], stage(r)), []).append(r)
@@ -105,8 +117,10 @@ def leaders(rows:list,       # Of one run
     for key in sorted(groups, key=lambda k: (k[0], STAGES.index(k[2]), k[1])):
         first, *rest = sorted(groups[key], key=lambda r: -r['top1'])
         n = len(rest)*(len(rest) + 1)/2
-        ahead = [r['method'] for r in rest if p.get((*key, frozenset((first['method'], r['method']))), 1.)*n <= level]
-        out.append(dict(target=key[0], seed=key[1], stage=key[2], leader=first, ahead=ahead, open=[r['method'] for r in rest if r['method'] not in ahead],
+        ahead = [r['method'] for r in rest if p.get((*key, frozenset((first['method'], r['method']))),
+                                                    1.)*n <= level]
+        out.append(dict(target=key[0], seed=key[1], stage=key[2], leader=first, ahead=ahead,
+                        open=[r['method'] for r in rest if r['method'] not in ahead],
                         macs=(min(r['macs'] for r in groups[key]), max(r['macs'] for r in groups[key]))))
     return out
 
@@ -115,7 +129,8 @@ def leader_text(found:dict # From `leaders`
                 )->str:
     "Who is ahead at one budget and stage, as a sentence."
     r, (low, high) = found['leader'], found['macs']
-    head = f"{100*found['target']:g}%, {found['stage']}" + (f", seed {found['seed']}" if found['seed'] else '')
+    head = f"{100*found['target']:g}%, {found['stage']}" + (f", seed {found['seed']}" if found['seed']
+                                                            else '')
     parts = [f"{head}: {r['method']} has the most right answers, {100*r['top1']:.1f}%"]
     if found['ahead']: parts.append(f"ahead of {', '.join(found['ahead'])} by more than chance")
     if found['open']: parts.append(f"not told apart from {', '.join(found['open'])}")
@@ -132,11 +147,13 @@ def report_text(name:str,   # Of the experiment
                 )->str:     # Markdown
     "A run on one page."
     r, found = one_run(rows)[0], leaders(rows, pairs)
-    parts = [f'# {name}', f"{r['backbone']} ({r['weights']}) on {r['images']:,} {r['split']} images of {r['data']}; {len(rows)} rows, {r['device_name']}. Intervals are 95% intervals.",
+    parts = [f'# {name}',
+             f"{r['backbone']} ({r['weights']}) on {r['images']:,} {r['split']} images of {r['data']}; {len(rows)} rows, {r['device_name']}. Intervals are 95% intervals.",
              '## Accuracy and cost', experiment_table(rows)]
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
-        parts += ['## Who is ahead', 'At each budget, by paired tests on the same images, corrected for the number of pairs (any false alarm: 5%). They compare these models; what another seed would change they do not know.',
+        parts += ['## Who is ahead',
+                  'At each budget, by paired tests on the same images, corrected for the number of pairs (any false alarm: 5%). They compare these models; what another seed would change they do not know.',
                   '\n'.join(f'- {leader_text(f)}' for f in found)]
         if pairs_file: parts.append(f'Every paired comparison, uncorrected: `{pairs_file}`.')
     if failed: parts += ['## Not done', '\n'.join(f'- {unit}: {why}' for unit, why in failed.items())]
@@ -146,14 +163,17 @@ def report_text(name:str,   # Of the experiment
 def write_report(folder,     # Of the run; gets report.md and, with a pruned model, accuracy_macs.png
                  name:str, rows:list, pairs:list, failed:dict=None, pairs_file:str='', # As for `report_text`
                  )->Path:    # report.md
-    "Write the page and its picture, each whole or not at all; files of these names that are somebody's are refused."
+    """Write the page and its picture, each whole or not at all; files of these names that are somebody's are
+    refused."""
     import matplotlib.pyplot as plt
     folder, picture = Path(folder), ''
     one_run(rows)
     check_ours([folder/'report.md', folder/'accuracy_macs.png'], folder, 'folder')
     if any(r['method'] != 'dense' for r in one_run(rows)):
         picture, fig = 'accuracy_macs.png', draw_experiment(rows)[0, 0].figure
-        with write_atomic(folder/picture, owner=folder) as tmp: fig.savefig(tmp, format='png', dpi=90, facecolor='white')
+        with write_atomic(folder/picture, owner=folder) as tmp:
+            fig.savefig(tmp, format='png', dpi=90, facecolor='white')
         plt.close(fig)
-    with write_atomic(folder/'report.md', owner=folder) as tmp: tmp.write_text(report_text(name, rows, pairs, failed, picture, pairs_file), encoding='utf-8')
+    with write_atomic(folder/'report.md', owner=folder) as tmp:
+        tmp.write_text(report_text(name, rows, pairs, failed, picture, pairs_file), encoding='utf-8')
     return folder/'report.md'

@@ -25,9 +25,11 @@ from ..vit.model import classes_of, logits_of
 FIELDS = dict(method=str, backbone=str, weights=str, schedule=str, recovery=str, seed=int, # what was done
     data=str, data_hash=str, split=str, images=int,                                        # on which images
     macs=float, params=int, correct=int, top1=float, top1_low=float, top1_high=float,      # what came out
-    latency_ms=float, latency_low=float, latency_high=float, throughput=float, throughput_low=float, throughput_high=float,
+    latency_ms=float, latency_low=float, latency_high=float, throughput=float, throughput_low=float,
+              throughput_high=float,
     batch=int, repeats=int, dtype=str, threads=int, device=str, device_name=str,           # how it was timed
-    python=str, torch=str, timm=str, commit=str, date=str, note=str)                       # by which code, and when
+    python=str, torch=str, timm=str, commit=str, date=str,
+              note=str)                       # by which code, and when
 OPEN = ('schedule', 'note')   # text, a number, a list, or a dict whose entries become columns of their own
 
 # %% ../../nbs/4_evidence/22_results.ipynb #5c1e0a02
@@ -35,7 +37,8 @@ TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[()]|[^\s()"]+')
 
 def _entry(v):
     if isinstance(v, list): return '(' + ' '.join(_entry(x) for x in v) + ')'
-    require(not isinstance(v, dict), 'list', v, 'numbers, text and lists as its entries', 'Make the list a dict.')
+    require(not isinstance(v, dict), 'list', v, 'numbers, text and lists as its entries',
+            'Make the list a dict.')
     return json.dumps(v, ensure_ascii=False)
 
 def write_cell(v        # Text, a number, a bool, None or a list of such
@@ -65,7 +68,8 @@ def read_cell(text:str # From `write_cell`, or JSON, as older files have it
 # %% ../../nbs/4_evidence/22_results.ipynb #5c1e0a04
 def settings(value # Text, a number, a list or a dict, nested or not
              ):    # The same in the types of JSON; None when nothing is known
-    "A schedule or note as rows hold it: tuples become lists, and entries that are unknown ('', None, {}) are left out."
+    """A schedule or note as rows hold it: tuples become lists, and entries that are unknown ('', None, {})
+    are left out."""
     if isinstance(value, str) and value[:1] in ('{', '['): value = read_cell(value)
     try: value = json.loads(json.dumps(value))
     except (TypeError, ValueError): refuse('value', value, 'text, numbers, lists and dicts')
@@ -105,7 +109,8 @@ def _typed(field, value):
     if value is None or value == '': return None
     try: new = FIELDS[field](value)
     except (TypeError, ValueError): refuse(field, value, f'a value of type {FIELDS[field].__name__}')
-    require(not isinstance(new, float) or math.isfinite(new), field, value, 'a finite number, or None where unknown')
+    require(not isinstance(new, float) or math.isfinite(new), field, value,
+            'a finite number, or None where unknown')
     return new
 
 # %% ../../nbs/4_evidence/22_results.ipynb #2bdfb3b4
@@ -113,18 +118,24 @@ def make_row(method:str,       # e.g. 'dense', 'patch_slimming'
              backbone:str='',  # timm name, or 'course'
              ds=None,          # The `ImageSet` that was evaluated: fills data, data_hash, split and images
              result:dict|None=None, # From `evaluate`: fills correct, images and top1 with its interval
-             timing:dict|None=None, # From `bench`: fills latency, throughput, batch, repeats, dtype, threads and device
+             timing:dict|None=None,
+             # From `bench`: fills latency, throughput, batch, repeats, dtype, threads and device
              device='cpu',     # Where it was evaluated, when there is no timing
-             **values,         # Any other of FIELDS; schedule and note may be text, a number, a list or a dict
+             **values,         # Any other of FIELDS; schedule and note: text, a number, a list or a dict
              )->dict:          # One value for each of FIELDS, None where unknown
     "A result with its provenance; environment and date fill themselves in."
-    for k in values: require(k in FIELDS, 'field', k, 'one of ' + ', '.join(FIELDS), 'Put anything else into schedule or note.')
+    for k in values:
+        require(k in FIELDS, 'field', k, 'one of ' + ', '.join(FIELDS),
+                'Put anything else into schedule or note.')
     env = environment(timing['device'] if timing else device)
-    row = dict(env, method=method, backbone=backbone, date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
+    row = dict(env, method=method, backbone=backbone,
+               date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
     if ds is not None: row.update(data=ds.name, data_hash=ds.digest, split=ds.split, images=len(ds))
     if ds is not None and result:
-        require(result['images'] == len(ds), 'result', f"{result['images']} images", f'the result on ds, {len(ds)} images')
-    for part in (result or {}), (timing or {}), values: row.update({k: v for k, v in part.items() if k in FIELDS})
+        require(result['images'] == len(ds), 'result', f"{result['images']} images",
+                f'the result on ds, {len(ds)} images')
+    for part in (result or {}), (timing or {}), values:
+        row.update({k: v for k, v in part.items() if k in FIELDS})
     return typed_row(row)
 
 def typed_row(row:dict # Text or values of FIELDS, e.g. from a JSON file
@@ -146,7 +157,8 @@ def to_csv(rows:list # Dicts with keys of FIELDS
         plain = {k: v for k, v in r.items() if v is not None and k not in OPEN}
         lines.append(plain | {c: text for k in OPEN for c, text in spread(k, settings(r.get(k))).items()})
     buf = io.StringIO()
-    w = csv.DictWriter(buf, _columns(dict.fromkeys(c for l in lines for c in l)), restval='', lineterminator='\n')
+    w = csv.DictWriter(buf, _columns(dict.fromkeys(c for l in lines for c in l)), restval='',
+                       lineterminator='\n')
     w.writeheader()
     w.writerows(lines)
     return buf.getvalue()
@@ -155,7 +167,8 @@ def read_rows(path # A CSV that `append_rows` wrote
               )->list: # Dicts with typed values, None where unknown
     "All rows of a results file."
     require(path_of('results', path).is_file(), 'results', path, 'an existing CSV file')
-    with open(path, encoding='utf-8', errors='replace', newline='') as f:      # what is no text has not these columns
+    # what is no text has not these columns
+    with open(path, encoding='utf-8', errors='replace', newline='') as f:
         reader = csv.DictReader(f)
         names = list(reader.fieldnames or [])
         ok = len(set(names)) == len(names) and names == _columns(names)
@@ -165,7 +178,8 @@ def read_rows(path # A CSV that `append_rows` wrote
         whole = None not in r and None not in r.values()
         require(whole, 'results', f'{path}, row {i + 1}', f'{len(names)} values in every row')
         try: rows[i] = typed_row(r | {k: gather(k, r) for k in OPEN})
-        except (AttributeError, TypeError): refuse('results', f'{path}, row {i + 1}', 'one value for each setting')
+        except (AttributeError, TypeError):
+            refuse('results', f'{path}, row {i + 1}', 'one value for each setting')
     return rows
 
 # %% ../../nbs/4_evidence/22_results.ipynb #96b5688c
@@ -189,7 +203,8 @@ def same_setting(rows:list,      # Result rows
     "Refuse rows that must not stand in one comparison."
     for f in fields:
         seen = sorted({str(r.get(f)) for r in rows})
-        require(len(seen) <= 1, f, ' and '.join(seen), f'one {f} in all rows that are compared', 'Compare only what was measured alike.')
+        require(len(seen) <= 1, f, ' and '.join(seen), f'one {f} in all rows that are compared',
+                'Compare only what was measured alike.')
     return rows
 
 # %% ../../nbs/4_evidence/22_results.ipynb #0b07c827
@@ -197,7 +212,8 @@ def _between(r, name, scale, digits):
     low, high = r.get(name + '_low'), r.get(name + '_high')
     return '' if low is None or high is None else f' ({scale*low:.{digits}f}–{scale*high:.{digits}f})'
 
-SHOW = dict(macs=('MACs (G)', lambda r: f"{r['macs']/1e9:.3f}"), params=('params (M)', lambda r: f"{r['params']/1e6:.2f}"),
+SHOW = dict(macs=('MACs (G)', lambda r: f"{r['macs']/1e9:.3f}"),
+            params=('params (M)', lambda r: f"{r['params']/1e6:.2f}"),
     top1=('top-1 (%)', lambda r: f"{100*r['top1']:.1f}" + _between(r, 'top1', 100, 1)),
     latency_ms=('latency (ms)', lambda r: f"{r['latency_ms']:.1f}" + _between(r, 'latency', 1, 1)),
     throughput=('images/s', lambda r: f"{r['throughput']:.0f}" + _between(r, 'throughput', 1, 0)))
@@ -214,12 +230,17 @@ def _cell(r, c):
     return in_words(v).replace('|', '\\|').replace('\n', ' ')
 
 def markdown_table(rows:list,    # Result rows, or any dicts
-                   columns=('method', 'macs', 'top1', 'latency_ms'), # Keys in order, or {heading: key or function of a row}
+                   columns=('method', 'macs', 'top1', 'latency_ms'),
+                   # Keys in order, or {heading: key or function of a row}
                    )->str:       # A GitHub table
     "Rows as a Markdown table; top-1, latency and throughput come with their intervals."
-    if not isinstance(columns, dict): columns = {SHOW[c][0] if c in SHOW else c.replace('_', ' '): c for c in columns}
-    for c in columns.values(): require(callable(c) or c in FIELDS or any(c in r for r in rows), 'columns', c, 'keys of the rows, or functions of a row')
-    right = ['---:' if isinstance(c, str) and (c in SHOW or FIELDS.get(c) in (int, float)) else '---' for c in columns.values()]
+    if not isinstance(columns, dict):
+        columns = {SHOW[c][0] if c in SHOW else c.replace('_', ' '): c for c in columns}
+    for c in columns.values():
+        require(callable(c) or c in FIELDS or any(c in r for r in rows), 'columns', c,
+                'keys of the rows, or functions of a row')
+    right = ['---:' if isinstance(c, str) and (c in SHOW or FIELDS.get(c) in (int, float)) else '---'
+             for c in columns.values()]
     lines = [list(columns), right] + [[_cell(r, c) for c in columns.values()] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
@@ -234,7 +255,8 @@ def update_block(path,     # A Markdown file, e.g. README.md
     start, end = f'<!-- {name}:start -->', f'<!-- {name}:end -->'
     old = path.read_bytes().decode()
     ok = old.count(start) == old.count(end) == 1 and old.index(start) < old.index(end)
-    require(ok, 'path', path, f'a file with one {start} followed by one {end}', 'Add the two lines where the text shall stand.')
+    require(ok, 'path', path, f'a file with one {start} followed by one {end}',
+            'Add the two lines where the text shall stand.')
     require(start not in text and end not in text, 'text', name, 'text without the two markers')
     new = old[:old.index(start) + len(start)] + '\n' + text.strip('\n') + '\n' + old[old.index(end):]
     if new != old:
@@ -259,12 +281,15 @@ def paired_difference(correct_a,     # bool (images,), from `answers`
                       )->dict:       # difference, low, high (B minus A, in top-1), only_a, only_b, p_value
     "Top-1 of B minus top-1 of A on the same images: paired bootstrap interval and exact McNemar test."
     a, b = (np.asarray(c) for c in (correct_a, correct_b))
-    for name, c in dict(correct_a=a, correct_b=b).items(): require(c.dtype == bool, name, f'values of {c.dtype}', 'right or wrong (bool) for each image')
-    require(a.ndim == 1 and a.shape == b.shape and len(a) > 0, 'correct_a, correct_b', f'shapes {a.shape} and {b.shape}', 'right or wrong for the same images')
+    for name, c in dict(correct_a=a, correct_b=b).items():
+        require(c.dtype == bool, name, f'values of {c.dtype}', 'right or wrong (bool) for each image')
+    require(a.ndim == 1 and a.shape == b.shape and len(a) > 0, 'correct_a, correct_b',
+            f'shapes {a.shape} and {b.shape}', 'right or wrong for the same images')
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     drawn = np.random.default_rng(seed).multinomial(n, [only_a/n, only_b/n, 1 - (only_a + only_b)/n], draws)
     low, high = np.quantile((drawn[:, 1] - drawn[:, 0])/n, ((1 - level)/2, (1 + level)/2))
-    return dict(difference=(only_b - only_a)/n, low=float(low), high=float(high), only_a=only_a, only_b=only_b, p_value=mcnemar(only_a, only_b))
+    return dict(difference=(only_b - only_a)/n, low=float(low), high=float(high), only_a=only_a,
+                only_b=only_b, p_value=mcnemar(only_a, only_b))
 
 # %% ../../nbs/4_evidence/22_results.ipynb #a7950fa2
 def mean_interval(values,           # Two or more, one of each run
@@ -272,7 +297,8 @@ def mean_interval(values,           # Two or more, one of each run
                   )->tuple:         # (mean, low, high)
     "Mean of independent runs with Student's interval."
     d = np.asarray(values, dtype=float)
-    require(d.ndim == 1 and len(d) > 1 and np.isfinite(d).all(), 'values', values, 'two or more finite numbers')
+    require(d.ndim == 1 and len(d) > 1 and np.isfinite(d).all(), 'values', values,
+            'two or more finite numbers')
     wide = scipy.stats.t.ppf((1 + level)/2, len(d) - 1)*scipy.stats.sem(d)
     return float(d.mean()), float(d.mean() - wide), float(d.mean() + wide)
 
@@ -291,6 +317,7 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     was_training = model.training
     model.eval().to(device)
     with autocast(device, dtype):
-        right = [classes_of(logits_of(model, x.to(device))) == y for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
+        right = [classes_of(logits_of(model, x.to(device))) == y
+                 for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
     model.train(was_training)
     return torch.cat(right).numpy()

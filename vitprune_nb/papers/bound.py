@@ -17,7 +17,8 @@ def spearman(a:torch.Tensor, # (…, n)
              b:torch.Tensor, # (…, n)
              )->torch.Tensor: # (…) in [-1, 1]; 0 when one of them is constant
     "Spearman's rank correlation along the last axis."
-    a, b = (torch.from_numpy(scipy.stats.rankdata(x, axis=-1)) for x in (a, b))     # ties share their mean rank
+    a, b = (torch.from_numpy(scipy.stats.rankdata(x, axis=-1))
+            for x in (a, b))     # ties share their mean rank
     a, b = (r - r.mean(-1, keepdim=True) for r in (a, b))
     return (a*b).sum(-1)/(a.norm(dim=-1)*b.norm(dim=-1)).clamp_min(1e-12)
 
@@ -26,10 +27,12 @@ def bootstrap_mean(values:torch.Tensor, # (n,), one per image
                    seed:int=0,          # Of the resampling
                    )->tuple:            # (mean, low, high)
     "Mean with its 95% bootstrap interval over images."
-    require(len(values) > 1 and draws > 0, 'values', f'{len(values)} values, {draws} draws', 'at least two values and one draw')
+    require(len(values) > 1 and draws > 0, 'values', f'{len(values)} values, {draws} draws',
+            'at least two values and one draw')
     idx = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     means = values.double()[idx].mean(1)
-    return values.double().mean().item(), *means.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    return (values.double().mean().item(),
+            *means.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist())
 
 # %% ../../nbs/3_methods/10a_bound.ipynb #80804194
 @torch.inference_mode()
@@ -38,10 +41,12 @@ def drop_errors(model,           # A timm VisionTransformer
                 t:int,           # Block index, 0-based
                 drop:torch.Tensor, # (S, N) bool: sets of tokens that block t does not update
                 )->torch.Tensor: # (B, S) float64
-    "True relative squared error of the CLS output when block t leaves a set of tokens as they were; deeper blocks are dense."
+    """True relative squared error of the CLS output when block t leaves a set of tokens as they were; deeper
+    blocks are dense."""
     blocks, out = standard_blocks(model), []
     require(0 <= t < len(blocks), 't', t, f'a block index, 0 to {len(blocks) - 1}')
-    require(drop.ndim == 2 and drop.shape[1] == tokens[0].shape[1], 'drop', f'shape {tuple(drop.shape)}', f'(S, N) with N = {tokens[0].shape[1]}')
+    require(drop.ndim == 2 and drop.shape[1] == tokens[0].shape[1], 'drop', f'shape {tuple(drop.shape)}',
+            f'(S, N) with N = {tokens[0].shape[1]}')
     for before, after, end in zip(tokens[t], tokens[t + 1], tokens[-1]):       # image by image
         x = torch.where(drop[:, :, None], before, after)                       # (S, N, D)
         for l in range(t + 1, len(blocks) - 1): x = blocks[l](x)
@@ -61,16 +66,19 @@ def compare(scores:dict, # {name: (B, L, N)}, from `significance.batch_scores`
     for t, error in errors.items():
         for name, s in scores.items():
             rho = spearman(s[:, t].double() @ drop.double().T, error)
-            rows.append(dict(zip(('spearman', 'low', 'high'), bootstrap_mean(rho)), block=t + 1, score=name, rho=rho))
+            rows.append(dict(zip(('spearman', 'low', 'high'), bootstrap_mean(rho)), block=t + 1, score=name,
+                             rho=rho))
     return rows
 
 def winners(rows:list # From `compare`
             )->list:  # One dict per block: block, best, spearman, low, high, as_good
-    "The best score of each block, and those that the images cannot tell from it (interval of the paired difference holds 0)."
+    """The best score of each block, and those that the images cannot tell from it (interval of the paired
+    difference holds 0)."""
     out = []
     for block in sorted({r['block'] for r in rows}):
         here = [r for r in rows if r['block'] == block]
         best = max(here, key=lambda r: r['spearman'])
         close = [r['score'] for r in here if r is not best and bootstrap_mean(best['rho'] - r['rho'])[1] <= 0]
-        out.append({**{k: best[k] for k in ('block', 'spearman', 'low', 'high')}, 'best': best['score'], 'as_good': ', '.join(close) or '-'})
+        out.append({**{k: best[k] for k in ('block', 'spearman', 'low', 'high')}, 'best': best['score'],
+                    'as_good': ', '.join(close) or '-'})
     return out

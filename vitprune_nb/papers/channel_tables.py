@@ -32,14 +32,17 @@ def random_channels(plan:ChannelPlan, # Gives the number of channels in each lay
                     heads:int,        # Attention heads of each block
                     seed:int=0,       # Decides which ones
                     )->ChannelPlan:
-    "The same number of channels in every layer and head as `plan`, at random: the baseline that every ranking must beat."
+    """The same number of channels in every layer and head as `plan`, at random: the baseline that every
+    ranking must beat."""
     gen, keep = torch.Generator().manual_seed(seed), {}
     for name, size in plan.sizes.items():
         parts = heads if name.endswith('attn.proj') else 1
         require(size % parts == 0, 'heads', heads, f'a divisor of {size}, the attention outputs of this plan')
-        kept = torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(plan.keep[name]), True).view(parts, -1)
+        kept = torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(plan.keep[name]),
+                                                              True).view(parts, -1)
         order = torch.rand(kept.shape, generator=gen).argsort(1)
-        keep[name] = [p*kept.shape[1] + i for p, row in enumerate(order.tolist()) for i in row[:int(kept[p].sum())]]
+        keep[name] = [p*kept.shape[1] + i for p, row in enumerate(order.tolist())
+                      for i in row[:int(kept[p].sum())]]
     return ChannelPlan({n: sorted(k) for n, k in keep.items()}, plan.sizes, plan.ratio, plan.threshold)
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #73abc4a3
@@ -47,7 +50,8 @@ def uniform_channels(scores:dict,  # From `importance`
                      ratio:float,  # Share that each layer loses, in [0, 1)
                      heads:int,    # Attention heads of each block
                      )->ChannelPlan:
-    "Every layer loses the same share of its channels, the least important ones; each head keeps at least one."
+    """Every layer loses the same share of its channels, the least important ones; each head keeps at least
+    one."""
     ranks = {n: s.argsort(stable=True).argsort().double()/len(s) for n, s in scores.items()}
     return choose(ranks, ratio, heads)
 
@@ -57,9 +61,11 @@ def uniform_at(model,       # A dense timm ViT, gated or not
                macs:float,  # Wanted MACs of one image
                )->ChannelPlan:
     "The uniform plan whose cost comes closest to `macs` from above."
-    heads, dense = model.blocks[0].attn.num_heads, plan_cost(model, uniform_channels(scores, 0., model.blocks[0].attn.num_heads))[0]
+    heads, dense = (model.blocks[0].attn.num_heads,
+                    plan_cost(model, uniform_channels(scores, 0., model.blocks[0].attn.num_heads))[0])
     low, high = 0, 1000                        # ratio in thousandths; low still costs enough
-    require(0 < macs <= dense, 'macs', macs, f'a number above 0 and at most {dense:,}, the MACs of the dense model')
+    require(0 < macs <= dense, 'macs', macs,
+            f'a number above 0 and at most {dense:,}, the MACs of the dense model')
     while high - low > 1:
         mid = (low + high)//2
         try: enough = plan_cost(model, uniform_channels(scores, mid/1000, heads))[0] >= macs
@@ -77,11 +83,13 @@ def channel_row(model,    # A dense, gated or sliced ViT
     "Top-1, MACs and parameters of a model as a result row; gates count as folded."
     result = evaluate(model, test_set, device=device, dtype=dtype)
     folded = sum(p.numel() for n, p in model.named_parameters() if n.endswith('.gate'))
-    return make_row(values.pop('method', 'vtp'), backbone, test_set, result, macs=model_macs(model, extra=padding_macs(model)),
+    return make_row(values.pop('method', 'vtp'), backbone, test_set, result,
+                    macs=model_macs(model, extra=padding_macs(model)),
                     params=model_params(model) - folded, dtype=dtype, **values)
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #2a85676d
-QUICK = dict(batch_size=32, layer_decay=1., head_lr_scale=1., augment='light', label_smoothing=0., save_every=20)
+QUICK = dict(batch_size=32, layer_decay=1., head_lr_scale=1., augment='light', label_smoothing=0.,
+             save_every=20)
 
 @dataclasses.dataclass
 class ChannelRun:
@@ -90,15 +98,19 @@ class ChannelRun:
     ratios: tuple = (.2, .4)              # pruning ratios
     baselines: tuple = ('uniform', 'random') # at the MACs of VTP with the first λ
     start: float = .0025                  # where the gates start; λ·start compares with the paper's λ
-    sparse: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(epochs=1.25, lr=5e-5, warmup=.1, clip_grad=0., **QUICK)) # sparsity training
-    tune: TrainConfig|None = dataclasses.field(default_factory=lambda: TrainConfig(epochs=.5, lr=5e-5, warmup=.1, **QUICK)) # fine-tuning; None: none
+    sparse: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(    # sparsity training
+        epochs=1.25, lr=5e-5, warmup=.1, clip_grad=0., **QUICK))
+    tune: TrainConfig|None = dataclasses.field(default_factory=lambda: TrainConfig( # fine-tuning; None: none
+        epochs=.5, lr=5e-5, warmup=.1, **QUICK))
     rule: str = 'folded'                  # for `importance`
     seed: int = 0                         # of the random channels
 
     def __post_init__(self):
         self.l1s, self.ratios, self.baselines = tuple(self.l1s), tuple(self.ratios), tuple(self.baselines)
-        require(len(self.l1s) > 0 and all(isinstance(l, Real) and l >= 0 for l in self.l1s), 'l1s', self.l1s, 'numbers, 0 or more')
-        require(len(self.ratios) > 0 and all(isinstance(r, Real) and 0 < r < 1 for r in self.ratios), 'ratios', self.ratios, 'shares in (0, 1)')
+        require(len(self.l1s) > 0 and all(isinstance(l, Real) and l >= 0 for l in self.l1s), 'l1s', self.l1s,
+                'numbers, 0 or more')
+        require(len(self.ratios) > 0 and all(isinstance(r, Real) and 0 < r < 1 for r in self.ratios),
+                'ratios', self.ratios, 'shares in (0, 1)')
         odd = [b for b in self.baselines if b not in ('uniform', 'random')]
         require(not odd, 'baselines', odd, "'uniform', 'random'")
 
@@ -106,13 +118,16 @@ class ChannelRun:
 def run_recipe(run:ChannelRun # Of the table
                )->dict:       # As JSON keeps it
     "What two rows must share to stand in one table."
-    plain, short = dataclasses.asdict(TrainConfig()), lambda c: c and {k: v for k, v in dataclasses.asdict(c).items() if v != plain[k]}
-    return json.loads(json.dumps(dict(start=run.start, rule=run.rule, seed=run.seed, sparse=short(run.sparse), tune=short(run.tune))))
+    plain = dataclasses.asdict(TrainConfig())
+    def short(c): return c and {k: v for k, v in dataclasses.asdict(c).items() if v != plain[k]}
+    return json.loads(json.dumps(dict(start=run.start, rule=run.rule, seed=run.seed, sparse=short(run.sparse),
+                                      tune=short(run.tune))))
 
 def run_cases(run:ChannelRun # Of the table
               )->list:       # (method, λ, ratio) of every sliced model
     "The grid of a table: VTP for each λ and ratio, the baselines for the first λ."
-    return [(m, l1, r) for i, l1 in enumerate(run.l1s) for r in run.ratios for m in ('vtp', *(run.baselines if i == 0 else ()))]
+    return [(m, l1, r) for i, l1 in enumerate(run.l1s) for r in run.ratios
+            for m in ('vtp', *(run.baselines if i == 0 else ()))]
 
 ChannelRun.recipe, ChannelRun.cases = run_recipe, run_cases
 
@@ -122,23 +137,28 @@ def _key(method, schedule=None, recovery='none'):
 
 def _known_rows(path, backbone, test_set, recipe):
     "{_key: row} of the rows that this run would make again."
-    rows = [r for r in (read_rows(path) if Path(path).is_file() else []) if (r['backbone'], r['data_hash']) == (backbone, test_set.digest)]
+    rows = [r for r in (read_rows(path) if Path(path).is_file() else [])
+            if (r['backbone'], r['data_hash']) == (backbone, test_set.digest)]
     for r in rows:
         same = (r['note'] or {}).get('recipe') == settings(recipe)
-        require(same, 'path', path, f'rows of this recipe for {backbone}', 'Write rows of another recipe to a new file.')
+        require(same, 'path', path, f'rows of this recipe for {backbone}',
+                'Write rows of another recipe to a new file.')
     return {_key(r['method'], r['schedule'], r['recovery']): r for r in rows}
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #61c8e45c
 class _Table:
     "Rows of one results file, made when they are missing."
     def __init__(self, path, backbone, test_set, recipe, device, dtype):
-        self.path, self.backbone, self.test_set, self.recipe, self.how = path, backbone, test_set, recipe, dict(device=device, dtype=dtype)
+        self.path, self.backbone, self.test_set, self.recipe = path, backbone, test_set, recipe
+        self.how = dict(device=device, dtype=dtype)
         self.rows = _known_rows(path, backbone, test_set, recipe)
-    def has(self, method, schedule=None, recovery='none'): return _key(method, schedule, recovery) in self.rows
+    def has(self, method, schedule=None, recovery='none'):
+        return _key(method, schedule, recovery) in self.rows
     def add(self, model, method, schedule=None, recovery='none', **note):
         key = _key(method, schedule, recovery)
         if key in self.rows: return
-        row = channel_row(model, self.test_set, self.backbone, method=method, schedule=schedule, recovery=recovery,
+        row = channel_row(model, self.test_set, self.backbone, method=method, schedule=schedule,
+                          recovery=recovery,
                           seed=self.recipe['seed'], note=dict(recipe=self.recipe, **note), **self.how)
         append_rows(self.path, [row]); self.rows[key] = row
 
@@ -159,26 +179,38 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
                   path,                # The CSV; rows that are there are not made again
                   work,                # Folder for checkpoints; a run that was stopped goes on
                   run:ChannelRun|None=None, # None: the quick recipe of `ChannelRun()`
-                  backbone:str='', device='auto', dtype='fp32', workers:int=0)->list: # For the rows, `evaluate` and `fit`
-    "VTP's Tables 1 and 2: λ times pruning ratio with baselines at equal MACs, straight after pruning and after fine-tuning; the first row is the dense model."
+                  backbone:str='', device='auto', dtype='fp32',
+                  workers:int=0)->list: # For the rows, `evaluate` and `fit`
+    """VTP's Tables 1 and 2: λ times pruning ratio with baselines at equal MACs, straight after pruning and
+    after fine-tuning; the first row is the dense model."""
     run, work = run or ChannelRun(), Path(work)
-    table = _Table(path, backbone, test_set, dict(run.recipe(), train=train_set.digest[:12], weights=weights_hash(model)[:12]), device, dtype)
-    work = work/hashlib.sha256(json.dumps(table.recipe, sort_keys=True).encode()).hexdigest()[:8]      # checkpoints of another recipe stay apart
+    table = _Table(path, backbone, test_set, dict(run.recipe(), train=train_set.digest[:12],
+                                                  weights=weights_hash(model)[:12]), device, dtype)
+    work = work/hashlib.sha256(json.dumps(table.recipe,
+                                          sort_keys=True).encode()).hexdigest()[:8]      # checkpoints of another recipe stay apart
     plain = importance(add_gates(copy.deepcopy(model)), run.rule)
-    for r in run.ratios: choose(plain, r, model.blocks[0].attn.num_heads)          # a bad ratio is refused before anything runs
+    for r in run.ratios:
+        # a bad ratio is refused before anything runs
+        choose(plain, r, model.blocks[0].attn.num_heads)
     table.add(model, 'dense')
     trained = {}
     for method, l1, ratio in run.cases():
         schedule, part = dict(ratio=ratio, l1=l1), work/f'l1-{l1:g}'
         kinds = ['none'] + ['fine-tuned']*(run.tune is not None)
         if all(table.has(method, schedule, k) for k in kinds): continue
-        if l1 not in trained: trained = {l1: train_gates(model, train_set, run.sparse, l1, run.start, out=part/'sparse', workers=workers)}
+        if l1 not in trained:
+            trained = {l1: train_gates(model, train_set, run.sparse, l1, run.start, out=part/'sparse',
+                                       workers=workers)}
         gated = trained[l1]
         plan = _plan_for(method, model, importance(gated, run.rule), ratio, run.seed)
-        sliced, closed = slice_model(gated, plan), torch.cat([g.detach().abs() < .05*run.start for g in gates(gated).values()]).float().mean().item()
+        sliced, closed = (slice_model(gated, plan),
+                          torch.cat([g.detach().abs() < .05*run.start
+                                     for g in gates(gated).values()]).float().mean().item())
         note = dict(removed=round(plan.removed, 4), closed=round(closed, 4))
         table.add(sliced, method, schedule, **note)
-        if run.tune is not None: table.add(_recovered(sliced, train_set, run.tune, part/f'{method}-{ratio:g}', workers), method, schedule, 'fine-tuned', **note)
+        if run.tune is not None:
+            table.add(_recovered(sliced, train_set, run.tune, part/f'{method}-{ratio:g}', workers), method,
+                      schedule, 'fine-tuned', **note)
     wanted = {_key(m, dict(ratio=r, l1=l1))[:2] for m, l1, r in run.cases()} | {_key('dense')[:2]}
     return [r for key, r in table.rows.items() if key[:2] in wanted]
 
@@ -192,31 +224,39 @@ def record_table(model=None,       # None: the course model
                  work='runs/channels', # Folder for checkpoints, one part a backbone
                  device='auto')->list: # Rows of the whole table
     "The record of VTP for one model and one data set."
-    train_set, test_set = (calibration(load_data(data, s), n) for s, n in (('train', images), ('test', test_images)))
-    return channel_table(model or course_model(), train_set, test_set, path or data_path('results', 'channels.csv'), Path(work)/backbone, run, backbone, device)
+    train_set, test_set = (calibration(load_data(data, s), n)
+                           for s, n in (('train', images), ('test', test_images)))
+    return channel_table(model or course_model(), train_set, test_set,
+                         path or data_path('results', 'channels.csv'), Path(work)/backbone, run, backbone,
+                         device)
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #4f760111
 def recorded_tables(path=None # None: data/results/channels.csv
                     )->dict:  # {(backbone, data): its rows}; empty if there is no record
     "The recorded tables, one for each model and data set."
     path, tables = Path(path or data_path('results', 'channels.csv')), {}
-    for r in read_rows(path) if path.is_file() else []: tables.setdefault((r['backbone'], r['data']), []).append(r)
+    for r in read_rows(path) if path.is_file() else []:
+        tables.setdefault((r['backbone'], r['data']), []).append(r)
     return tables
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #5a043cf0
 def paper_run(**changes # Other fields of `ChannelRun`
               )->ChannelRun:
-    "The recipe of VTP's section 3.2: λ of Table 1, four ratios, 100 epochs with sparsity, 100 of fine-tuning, gates that start at 1."
-    return dataclasses.replace(ChannelRun((1e-4, 1e-5), (.2, .4, .5, .6), start=1., sparse=TrainConfig(**PAPER), tune=TrainConfig(**PAPER)), **changes)
+    """The recipe of VTP's section 3.2: λ of Table 1, four ratios, 100 epochs with sparsity, 100 of
+    fine-tuning, gates that start at 1."""
+    return dataclasses.replace(ChannelRun((1e-4, 1e-5), (.2, .4, .5, .6), start=1.,
+                                          sparse=TrainConfig(**PAPER), tune=TrainConfig(**PAPER)), **changes)
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #1759ed12
 ROWS = ('none', 'hidden', 'all')
 
 def uniform_cost(model,          # A dense timm ViT, also on the 'meta' device
                  ratio:float,    # Of every layer, in [0, 1)
-                 rows:str='all', # Which rows go with the columns: 'none', 'hidden' (of fc1) or 'all' (values too)
+                 rows:str='all',
+                 # Which rows go with the columns: 'none', 'hidden' (of fc1) or 'all' (values too)
                  )->tuple:       # (MACs of one image, parameters); fractions of channels allowed
-    "The cost of VTP if every layer lost the same share of its input channels (to bracket VTP's tables 1 to 3)."
+    """The cost of VTP if every layer lost the same share of its input channels (to bracket VTP's tables 1 to
+    3)."""
     require(isinstance(ratio, Real) and 0 <= ratio < 1, 'ratio', ratio, 'a share in [0, 1)')
     require(rows in ROWS, 'rows', rows, ', '.join(map(repr, ROWS)))
     prunable_layers(model)
@@ -228,7 +268,8 @@ def uniform_cost(model,          # A dense timm ViT, also on the 'meta' device
     return widths_cost(model, widths)
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #4862222b
-VARIANTS = {'channels': {}, 'multiples of 8': dict(multiple=8), 'multiples of 16': dict(multiple=16), 'multiples of 64': dict(multiple=64),
+VARIANTS = {'channels': {}, 'multiples of 8': dict(multiple=8), 'multiples of 16': dict(multiple=16),
+            'multiples of 64': dict(multiple=64),
             'whole heads, multiples of 64': dict(whole_heads=True, multiple=64)}
 
 def speed_models(name:str='deit_base_patch16_224', # A timm name
@@ -241,24 +282,29 @@ def speed_models(name:str='deit_base_patch16_224', # A timm name
     dense, gen = create_vit(name, **kwargs), torch.Generator().manual_seed(seed)
     gated, heads = add_gates(copy.deepcopy(dense)), dense.blocks[0].attn.num_heads
     scores = {n: torch.rand(len(g), generator=gen) for n, g in gates(gated).items()}
-    return dict(dense=dense) | {label: slice_model(gated, choose(scores, ratio, heads, **how)) for label, how in variants.items()}
+    return (dict(dense=dense) | {label: slice_model(gated, choose(scores, ratio, heads, **how))
+                                 for label, how in variants.items()})
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #0bc2744f
 def _speed_note(t): # From `time_reduction`
-    return {k: round(t[k], 4) for k in ('time_reduction', 'time_reduction_low', 'time_reduction_high', 'mac_reduction', 'speed_up', 'realised')}
+    return {k: round(t[k], 4) for k in ('time_reduction', 'time_reduction_low', 'time_reduction_high',
+                                        'mac_reduction', 'speed_up', 'realised')}
 
 def speed_rows(name:str='deit_base_patch16_224', ratio:float=.4, # As for `speed_models`
                batch:int=16,   # Images at once
                repeats:int=10, # Rounds that count
                device='cpu', dtype='fp32', threads:int|None=None, seed:int=0, # As for `bench`
-               **kwargs)->list:# Result rows, the dense model first; `note` holds reductions, speed-up and how much of the MAC reduction is realised
+               **kwargs)->list:# Result rows, dense first; `note`: reductions, speed-up, share of the MAC reduction realised
     "Measured time of sliced models against the dense one, timed in turn in one process."
     models = speed_models(name, ratio, seed, **kwargs)
     macs = {n: model_macs(m, extra=padding_macs(m)) for n, m in models.items()}
-    images = torch.randn(batch, *data_config(models['dense'])['input_size'], generator=torch.Generator().manual_seed(seed))
+    images = torch.randn(batch, *data_config(models['dense'])['input_size'],
+                         generator=torch.Generator().manual_seed(seed))
     timing = bench(models, images, 3, repeats, device, dtype, threads)
-    cut = lambda t: dict(method='vtp', schedule=dict(ratio=ratio, channels=t['name']), note=_speed_note(t)) if t['name'] != 'dense' else dict(method='dense')
-    return [make_row(**cut(t), backbone=name, timing=r, seed=seed, macs=macs[r['name']], params=model_params(models[r['name']]))
+    cut = lambda t: dict(method='vtp', schedule=dict(ratio=ratio, channels=t['name']),
+                         note=_speed_note(t)) if t['name'] != 'dense' else dict(method='dense')
+    return [make_row(**cut(t), backbone=name, timing=r, seed=seed, macs=macs[r['name']],
+                     params=model_params(models[r['name']]))
             for r, t in zip(timing, time_reduction(timing, 'dense', macs))]
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #84988cb3

@@ -28,7 +28,8 @@ from ..vit.model import read_checkpoint
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #bc2a92c8
 PUBLISHED = {'Table III': {.9: 79.7, .8: 79.5, .7: 79.3},                                # keep rate
-             'Table IV': {'single stage': {.9: 78.7, .8: 78.5, .7: 78.3}, 'two stages': {.9: 79.8, .8: 79.5, .7: 79.3}},
+             'Table IV': {'single stage': {.9: 78.7, .8: 78.5, .7: 78.3},
+                          'two stages': {.9: 79.8, .8: 79.5, .7: 79.3}},
              'Table V': {.5: 79.0, 1.: 79.2, 1.5: 79.3, 2.: 79.2, 3.: 79.2}}             # U
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #095d723a
@@ -45,12 +46,15 @@ class LifeCase:
     batch_size: int = 8         # small, for many steps from few images
 
     def __post_init__(self):
-        for name in ('U', 'lr', 'backbone_lr', 'epochs'): require(getattr(self, name) > 0, name, getattr(self, name), 'a number above 0')
-        require(self.backbone_epochs >= 0, 'backbone_epochs', self.backbone_epochs, 'zero or a positive number')
+        for name in ('U', 'lr', 'backbone_lr', 'epochs'):
+            require(getattr(self, name) > 0, name, getattr(self, name), 'a number above 0')
+        require(self.backbone_epochs >= 0, 'backbone_epochs', self.backbone_epochs,
+                'zero or a positive number')
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #0295b7e1
 LIFE_CASES = (*(LifeCase(r) for r in (.9, .8, .7)),                                     # Table III
-              LifeCase(single=True), LifeCase(lr=1e-5, backbone_lr=1e-3),               # Table IV, and the rates as printed
+              LifeCase(single=True), LifeCase(lr=1e-5, backbone_lr=1e-3),
+              # Table IV, and the rates as printed
               LifeCase(epochs=4., backbone_epochs=0.),                                  # longer
               *(LifeCase(U=u) for u in (.5, 1., 2., 3.)))                               # Table V
 
@@ -62,19 +66,24 @@ def train_case(model,         # A trained timm ViT; left as it is
                out=None,      # Folder for checkpoints, resumed if it is there; None keeps nothing
                seed:int=0,    # Of the predictor and the order of the images
                device:str='cpu'): # Where the models live afterwards
-    "Yields (what was trained, pruned model): 'predictor', then 'two stages'; or 'single stage' (life regression, Algorithm 1 and Table IV). One model, which goes on changing."
+    """Yields (what was trained, pruned model): 'predictor', then 'two stages'; or 'single stage' (life
+    regression, Algorithm 1 and Table IV). One model, which goes on changing."""
     net = copy.deepcopy(model)
     plan = life_plan(net, case.keep_rate, stages)
     score = plan.score(net.embed_dim, case.U, seed)
     soft, hard = SlimViT(net, plan.policy(score, 'soft'), 'mask'), SlimViT(net, plan.policy(score))
     def stage(name, still, lr, epochs, **more):
-        recipe = life_recipe(lr, epochs=epochs, batch_size=min(case.batch_size, len(train_set)), seed=seed, **more)
+        recipe = life_recipe(lr, epochs=epochs, batch_size=min(case.batch_size, len(train_set)), seed=seed,
+                             **more)
         with frozen(still): fit(soft, train_set, recipe, out=None if out is None else Path(out)/name)
         return hard.eval().to(device)
-    if case.single: yield 'single stage', stage('single', net.head, case.backbone_lr, case.epochs, head_lr_scale=case.lr/case.backbone_lr)
+    if case.single:
+        yield ('single stage', stage('single', net.head, case.backbone_lr, case.epochs,
+                                     head_lr_scale=case.lr/case.backbone_lr))
     else:
         yield 'predictor', stage('predictor', net, case.lr, case.epochs)
-        if case.backbone_epochs: yield 'two stages', stage('backbone', score, case.backbone_lr, case.backbone_epochs)
+        if case.backbone_epochs:
+            yield 'two stages', stage('backbone', score, case.backbone_lr, case.backbone_epochs)
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #a6d5c162
 class RandomLife(LifeScore):
@@ -82,7 +91,8 @@ class RandomLife(LifeScore):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.gen = torch.Generator().manual_seed(self.seed)
-    def raw(self, x, n_prefix:int=1): return torch.rand(len(x), x.shape[1] - n_prefix, generator=self.gen).to(x.device)
+    def raw(self, x, n_prefix:int=1):
+        return torch.rand(len(x), x.shape[1] - n_prefix, generator=self.gen).to(x.device)
     def macs(self, n:float, dim:int, n_prefix:int=1)->float: return 0.
 
 RIVALS = ('random', 'untrained', 'uniform', 'attention')
@@ -99,13 +109,16 @@ def rival(name:str,       # One of RIVALS
     lives = lambda cls: cls(model.embed_dim, plan.mu, plan.sigma, len(plan.counts), seed=seed)
     if name == 'untrained': return SlimViT(model, plan.policy(lives(LifeScore))).eval()
     drawn = SlimViT(model, plan.policy(lives(RandomLife))).eval()
-    return drawn if name == 'random' else prune(name, model, train_set, reduction=1 - macs_of(drawn)/macs_of(model), calibration=min(64, len(train_set)), seed=seed)
+    return (drawn if name == 'random' else prune(name, model, train_set,
+                                                 reduction=1 - macs_of(drawn)/macs_of(model),
+                                                 calibration=min(64, len(train_set)), seed=seed))
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #a3be95b4
 FIGURE = 'life tables'
 
 def _key(method, where):
-    return method, json.dumps({k: v for k, v in settings(where).items() if k not in ('figure', 'calibration', 'calibration_hash')}, sort_keys=True)
+    return (method, json.dumps({k: v for k, v in settings(where).items()
+                                if k not in ('figure', 'calibration', 'calibration_hash')}, sort_keys=True))
 
 class _Record:
     "Rows of one model and one data set, made when they are missing."
@@ -116,12 +129,15 @@ class _Record:
     def add(self, method, where, slim, by_lot=None, recovery='none'):
         if not self.lacks(method, where): return
         right = self.s.answers(slim)
-        measured = {} if by_lot is None else {f'{k}_random': v for k, v in paired_difference(by_lot(), right, seed=self.s.seed).items()}
+        measured = ({} if by_lot is None else {f'{k}_random': v
+                                               for k, v in paired_difference(by_lot(), right, seed=self.s.seed).items()})
         row = dict(self.s.row(FIGURE, method, right, measured, macs_of(slim), **where), recovery=recovery)
         append_rows(self.out, [row]); self.rows[_key(method, where)] = row
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #7ae4ddbb
-def _stages_of(case): return ('single stage',) if case.single else ('predictor', 'two stages')[:2 if case.backbone_epochs else 1]
+def _stages_of(case):
+    return ('single stage',) if case.single else ('predictor',
+                                                  'two stages')[:2 if case.backbone_epochs else 1]
 
 def record_life(s:Subject, # Model, test images, and `calib` to train on
                 out=None,  # A CSV file; None: data/results/life.csv
@@ -130,7 +146,8 @@ def record_life(s:Subject, # Model, test images, and `calib` to train on
                 work='runs/life', # Folder for checkpoints, a part for each model
                 keep=None, # File for the predictor of the paper's own setting, `LifeCase()`; None: not kept
                 )->list:   # All rows of this model and these images
-    "Life regression by keep rate, way of training and steepness (Tables III to V), with its rivals at equal MACs."
+    """Life regression by keep rate, way of training and steepness (Tables III to V), with its rivals at equal
+    MACs."""
     record = _Record(s, out or data_path('results', 'life.csv'))
     record.add('dense', {}, s.model)
     @functools.cache
@@ -138,14 +155,17 @@ def record_life(s:Subject, # Model, test images, and `calib` to train on
     for rate in dict.fromkeys(c.keep_rate for c in cases):
         for name in RIVALS:
             where = dict(keep_rate=rate, stages=list(stages))
-            if record.lacks(name, where): record.add(name, where, rival(name, s.model, s.calib, rate, stages, s.seed), lambda: by_lot(rate))
+            if record.lacks(name, where):
+                record.add(name, where, rival(name, s.model, s.calib, rate, stages, s.seed),
+                           lambda: by_lot(rate))
     for case in cases:
         wheres = {t: dict(dataclasses.asdict(case), stages=list(stages), trained=t) for t in _stages_of(case)}
         if not any(record.lacks('life', w) for w in wheres.values()): continue
         folder = Path(work)/s.weights[:8]/'-'.join(f'{v:g}' for v in (*dataclasses.astuple(case), *stages))
         for trained, slim in train_case(s.model, s.calib, case, stages, folder, s.seed, s.device):
             if keep and case == LifeCase() and trained == 'predictor': save_predictor(slim, keep)
-            record.add('life', wheres[trained], slim, lambda: by_lot(case.keep_rate), 'none' if trained == 'predictor' else trained)
+            record.add('life', wheres[trained], slim, lambda: by_lot(case.keep_rate),
+                       'none' if trained == 'predictor' else trained)
     return list(record.rows.values())
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #08a07c00
@@ -153,7 +173,8 @@ def save_predictor(slim, # A `SlimViT` of a `LifePlan`
                    path):# A safetensors file
     "Keep a trained life predictor, in half precision."
     from safetensors.torch import save_file
-    with write_atomic(path) as tmp: save_file({k: v.detach().half().contiguous() for k, v in slim.scorers[0].state_dict().items()}, tmp)
+    with write_atomic(path) as tmp:
+        save_file({k: v.detach().half().contiguous() for k, v in slim.scorers[0].state_dict().items()}, tmp)
 
 def load_predictor(path,  # What `save_predictor` wrote
                    plan,  # The `LifePlan` that it was trained for
@@ -171,4 +192,5 @@ def load_predictor(path,  # What `save_predictor` wrote
 def recorded_life(path=None # None: data/results/life.csv
                   )->dict:  # {(backbone, data): table}; empty if there is no record
     "The recorded tables, one for each model and data set."
-    return {k: figure_table(rows, FIGURE) for k, rows in recorded_tables(path or data_path('results', 'life.csv')).items()}
+    return {k: figure_table(rows, FIGURE)
+            for k, rows in recorded_tables(path or data_path('results', 'life.csv')).items()}

@@ -26,7 +26,8 @@ def fixed_time(macs, # MACs of several models
                )->tuple: # (a: ms that do not follow the MACs, b: ms per G MACs), by least squares
     "The straight line through times over MACs."
     x, y = np.asarray(macs, dtype=float)/1e9, np.asarray(ms, dtype=float)
-    require(len(x) == len(y) > 1 and np.ptp(x) > 0, 'macs, ms', f'{len(x)} and {len(y)} values', 'two or more models of different cost')
+    require(len(x) == len(y) > 1 and np.ptp(x) > 0, 'macs, ms', f'{len(x)} and {len(y)} values',
+            'two or more models of different cost')
     b, a = np.polyfit(x, y, 1)
     return float(a), float(b)
 
@@ -44,8 +45,10 @@ class _Counter(TorchDispatchMode):
         self.calls += func not in FREE
         return func(*args, **(kwargs or {}))
 
-FREE = {getattr(torch.ops.aten, n).default for n in 'view _unsafe_view expand permute unsqueeze squeeze detach alias t'.split()} | {
-    torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int, torch.ops.aten.unbind.int, torch.ops.aten.split.Tensor}   # views: no work
+FREE = {getattr(torch.ops.aten, n).default
+        for n in 'view _unsafe_view expand permute unsqueeze squeeze detach alias t'.split()} | {
+    torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor, torch.ops.aten.select.int,
+    torch.ops.aten.unbind.int, torch.ops.aten.split.Tensor}   # views: no work
 
 def operator_calls(model,         # Any module
                    x:torch.Tensor,# Its input
@@ -55,12 +58,14 @@ def operator_calls(model,         # Any module
     return counter.calls
 
 # %% ../../nbs/4_evidence/32b_overhead.ipynb #e3a13f4d
-OPERATOR_KINDS = {'matrix products': ('mm.default', 'linear'), 'attention kernel': ('scaled_dot_product',)}   # {kind: parts of the names of its operators}
+OPERATOR_KINDS = {'matrix products': ('mm.default', 'linear'),
+                  'attention kernel': ('scaled_dot_product',)}   # {kind: parts of the names of its operators}
 
 class _Clock(TorchDispatchMode):
     def __init__(self): super().__init__(); self.ms = dict.fromkeys([*OPERATOR_KINDS, 'everything else'], 0.)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kind = next((k for k, parts in OPERATOR_KINDS.items() if any(p in str(func) for p in parts)), 'everything else')
+        kind = next((k for k, parts in OPERATOR_KINDS.items() if any(p in str(func) for p in parts)),
+                    'everything else')
         start = time.perf_counter()
         out = func(*args, **(kwargs or {}))
         self.ms[kind] += 1e3*(time.perf_counter() - start)
@@ -71,7 +76,9 @@ def operator_ms(model,         # Any module
                 repeats:int=3, # Passes, of which the quickest counts
                 )->dict:       # {kind: ms}
     "Where the time of a forward pass goes, by kind of operator."
-    require(isinstance(x, torch.Tensor) and x.device.type == 'cpu', 'x', f'a tensor on {x.device}' if isinstance(x, torch.Tensor) else x, 'a tensor on the CPU, where a call lasts as long as its work')
+    require(isinstance(x, torch.Tensor) and x.device.type == 'cpu', 'x',
+            f'a tensor on {x.device}' if isinstance(x, torch.Tensor) else x,
+            'a tensor on the CPU, where a call lasts as long as its work')
     require(isinstance(repeats, int) and repeats >= 1, 'repeats', repeats, 'a positive integer')
     runs = []
     with torch.no_grad():
@@ -94,27 +101,34 @@ def compiled_graphs(model,         # Any module
 def shortfall(dense:dict, # {kind: ms} from `operator_ms`
               pruned:dict,# The same of a pruned network
               reduction:float, # Share of the MACs that it saves, in (0, 1)
-              )->dict:    # {kind: points of `realised`}; they add up to 1 - realised, and a negative one is a gain
+              )->dict:    # {kind: points of `realised`}; their sum is 1 - realised, a negative one is a gain
     "Which kind of operator keeps a pruned network from its promise."
     require(0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1)')
-    require(set(dense) == set(pruned) and sum(dense.values()) > 0, 'pruned', list(pruned), f'the kinds of the dense network, {list(dense)}')
+    require(set(dense) == set(pruned) and sum(dense.values()) > 0, 'pruned', list(pruned),
+            f'the kinds of the dense network, {list(dense)}')
     return {k: (pruned[k] - (1 - reduction)*t)/(reduction*sum(dense.values())) for k, t in dense.items()}
 
 # %% ../../nbs/4_evidence/32b_overhead.ipynb #b7c1f0d4
-TAKEN_APART = ('patch slimming, keys entering', 'life', 'vtp', 'vtp, whole heads', 'vtp, whole heads, multiples of 64')
+TAKEN_APART = ('patch slimming, keys entering', 'life', 'vtp', 'vtp, whole heads',
+               'vtp, whole heads, multiples of 64')
 
 def operator_rows(backbone:str,  # A timm name
                   batch:int=32,  # Images at once
                   rounds:int=4,  # Passes of each network, in turn, after one that does not count
-                  methods=TAKEN_APART, seed:int=0, **kwargs)->list: # Result rows, the dense network first; kwargs: img_size … of timm
+                  methods=TAKEN_APART, seed:int=0,
+                  **kwargs)->list: # Result rows, the dense network first; kwargs: img_size … of timm
     "Rows whose note holds `operator_ms` of the quickest pass, on the CPU in fp32."
     torch.manual_seed(seed)
     dense = create_vit(backbone, **kwargs).eval()
-    found = {'dense': Contestant(dense, model_macs(dense), '')} | contestants(backbone, dense, methods=methods, batch=batch, seed=seed, **kwargs)
-    x, best = torch.randn(batch, *data_config(dense)['input_size'], generator=torch.Generator().manual_seed(seed)), {}
+    found = ({'dense': Contestant(dense, model_macs(dense), '')} |
+             contestants(backbone, dense, methods=methods, batch=batch, seed=seed, **kwargs))
+    x, best = (torch.randn(batch, *data_config(dense)['input_size'],
+                           generator=torch.Generator().manual_seed(seed)), {})
     for _ in range(rounds):
         for n, c in found.items():
             ms = operator_ms(c.net.eval(), x, 1)
             if n not in best or sum(ms.values()) < sum(best[n].values()): best[n] = ms
-    return [make_row(n, backbone, seed=seed, macs=c.macs, batch=batch, repeats=rounds, dtype='fp32', threads=torch.get_num_threads(), latency_ms=sum(best[n].values()),
-                     schedule=dict(budget='paper', dial=c.dial, **kwargs), note={k: round(v, 2) for k, v in best[n].items()}) for n, c in found.items()]
+    return [make_row(n, backbone, seed=seed, macs=c.macs, batch=batch, repeats=rounds, dtype='fp32',
+                     threads=torch.get_num_threads(), latency_ms=sum(best[n].values()),
+                     schedule=dict(budget='paper', dial=c.dial, **kwargs),
+                     note={k: round(v, 2) for k, v in best[n].items()}) for n, c in found.items()]

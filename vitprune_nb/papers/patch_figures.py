@@ -31,7 +31,8 @@ from ..vit.model import capture, classes_of, standard_blocks, wilson_interval
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #b29fe9ca
 @dataclasses.dataclass
 class Subject:
-    "What the figures are about: a model, images that judge it, images that calibrate it, and where to compute."
+    """What the figures are about: a model, images that judge it, images that calibrate it, and where to
+    compute."""
     model:torch.nn.Module # A timm VisionTransformer that reads its CLS token
     ds:ImageSet           # Test images
     calib:ImageSet        # Training images, for scores and plans
@@ -45,8 +46,10 @@ class Subject:
         standard_blocks(self.model); read_tokens(self.model)
         for k in ('ds', 'calib'): require(len(getattr(self, k)) > 0, k, 'no images', 'at least one image')
         transform = eval_transform(data_config(self.model))
-        self.ds, self.calib = (d if d.transform is not None else d.but(transform=transform) for d in (self.ds, self.calib))
-        self.model, self.name = self.model.eval().to(pick_device(self.device)), self.name or model_name(self.model)
+        self.ds, self.calib = (d if d.transform is not None else d.but(transform=transform)
+                               for d in (self.ds, self.calib))
+        self.model, self.name = (self.model.eval().to(pick_device(self.device)),
+                                 self.name or model_name(self.model))
         self.weights, self.n_prefix = weights_hash(self.model), self.model.num_prefix_tokens
 
     def answers(self, net)->np.ndarray: # bool (images,)
@@ -75,7 +78,8 @@ def subject_row(self:Subject, # Model and images
         result = dict(images=n, correct=correct, top1=correct/n, top1_low=low, top1_high=high)
         found.update(paired_difference(self.dense, right, seed=self.seed))
     where = dict(figure=figure, **where, calibration=len(self.calib), calibration_hash=self.calib.digest[:16])
-    return make_row(method, self.name, self.ds, result, device=self.device, weights=self.weights, schedule=where, recovery='none',
+    return make_row(method, self.name, self.ds, result, device=self.device, weights=self.weights,
+                    schedule=where, recovery='none',
                     seed=self.seed, dtype=self.dtype, macs=macs, params=model_params(self.model), note=found)
 
 Subject.row = subject_row
@@ -83,7 +87,7 @@ Subject.row = subject_row
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #486afb9e
 def figure_table(rows:list, # Result rows, of any figures
                  figure:str,# e.g. 'Figure 6'
-                 ):         # pandas.DataFrame, one row a point; columns from the row, its schedule and its note
+                 ):         # pandas.DataFrame, a row for each point; columns from the row, its schedule and note
     "The rows of one figure with everything they know in columns of their own."
     import pandas as pd
     out = []
@@ -97,9 +101,12 @@ def figure_table(rows:list, # Result rows, of any figures
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #db5aa396
 def similarity_rows(s:Subject # Model and images
                     )->list:  # One row a depth, 0 (input of block 1) to L
-    "Figure 3: mean cosine between different patches of a layer; low and high hold the middle 80% of the images."
+    """Figure 3: mean cosine between different patches of a layer; low and high hold the middle 80% of the
+    images."""
     table = depth_summary(similarity_by_depth(s.model, s.ds, s.batch_size, s.device, s.dtype), 'within')
-    return [s.row('Figure 3', 'dense', measured={'similarity': float(r['mean']), 'low': float(r.low), 'high': float(r.high)}, depth=int(d)) for d, r in table.iterrows()]
+    return [s.row('Figure 3', 'dense', measured={'similarity': float(r['mean']), 'low': float(r.low),
+                                                 'high': float(r.high)}, depth=int(d))
+            for d, r in table.iterrows()]
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #c720f37e
 def draw_similarity(table,   # From `figure_table`
@@ -108,7 +115,8 @@ def draw_similarity(table,   # From `figure_table`
     "Figure 3: similarity over depth."
     from vitprune_nb.viz import layer_curve
     t = table.sort_values('depth')
-    return layer_curve({f'{t.backbone.iloc[0]}, middle 80% of images': t.similarity.tolist()}, 'cosine of different patches', ax=ax, xlabel='depth (0: input)', first=0,
+    return layer_curve({f'{t.backbone.iloc[0]}, middle 80% of images': t.similarity.tolist()},
+                       'cosine of different patches', ax=ax, xlabel='depth (0: input)', first=0,
                        bands={f'{t.backbone.iloc[0]}, middle 80% of images': (t.low, t.high)})
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #1e8be15b
@@ -131,7 +139,8 @@ def _behind(model, tokens, t, keep):
     z = torch.where(keep.to(tokens[t].device)[:, None], tokens[t + 1], tokens[t])
     if t + 1 < len(blocks):
         for block in blocks[t + 1:-1]: z = block(z)
-        last, cls = blocks[-1], z[:, :read] + attn_branch(blocks[-1], z, xq=lambda zn: zn[:, :read])   # no other row is read
+        last, cls = (blocks[-1], z[:, :read] + attn_branch(blocks[-1], z,
+                                                           xq=lambda zn: zn[:, :read]))
         z = cls + mlp_branch(last, cls)
     return model.forward_head(model.norm(z))
 
@@ -139,14 +148,16 @@ def _behind(model, tokens, t, keep):
 def one_block_answers(s:Subject,  # Model and images
                       cases:dict, # {name: (block index, (N,) bool of kept tokens)}
                       )->dict:    # {name: bool (images,)}; 'dense' too
-    "Right or wrong for each image when one block drops some patches (equation 2) and all other blocks are whole."
+    """Right or wrong for each image when one block drops some patches (equation 2) and all other blocks are
+    whole."""
     right, n = {k: [] for k in ('dense', *cases)}, len(standard_blocks(s.model))
     for t, _ in cases.values(): require(0 <= t < n, 'block', t, f'a block index, 0 to {n - 1}')
     with autocast(s.device, s.dtype), capture(s.model, attention=False) as cap:
         for x, y in progress(loader(s.ds, s.batch_size), 'one block', unit='batch'):
             right['dense'].append(classes_of(s.model(x.to(s.device))) == y)
             tokens = list(cap.tokens)                     # blocks that run below do not disturb these
-            for k, (t, keep) in cases.items(): right[k].append(classes_of(_behind(s.model, tokens, t, keep)) == y)
+            for k, (t, keep) in cases.items():
+                right[k].append(classes_of(_behind(s.model, tokens, t, keep)) == y)
     return {k: torch.cat(v).numpy() for k, v in right.items()}
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #d8806df9
@@ -156,18 +167,22 @@ def score_tables(s:Subject,   # Model and images
                  )->dict:     # {name: (L, N)}
     "Scores of every patch in every block, from the calibration images."
     out = {k: significance(s.model, s.calib, kind=k, device=s.device) for k in kinds if k != 'random'}
-    for d in range(draws if 'random' in kinds else 0): out[f'random#{d}'] = significance(s.model, s.calib, kind='random', seed=s.seed + d)
+    for d in range(draws if 'random' in kinds else 0):
+        out[f'random#{d}'] = significance(s.model, s.calib, kind='random', seed=s.seed + d)
     return out
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #6b61b8cc
 def _pruned(s, figure, scores, blocks, rates):
     "Rows of single-block pruning: scores is {name: (L, N)}."
-    cases = {(k, t, r): (t, keep_best(v[t], r, s.n_prefix)) for k, v in scores.items() for t in blocks for r in rates}
-    right, n, L = one_block_answers(s, cases), s.model.patch_embed.num_patches + s.n_prefix, len(standard_blocks(s.model))
+    cases = {(k, t, r): (t, keep_best(v[t], r, s.n_prefix)) for k, v in scores.items() for t in blocks
+             for r in rates}
+    right, n, L = (one_block_answers(s, cases), s.model.patch_embed.num_patches + s.n_prefix,
+                   len(standard_blocks(s.model)))
     rows = []
     for (k, t, r), (_, keep) in cases.items():
         counts = [(n, n, n)]*L; counts[t] = (int(keep.sum()), n, int(keep.sum()))
-        rows.append(s.row(figure, k.split('#')[0], right[k, t, r], macs=model_macs(s.model, counts), block=t + 1, rate=r))
+        rows.append(s.row(figure, k.split('#')[0], right[k, t, r], macs=model_macs(s.model, counts),
+                          block=t + 1, rate=r))
     return rows
 
 def block_rows(s:Subject,       # Model and images
@@ -188,7 +203,8 @@ def paired_curves(table,      # From `figure_table`, with difference, low and hi
                   title='',   # Above
                   name=str,   # From a value of `by` to its name in the legend
                   ):          # The axes
-    "Top-1 minus dense, in points, with 95% intervals; rows with the same x and name (random draws) are averaged."
+    """Top-1 minus dense, in points, with 95% intervals; rows with the same x and name (random draws) are
+    averaged."""
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import MARKERS, method_colors, style
     names = {v: name(v) for v in dict.fromkeys(table[by])}
@@ -197,8 +213,9 @@ def paired_curves(table,      # From `figure_table`, with difference, low and hi
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.4))
         for i, (v, label) in enumerate(names.items()):
             g = 100*table[table[by] == v].groupby(x)[['difference', 'low', 'high']].mean()
-            aside = .02*np.ptp(table[x])*(i - (len(names) - 1)/2)             # so that intervals stand side by side
-            ax.errorbar(g.index + aside, g.difference, [g.difference - g.low, g.high - g.difference], label=label, color=colors[label],
+            aside = .02*np.ptp(table[x])*(i - (len(names) - 1)/2)   # intervals stand side by side
+            ax.errorbar(g.index + aside, g.difference, [g.difference - g.low, g.high - g.difference],
+                        label=label, color=colors[label],
                         marker=MARKERS[i % len(MARKERS)], ms=4, lw=1.2, capsize=2)
         ax.axhline(0, color='k', lw=.6); ax.legend(fontsize=9)
         ax.set(xlabel=xlabel, ylabel='top-1 minus dense (points)', title=title, xticks=sorted(set(table[x])))
@@ -208,12 +225,14 @@ def draw_blocks(table,   # From `figure_table`
                 ax=None, # Axes to draw on; None makes a figure
                 ):       # The axes
     "Figure 6: one curve a rate, over the block that is pruned."
-    return paired_curves(table, 'block', 'rate', 'the one block that is pruned', ax, name=lambda r: f'{r:.0%} dropped')
+    return paired_curves(table, 'block', 'rate', 'the one block that is pruned', ax,
+                         name=lambda r: f'{r:.0%} dropped')
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #b725c741
 def three_blocks(n_blocks:int # L
                  )->list:     # Three block indices, 0-based
-    "An early, a middle and a late block: the paper's 3rd, 7th and 11th of 12, or the same depths of another model."
+    """An early, a middle and a late block: the paper's 3rd, 7th and 11th of 12, or the same depths of another
+    model."""
     require(n_blocks >= 3, 'n_blocks', n_blocks, '3 or more')
     return sorted({max(1, round(n_blocks*b/12)) - 1 for b in (3, 7, 11)})
 
@@ -223,10 +242,12 @@ def score_rows(s:Subject,         # Model and images
                scores=None,       # From `score_tables`; None: all kinds and three random draws
                )->list:           # One row for each score, block and rate
     "Figure 7: top-1 when one block is pruned by different scores."
-    return _pruned(s, 'Figure 7', scores or score_tables(s, draws=3), three_blocks(len(standard_blocks(s.model))) if blocks is None else blocks, rates)
+    return _pruned(s, 'Figure 7', scores or score_tables(s, draws=3),
+                   three_blocks(len(standard_blocks(s.model))) if blocks is None else blocks, rates)
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #56986cb5
-SCORES = dict(shortcut='patch slimming', exact='path score, no shortcut', coherent='coherent', row="row norm ('Attn')", column='attention column', cls='CLS attention', random='random')
+SCORES = dict(shortcut='patch slimming', exact='path score, no shortcut', coherent='coherent',
+              row="row norm ('Attn')", column='attention column', cls='CLS attention', random='random')
 
 def draw_scores(table,    # From `figure_table`
                 axes=None,# One axes a block; None makes a figure
@@ -238,17 +259,20 @@ def draw_scores(table,    # From `figure_table`
     if axes is None:
         with style(): axes = plt.subplots(1, len(blocks), figsize=(4*len(blocks), 3.2), sharey=True)[1]
     for ax, b in zip(np.ravel(axes), blocks):
-        paired_curves(table[table.block == b], 'rate', 'method', 'share of patches dropped', ax, f'block {b}', lambda k: SCORES.get(k, k))
+        paired_curves(table[table.block == b], 'rate', 'method', 'share of patches dropped', ax, f'block {b}',
+                      lambda k: SCORES.get(k, k))
         if b != blocks[0]: ax.get_legend().remove(); ax.set_ylabel('')
     return axes
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #0b8431e6
 def _plan_row(s, figure, plan, right, **where):
-    return s.row(figure, plan.method, right, macs=model_macs(s.model, plan.counts()), keys=plan.info.get('keys'), patches=[len(k) for k in plan.keep], **where)
+    return s.row(figure, plan.method, right, macs=model_macs(s.model, plan.counts()),
+                 keys=plan.info.get('keys'), patches=[len(k) for k in plan.keep], **where)
 
 def eps_rows(s:Subject,     # Model and images
              eps=(.005, .01, .02, .04, .08), # Tolerated relative errors
-             found:Search|None=None, # A search on the calibration images, to use what it has measured; None: a new one
+             found:Search|None=None,
+             # A search on the calibration images, to use what it has measured; None: a new one
              **search,      # scores, step, keys, error of the new one: see `patch_slimming.Search`
              )->list:       # The dense model, then one row an eps
     "Figures 4 and 5: accuracy, MACs and patches of each block as eps varies, without fine-tuning."
@@ -257,7 +281,8 @@ def eps_rows(s:Subject,     # Model and images
     rows = [s.row('Figure 4', 'dense', s.dense, macs=model_macs(s.model), patches=[n]*L)]
     for e in eps:
         plan = found.run(e)
-        rows.append(_plan_row(s, 'Figure 4', plan, s.answers(plan.slim(s.model)), eps=e, scores=plan.info['scores'], step=found.step))
+        rows.append(_plan_row(s, 'Figure 4', plan, s.answers(plan.slim(s.model)), eps=e,
+                              scores=plan.info['scores'], step=found.step))
     return rows
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #eb29b2ed
@@ -267,7 +292,9 @@ def draw_eps(table,   # From `figure_table`
     "Figure 4: top-1 over the cost, each point with its eps."
     from vitprune_nb.viz import accuracy_macs
     ax = accuracy_macs(table[['method', 'macs', 'top1', 'top1_low', 'top1_high']].to_dict('records'), ax=ax)
-    for r in table.dropna(subset=['eps']).itertuples(): ax.annotate(f'ε {r.eps:g}', (r.macs/1e9, 100*r.top1), xytext=(4, -12), textcoords='offset points', fontsize=8)
+    for r in table.dropna(subset=['eps']).itertuples():
+        ax.annotate(f'ε {r.eps:g}', (r.macs/1e9, 100*r.top1), xytext=(4, -12), textcoords='offset points',
+                    fontsize=8)
     return ax
 
 def draw_pyramid(table,   # From `figure_table` of 'Figure 4'
@@ -282,26 +309,35 @@ def draw_pyramid(table,   # From `figure_table` of 'Figure 4'
 def whole_first(plan:Plan # Any plan
                 )->Plan:
     "The same plan with every patch in block 1."
-    return dataclasses.replace(plan, method='patch slimming, block 1 whole', keep=[tuple(range(plan.n_patches)), *plan.keep[1:]])
+    return dataclasses.replace(plan, method='patch slimming, block 1 whole',
+                               keep=[tuple(range(plan.n_patches)), *plan.keep[1:]])
 
 def equal_rows(s:Subject,         # Model and images
                plan:Plan|None=None, # The learned plan; None searches one
                reduction:float=.4,# Its wanted MAC reduction, when it is searched
                draws:int=1,       # Random pyramids
                scores=None,       # From `score_tables`, for the uniform plan; None: the plan's own kind
-               variants:bool=False, # Add two other searches: one judged by CLS at the end (eq. 3), one that leaves block 1 whole
+               variants:bool=False,
+               # Add two other searches: one judged by CLS at the end (eq. 3), one that leaves block 1 whole
                **search,          # step, keys, error: see `patch_slimming.for_budget`
-               )->list:           # Rows of 'dense', 'patch slimming', 'uniform', 'random' and, if asked, of the variants
-    "Table 3: learned, uniform and random plans at equal MACs, without fine-tuning; 'ours_*' is learned minus this one."
-    found = lambda share, **how: for_budget(s.model, s.calib, share, seed=s.seed, device=s.device, **{**search, **how})
+               )->list:           # Rows of 'dense', 'patch slimming', 'uniform', 'random' and the variants asked for
+    """Table 3: learned, uniform and random plans at equal MACs, without fine-tuning; 'ours_*' is learned
+    minus this one."""
+    found = lambda share, **how: for_budget(s.model, s.calib, share, seed=s.seed, device=s.device,
+                                            **{**search, **how})
     plan = plan or found(reduction)
     kind = plan.info.get('scores', 'shortcut')
-    rivals = [uniform_plan(s.model, (scores or score_tables(s, (kind,)))[kind], plan.reduction(s.model), plan.info.get('keys', 'entering')), *(random_plan(plan, s.seed + d) for d in range(draws))]
+    rivals = [uniform_plan(s.model, (scores or score_tables(s, (kind,)))[kind], plan.reduction(s.model),
+                           plan.info.get('keys', 'entering')),
+              *(random_plan(plan, s.seed + d) for d in range(draws))]
     if variants:
         share = plan.reduction(s.model)
-        rivals += [dataclasses.replace(found(share, error='cls'), method='patch slimming, CLS error'), whole_first(found(2*share - whole_first(plan).reduction(s.model)))]
+        rivals += [dataclasses.replace(found(share, error='cls'), method='patch slimming, CLS error'),
+                   whole_first(found(2*share - whole_first(plan).reduction(s.model)))]
     ours = s.answers(plan.slim(s.model))
-    rows = [s.row('Table 3', 'dense', s.dense, macs=model_macs(s.model), patches=[plan.n_patches]*len(plan.keep)), _plan_row(s, 'Table 3', plan, ours, eps=plan.info.get('eps'))]
+    rows = [s.row('Table 3', 'dense', s.dense, macs=model_macs(s.model),
+                  patches=[plan.n_patches]*len(plan.keep)),
+            _plan_row(s, 'Table 3', plan, ours, eps=plan.info.get('eps'))]
     for p in rivals:
         right = s.answers(p.slim(s.model))
         versus = {f'ours_{k}': v for k, v in paired_difference(right, ours, seed=s.seed).items()}
@@ -309,24 +345,28 @@ def equal_rows(s:Subject,         # Model and images
     return rows
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #3241f12d
-FIGURES = {'Figure 3': similarity_rows, 'Figure 4': eps_rows, 'Figure 6': block_rows, 'Figure 7': score_rows, 'Table 3': equal_rows}   # Figure 5 is in the rows of Figure 4
+FIGURES = {'Figure 3': similarity_rows, 'Figure 4': eps_rows, 'Figure 6': block_rows, 'Figure 7': score_rows,
+           'Table 3': equal_rows}   # Figure 5 is in the rows of Figure 4
 
 def recorded(out,       # A CSV of result rows; it may not exist yet
              s:Subject, # Model and images
              figure:str,# One of FIGURES
              )->list:   # Rows
-    "The rows of one figure that a file already holds for this model, these images, this calibration and this seed."
+    """The rows of one figure that a file already holds for this model, these images, this calibration and
+    this seed."""
     def same(r):
         where = r['schedule'] if isinstance(r['schedule'], dict) else {}
         if where.get('figure') != figure: return False
-        return (r['weights'], r['data_hash'], r['seed'], where.get('calibration_hash')) == (s.weights, s.ds.digest, s.seed, s.calib.digest[:16])
+        return (r['weights'], r['data_hash'], r['seed'],
+                where.get('calibration_hash')) == (s.weights, s.ds.digest, s.seed, s.calib.digest[:16])
     return [r for r in read_rows(out) if same(r)] if Path(out).is_file() else []
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #0296b7de
 def record_figures(s:Subject, # Model and images
                    out,       # A CSV file; made when missing
                    figures=tuple(FIGURES), # Which of FIGURES, in this order
-                   settings:dict|None=None, # {figure: arguments of its function}; not compared when a run is continued
+                   settings:dict|None=None,
+                   # {figure: arguments of its function}; not compared when a run is continued
                    )->dict:   # {figure: number of rows added}
     "Measure the figures that `out` does not hold yet, and append each one's rows as soon as they are there."
     odd = [f for f in (*figures, *(settings or {})) if f not in FIGURES]
@@ -341,10 +381,12 @@ def record_figures(s:Subject, # Model and images
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #e937f1fd
 def named_subject(**changes # Other arguments of `Subject`: seed, batch_size …
                   )->Subject:
-    "The model and the images that the VITPRUNE_* settings name; without any, the course model and the embedded images."
+    """The model and the images that the VITPRUNE_* settings name; without any, the course model and the
+    embedded images."""
     say = lambda k, default: os.environ.get(f'VITPRUNE_{k}') or default
     model, test, train = say('MODEL', 'course'), int(say('IMAGES', 2000)), int(say('CALIBRATION', 256))
-    return Subject(open_model(model, say('WEIGHTS', None)), load_data(split='test', limit=test), load_data(split='train', limit=train), model,
+    return Subject(open_model(model, say('WEIGHTS', None)), load_data(split='test', limit=test),
+                   load_data(split='train', limit=train), model,
                    **{'device': say('DEVICE', 'cpu'), 'dtype': say('DTYPE', 'fp32'), **changes})
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #41672349
@@ -359,12 +401,15 @@ def draw_run(rows:list, # Rows of one model and one data set
     "All recorded figures of one run, side by side."
     import matplotlib.pyplot as plt
     t = {f: widest(figure_table(rows, f)) for f in FIGURES}
-    draw = [(f, g, d) for f, g, d in (('Figure 3', 'Figure 3', draw_similarity), ('Figure 4', 'Figure 4', draw_eps), ('Figure 5', 'Figure 4', draw_pyramid),
+    draw = [(f, g, d) for f, g, d in (('Figure 3', 'Figure 3', draw_similarity),
+                                      ('Figure 4', 'Figure 4', draw_eps),
+                                      ('Figure 5', 'Figure 4', draw_pyramid),
                                    ('Figure 6', 'Figure 6', draw_blocks)) if len(t[g])]
     late = sorted(set(t['Figure 7'].block)) if len(t['Figure 7']) else []
     if not draw and not late: return None
     n = len(draw) + len(late)
-    fig, axes = plt.subplots((n + 3)//4, min(n, 4), figsize=(4.2*min(n, 4), 3.2*((n + 3)//4)), layout='constrained', squeeze=False, dpi=70)
+    fig, axes = plt.subplots((n + 3)//4, min(n, 4), figsize=(4.2*min(n, 4), 3.2*((n + 3)//4)),
+                             layout='constrained', squeeze=False, dpi=70)
     for ax, (f, g, d) in zip(axes.flat, draw): d(t[g], ax).set_title(f'{f}, {t[g].images.iloc[0]:,} images')
     if late: draw_scores(t['Figure 7'], axes.flat[len(draw):n])
     for ax in axes.flat[n:]: ax.axis('off')
@@ -378,4 +423,5 @@ def lone_losses(table,         # Rows of Figure 6, from `figure_table`
                 )->np.ndarray: # (L,) change of top-1, as a share
     "What each block of a plan would cost alone, interpolated between the rates of Figure 6."
     p = table.pivot(index='block', columns='rate', values='difference').sort_index()
-    return np.array([np.interp(1 - k/n_patches, [0, *p.columns], [0, *p.loc[b]]) for b, k in enumerate(patches, 1)])
+    return np.array([np.interp(1 - k/n_patches, [0, *p.columns], [0, *p.loc[b]])
+                     for b, k in enumerate(patches, 1)])

@@ -44,7 +44,8 @@ def published_macs()->dict: # {(model, method): MACs}
     out, blocks = {}, lambda n, d, mlp: block_macs(n, n, n, d, mlp)
     with torch.device('meta'):             # shapes only
         for size in ('tiny', 'small', 'base'):
-            out[f'DeiT-{dict(tiny="Ti", small="S", base="B")[size]}', 'Baseline'] = model_macs(create_vit(f'deit_{size}_patch16_224'))
+            out[f'DeiT-{dict(tiny="Ti", small="S", base="B")[size]}',
+                'Baseline'] = model_macs(create_vit(f'deit_{size}_patch16_224'))
     for name, d in (('DeiT-Ti', 192), ('DeiT-S', 384)):
         out[name, 'HVT'] = 196*768*d + blocks(196, d, 4*d) + 11*blocks(97, d, 4*d) + 1000*d
     backbone = 196*576*384 + 14*blocks(197, 384, 3*384) + 1000*384
@@ -53,23 +54,32 @@ def published_macs()->dict: # {(model, method): MACs}
     return out
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #298184a0
-TABLE1 = [('DeiT-Ti', 1.3, [('SCOP', .8, 38.4), ('PoWER', .8, 38.4), ('HVT', .7, 46.2), ('PS-ViT', .7, 46.2)]),   # as printed: G, %
-          ('DeiT-S', 4.6, [('SCOP', 2.6, 43.6), ('PoWER', 2.7, 41.3), ('HVT', 2.4, 47.8), ('PS-ViT', 2.6, 43.6)]),
-          ('DeiT-B', 17.6, [('SCOP', 10.2, 42.0), ('PoWER', 10.4, 39.2), ('VTP', 10.0, 43.2), ('PS-ViT', 9.8, 44.3)]),
+TABLE1 = [('DeiT-Ti', 1.3, [('SCOP', .8, 38.4), ('PoWER', .8, 38.4), ('HVT', .7, 46.2),
+                            ('PS-ViT', .7, 46.2)]),   # as printed: G, %
+          ('DeiT-S', 4.6, [('SCOP', 2.6, 43.6), ('PoWER', 2.7, 41.3), ('HVT', 2.4, 47.8),
+                           ('PS-ViT', 2.6, 43.6)]),
+          ('DeiT-B', 17.6, [('SCOP', 10.2, 42.0), ('PoWER', 10.4, 39.2), ('VTP', 10.0, 43.2),
+                            ('PS-ViT', 9.8, 44.3)]),
           ('T2T-ViT-14', 5.2, [('PoWER', 3.5, 32.7), ('PS-T2T', 3.1, 40.4)])]
 
-def table1_rows()->list: # Dicts: model, method, printed_G, printed_%, from_printed_%, low_%, high_%, follows, counted_G
-    "The cost column of patch slimming's Table 1, each percentage checked against its own row and against the architecture."
+def table1_rows()->list: # Dicts: model, method, printed_G, printed_%, from_printed_%, low_%, high_%,
+                         # follows, counted_G
+    """The cost column of patch slimming's Table 1, each percentage checked against its own row and against
+    the architecture."""
     counted, out = published_macs(), []
     for model, base, methods in TABLE1:
-        own = [round(v/1e9, 3) for (m, what), v in counted.items() if m == model and what.startswith('Baseline')]
+        own = [round(v/1e9, 3) for (m, what), v in counted.items() if m == model
+               and what.startswith('Baseline')]
         out.append(dict(model=model, method='Baseline', printed_G=base, counted_G=' or '.join(map(str, own))))
         for method, macs, percent in methods:
             exact, (low, high) = 100*reduction(macs, base), (100*r for r in rounding_range(macs, base))
-            follows = 'yes' if abs(exact - percent) <= .0501 else 'within rounding' if low <= percent <= high else 'no'
+            follows = ('yes' if abs(exact - percent) <= .0501 else 'within rounding'
+                       if low <= percent <= high else 'no')
             arch = counted.get((model, method))
-            out.append({'model': model, 'method': method, 'printed_G': macs, 'printed_%': percent, 'from_printed_%': round(exact, 1), 'low_%': round(low, 1),
-                        'high_%': round(high, 1), 'follows': follows, 'counted_G': str(round(arch/1e9, 3)) if arch else ''})
+            out.append({'model': model, 'method': method, 'printed_G': macs, 'printed_%': percent,
+                        'from_printed_%': round(exact, 1), 'low_%': round(low, 1),
+                        'high_%': round(high, 1), 'follows': follows,
+                        'counted_G': str(round(arch/1e9, 3)) if arch else ''})
     return out
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #51d2c1ce
@@ -78,7 +88,7 @@ def bench_keys(reduction:float=.43, # MAC reduction of the ramp with keys='enter
                repeats:int=5,       # Timed rounds
                model_name:str='deit_small_patch16_224', # timm name; its weights are random
                device='cpu',        # Where to compute
-               )->list:             # Rows for data/results/pyramid_speed.csv; `note` holds time and MAC reduction and their ratio
+               )->list:             # Rows of pyramid_speed.csv; `note` holds time and MAC reduction and their ratio
     "Time a dense ViT and one ramp with each kind of keys, alternately in one process."
     net = create_vit(model_name)
     plan = ramp_plan(net, reduction)
@@ -86,24 +96,34 @@ def bench_keys(reduction:float=.43, # MAC reduction of the ramp with keys='enter
     macs = {'dense': model_macs(net), **{f'keys {k}': model_macs(net, plan.counts(k)) for k in KEYS}}
     x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     rows = bench(nets, x, warmup=1, repeats=repeats, device=device)
-    said = {t.pop('name'): {k: round(v, 4) for k, v in t.items() if k != 'speed_up'} for t in time_reduction(rows, 'dense', macs)}
-    return [make_row(r['name'], model_name, timing=r, macs=macs[r['name']], schedule=[len(k) for k in plan.keep] if r['name'] != 'dense' else '',
-                     note=said[r['name']] if r['name'] != 'dense' else 'random weights and images: for time only') for r in rows]
+    said = {t.pop('name'): {k: round(v, 4) for k, v in t.items() if k != 'speed_up'}
+            for t in time_reduction(rows, 'dense', macs)}
+    return [make_row(r['name'], model_name, timing=r, macs=macs[r['name']],
+                     schedule=[len(k) for k in plan.keep] if r['name'] != 'dense' else '',
+                     note=said[r['name']] if r['name'] != 'dense'
+                     else 'random weights and images: for time only') for r in rows]
 
 # %% ../../nbs/5_papers/11c_patch_tables.ipynb #ebe28203
-PRINTED = dict(deit_tiny_patch16_224=dict(theory=46.2, cuda=40.5, cpu=39.8), deit_small_patch16_224=dict(theory=43.6, cuda=39.2, cpu=38.7),
+PRINTED = dict(deit_tiny_patch16_224=dict(theory=46.2, cuda=40.5, cpu=39.8),
+               deit_small_patch16_224=dict(theory=43.6, cuda=39.2, cpu=38.7),
                deit_base_patch16_224=dict(theory=44.3, cuda=40.4, cpu=39.4))   # Table 2, in %
 
 def table2_rows(rows:list # From `plan.bench_keys`, of one or more models
                 )->list:  # Dicts; everything but `realised` in %
-    "Theoretical and measured reduction of each timed plan, beside what patch slimming's Table 2 prints for that model and kind of device."
+    """Theoretical and measured reduction of each timed plan, beside what patch slimming's Table 2 prints for
+    that model and kind of device."""
     out = []
     for r in rows:
         if r['method'] == 'dense': continue
         said = r['note']
-        percent = {k: round(100*said[v], 1) for k, v in (('theory', 'mac_reduction'), ('measured', 'time_reduction'), ('low', 'time_reduction_low'), ('high', 'time_reduction_high'))}
+        percent = {k: round(100*said[v], 1) for k, v in (('theory', 'mac_reduction'),
+                                                         ('measured', 'time_reduction'),
+                                                         ('low', 'time_reduction_low'),
+                                                         ('high', 'time_reduction_high'))}
         paper = PRINTED.get(r['backbone'], {})
         theory, measured = paper.get('theory'), paper.get(r['device'])
-        out.append(dict(model=r['backbone'], plan=r['method'], device=r['device'], batch=r['batch'], **percent, realised=round(said['realised'], 2),
-                        paper_theory=theory, paper_measured=measured, paper_realised=round(measured/theory, 2) if measured else None))
+        out.append(dict(model=r['backbone'], plan=r['method'], device=r['device'], batch=r['batch'],
+                        **percent, realised=round(said['realised'], 2),
+                        paper_theory=theory, paper_measured=measured,
+                        paper_realised=round(measured/theory, 2) if measured else None))
     return out

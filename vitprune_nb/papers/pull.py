@@ -27,10 +27,13 @@ def noisiest(l1:float,  # λ
              lr:float,  # Its peak, of a cosine that ends at 0
              start:float=1., # Where the gates start
              )->float:  # σ, in the unit of λ
-    "The largest standard deviation of a gate's gradient with which λ still closes the gate (derived above; the penalty is VTP's, section 2.2)."
-    for name, v in (('l1', l1), ('steps', steps), ('lr', lr), ('start', start)): require(v > 0, name, v, 'a number above 0')
+    """The largest standard deviation of a gate's gradient with which λ still closes the gate (derived above;
+    the penalty is VTP's, section 2.2)."""
+    for name, v in (('l1', l1), ('steps', steps), ('lr', lr), ('start', start)):
+        require(v > 0, name, v, 'a number above 0')
     s = (1 - CLOSED)*start/(steps*lr/2)
-    require(s < 1, 'steps', steps, f'more than {2*(1 - CLOSED)*start/lr:.0f}', 'In fewer no gate gets to zero, whatever λ: start the gates lower or raise lr.')
+    require(s < 1, 'steps', steps, f'more than {2*(1 - CLOSED)*start/lr:.0f}',
+            'In fewer no gate gets to zero, whatever λ: start the gates lower or raise lr.')
     return l1*(1/s**2 - 1)**.5
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00020
@@ -40,7 +43,8 @@ def gate_noise(model,      # A timm ViT, dense or with gates; left as it is
                start:float=1.,  # Where the gates start, if it has none yet
                steps:int=20,    # Batches to look at, 2 or more
                )->torch.Tensor: # (gates,) σ, in the order of `gates(model)`
-    "Standard deviation over batches of the gradient that each gate gets from the loss, in VTP's sparsity training (section 2.2)."
+    """Standard deviation over batches of the gradient that each gate gets from the loss, in VTP's sparsity
+    training (section 2.2)."""
     require(isinstance(steps, int) and steps >= 2, 'steps', steps, 'an integer, 2 or more')
     gated = copy.deepcopy(model)
     if not any(n.endswith('.gate') for n, _ in gated.named_parameters()): add_gates(gated, start)
@@ -58,10 +62,12 @@ def lambda_for(sigma,       # (gates,) from `gate_noise`
                share:float, # Of the gates that should close, in (0, 1)
                steps:int, lr:float, start:float=1., # As for `noisiest`
                )->float:
-    "λ with which the formula of `noisiest` closes that share: the quantile of σ over the line for λ = 1 (derived above for the penalty of VTP, section 2.2)."
+    """λ with which the formula of `noisiest` closes that share: the quantile of σ over the line for λ = 1
+    (derived above for the penalty of VTP, section 2.2)."""
     require(0 < share < 1, 'share', share, 'a number in (0, 1)')
     sigma = torch.as_tensor(sigma)
-    require(sigma.ndim == 1 and len(sigma) > 0 and bool((sigma >= 0).all()), 'sigma', tuple(sigma.shape), 'one number, 0 or more, for each gate')
+    require(sigma.ndim == 1 and len(sigma) > 0 and bool((sigma >= 0).all()), 'sigma', tuple(sigma.shape),
+            'one number, 0 or more, for each gate')
     return sigma.double().quantile(share).item()/noisiest(1., steps, lr, start)
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00030
@@ -71,15 +77,19 @@ def gate_row(run,      # Folder of a run
              cut:dict, # The run's row after the cut, before recovery
              **how,    # device, dtype as for `evaluate`
              )->dict:
-    "A result row of the network whose gates a run trained, before the cut; its note says what share of the gates is closed."
+    """A result row of the network whose gates a run trained, before the cut; its note says what share of the
+    gates is closed."""
     file, options = Path(run)/'shared'/f"vtp-s{cut['seed']}"/'checkpoint.pt', cut['schedule']['options']
-    require(file.is_file(), 'run', run, 'a folder in which `vitprune run` trained gates', f'There is no {file.name} in shared/{file.parent.name}.')
+    require(file.is_file(), 'run', run, 'a folder in which `vitprune run` trained gates',
+            f'There is no {file.name} in shared/{file.parent.name}.')
     saved = read_checkpoint(file, 'run')
     gated = add_gates(copy.deepcopy(dense), options['gate_start'])
     gated.load_state_dict(saved['model'])
     a = torch.cat([g.detach().abs() for g in gates(gated).values()])
-    note = dict(steps=saved['step'], options=options, closed=round((a < CLOSED*options['gate_start']).float().mean().item(), 4))
-    return channel_row(gated.eval(), test_set, note=note, **{k: cut[k] for k in ('backbone', 'weights', 'recovery', 'seed')}, **how)
+    note = dict(steps=saved['step'], options=options,
+                closed=round((a < CLOSED*options['gate_start']).float().mean().item(), 4))
+    return channel_row(gated.eval(), test_set, note=note,
+                       **{k: cut[k] for k in ('backbone', 'weights', 'recovery', 'seed')}, **how)
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00033
 def noise_row(model,     # As for `gate_noise`
@@ -90,8 +100,12 @@ def noise_row(model,     # As for `gate_noise`
               )->dict:
     "A row whose note holds the percentiles of `gate_noise` for the recipe of a run."
     o = cut['schedule']['options']
-    cfg = TrainConfig(**PAPER | dict(epochs=o['sparse_epochs'], batch_size=o['batch_size'], lr=o['lr'], seed=cut['seed']))
+    cfg = TrainConfig(**PAPER | dict(epochs=o['sparse_epochs'], batch_size=o['batch_size'], lr=o['lr'],
+                                     seed=cut['seed']))
     sigma = gate_noise(model, train_set, cfg, o['gate_start'], steps).double()
-    note = dict(batches=steps, options=o, **said, percentiles=[float(f'{v:.4g}') for v in sigma.quantile(torch.linspace(0, 1, 101).double()).tolist()])
-    return make_row('gate noise', seed=cut['seed'], data=train_set.name, data_hash=train_set.digest, split=train_set.split, images=steps*o['batch_size'],
+    note = dict(batches=steps, options=o, **said,
+                percentiles=[float(f'{v:.4g}')
+                             for v in sigma.quantile(torch.linspace(0, 1, 101).double()).tolist()])
+    return make_row('gate noise', seed=cut['seed'], data=train_set.name, data_hash=train_set.digest,
+                    split=train_set.split, images=steps*o['batch_size'],
                     note=note, **{k: cut[k] for k in ('backbone', 'weights')})

@@ -17,12 +17,14 @@ def mean_error(between:float, # Standard deviation of sessions, σ_s
                sessions:int, rounds:int, # S, and R in each
                )->float:      # Standard error of the mean of all
     "What is left of two errors, of which the rounds reduce only one."
-    for name, v in (('sessions', sessions), ('rounds', rounds)): require(isinstance(v, int) and v >= 1, name, v, 'a positive integer')
-    require(between >= 0 and within >= 0, 'between, within', (between, within), 'standard deviations, 0 or more')
+    for name, v in (('sessions', sessions), ('rounds', rounds)):
+        require(isinstance(v, int) and v >= 1, name, v, 'a positive integer')
+    require(between >= 0 and within >= 0, 'between, within', (between, within),
+            'standard deviations, 0 or more')
     return (between**2/sessions + within**2/(sessions*rounds))**.5
 
 # %% ../../nbs/4_evidence/32c_sessions.ipynb #c32c0012
-CASE = 'backbone machine device threads dtype engine budget batch allocator'.split()   # Equal in what is averaged
+CASE = 'backbone machine device threads dtype engine budget batch allocator'.split()   # equal in an average
 
 def over_sessions(table # From `timing.timing_table`
                   ):    # pandas.DataFrame, a row for each case and method: realised (mean), low, high, sessions, rounds, between (standard deviation of the sessions), within (half a session's own interval)
@@ -34,9 +36,11 @@ def over_sessions(table # From `timing.timing_table`
         if len(g) < 2: continue
         mean, low, high = mean_interval(g.realised)
         half = (g.time_reduction_high - g.time_reduction_low)/2/g.mac_reduction
-        out.append(dict(zip([*CASE, 'method'], keys), realised=mean, low=low, high=high, sessions=len(g), rounds=g.repeats.iloc[0],
+        out.append(dict(zip([*CASE, 'method'], keys), realised=mean, low=low, high=high, sessions=len(g),
+                        rounds=g.repeats.iloc[0],
                         between=g.realised.std(), within=half.median()))
-    require(out, 'table', f'{len(t)} pruned rows with a session', 'a case that was timed in two sessions or more', 'Give each process another --session.')
+    require(out, 'table', f'{len(t)} pruned rows with a session',
+            'a case that was timed in two sessions or more', 'Give each process another --session.')
     return pd.DataFrame(out)
 
 # %% ../../nbs/4_evidence/32c_sessions.ipynb #c32c0017
@@ -49,17 +53,25 @@ def draw_sessions(table,   # From `timing.timing_table`, of one case
     means = over_sessions(table)
     t = table[(table.method != 'dense') & table.session.notna()]
     lone = [k for k in CASE if t[k].nunique() > 1]
-    require(not lone, 'table', f'several values of {", ".join(lone)}', 'the rows of one case', 'Draw one plot each.')
+    require(not lone, 'table', f'several values of {", ".join(lone)}', 'the rows of one case',
+            'Draw one plot each.')
     means = means.set_index('method').reindex([m for m in TIMED if m in set(means.method)])
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6, .8 + .45*len(means)))
         colors = method_colors(TIMED)
         for y, (m, r) in enumerate(means.iterrows()):
             g = t[t.method == m]
-            ax.errorbar(g.realised, y + np.linspace(.05, .35, len(g)), xerr=[(g.realised - g.time_reduction_low/g.mac_reduction).clip(0), (g.time_reduction_high/g.mac_reduction - g.realised).clip(0)], fmt='.', color=colors[m], alpha=.6, lw=.8)
-            ax.errorbar(r.realised, y - .15, xerr=[[r.realised - r.low], [r.high - r.realised]], fmt='D', color=colors[m], ms=5, capsize=3)
-        ax.axvline(1, color='.3', lw=.8); ax.set_yticks(range(len(means)), means.index); ax.set_ylim(len(means) - .4, -.6)      # the first on top, however many axes share it
-        ax.set(xlabel='saved time / saved MACs', title=f'{means.backbone.iloc[0].split("_patch")[0]}, batch {means.batch.iloc[0]}\n{means.machine.iloc[0]}, {means.dtype.iloc[0]}, {means.engine.iloc[0]}')
+            ax.errorbar(g.realised, y + np.linspace(.05, .35, len(g)),
+                        xerr=[(g.realised - g.time_reduction_low/g.mac_reduction).clip(0),
+                              (g.time_reduction_high/g.mac_reduction - g.realised).clip(0)], fmt='.',
+                        color=colors[m], alpha=.6, lw=.8)
+            ax.errorbar(r.realised, y - .15, xerr=[[r.realised - r.low], [r.high - r.realised]], fmt='D',
+                        color=colors[m], ms=5, capsize=3)
+        ax.axvline(1, color='.3', lw=.8)
+        ax.set_yticks(range(len(means)), means.index)
+        ax.set_ylim(len(means) - .4, -.6)      # the first on top, however many axes share it
+        ax.set(xlabel='saved time / saved MACs',
+               title=f'{means.backbone.iloc[0].split("_patch")[0]}, batch {means.batch.iloc[0]}\n{means.machine.iloc[0]}, {means.dtype.iloc[0]}, {means.engine.iloc[0]}')
     return ax
 
 # %% ../../nbs/4_evidence/32c_sessions.ipynb #c32c0051
