@@ -268,7 +268,6 @@ def test_views_of_a_dense_block_are_those_of_its_map(model, images, at):
 @pytest.mark.parametrize('at', POINTS)
 def test_policies_with_views_agree(model, images, at, needs):
     check_policy(model, Policy({1: Step(at, 'fuse', score=Sees(needs), count=9), 2: Step(at, 'merge', score=Sees(needs), count=5), 3: Step(at, score=Sees(needs), count=2)}), images)
-    with torch.no_grad(): t = model.blocks[1](model.blocks[0](embed(model, images)))
     score = Sees(needs)
     with torch.no_grad(): SlimViT(model, Policy({1: Step(at, score=score, count=9)}), 'mask')(images)
     cut = score(score.saw[0])[:, 1:].median().item()

@@ -6,7 +6,6 @@
 __all__ = ['POINTS', 'FATES', 'register_fate', 'Fate', 'fate_of', 'fate_to_value', 'Remove', 'Idle', 'Fuse', 'Merge', 'Halt']
 
 # %% ../../nbs/2_engine/04e_fates.ipynb #9e000004
-import torch
 from .attention import fuse_tokens, merge_tokens
 from ..errors import require
 

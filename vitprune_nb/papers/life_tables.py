@@ -117,7 +117,7 @@ def rival(name:str,       # One of RIVALS
 FIGURE = 'life tables'
 
 def _key(method, where):
-    return (method, json.dumps({k: v for k, v in settings(where).items()
+    return (method, json.dumps({k: v for k, v in (settings(where) or {}).items()
                                 if k not in ('figure', 'calibration', 'calibration_hash')}, sort_keys=True))
 
 class _Record:

@@ -12,7 +12,7 @@ import dataclasses, functools, operator
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a00005
 import torch
 import torch.nn.functional as F
-from ..errors import is_number, refuse, require
+from ..errors import is_number, require
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a0000a
 NEEDS = dict(tokens='the output tokens, and who is present among them',     # beyond images, labels and logits
