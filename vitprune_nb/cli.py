@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP',
-           'Reduction', 'Calibration', 'BatchSize', 'Lr', 'Eps', 'Keys', 'Step', 'Tune', 'Ratio', 'L1', 'GateStart',
-           'Rule', 'Multiple', 'WholeHeads', 'Sparse', 'KeepRate', 'Stages', 'TBase', 'Steepness', 'Predictor',
-           'Backbone', 'CosineThreshold', 'ScoreThreshold', 'Rounds', 'Recover', 'RecoverLr', 'BUDGET',
-           'in_words_of_ours', 'explain', 'one_line', 'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost',
-           'open_data', 'cli_eval', 'first_images', 'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished',
-           'unfinished', 'flag', 'own_options', 'option', 'listed', 'default_budget', 'prune_options', 'what_is_left',
-           'cli_prune', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'Recover', 'RecoverLr', 'ABOUT_PRUNE', 'BUDGET', 'Commands', 'in_words_of_ours', 'explain', 'one_line',
+           'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
+           'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'unfinished', 'flag', 'own_options',
+           'kind_of', 'option', 'listed', 'default_budget', 'prune_options', 'what_is_left', 'cli_prune',
+           'prune_command', 'prune_placeholder', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/6_reference/24_cli.ipynb #937961bc
-import contextlib, json, os, sys, warnings
+import contextlib, inspect, json, os, sys, warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional, get_args, get_origin
 
 import typer
-from .methods.base import (COMMON, METHODS, Options, check_options, cost_of, counts_of, dense_of,
-                                      extra_macs)
+import typer.core
 
 # %% ../nbs/6_reference/24_cli.ipynb #3f45ec3b
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+class Commands(typer.core.TyperGroup):
+    "The options of `prune` come from the methods, whose modules take seconds to import: they are asked when `prune` is."
+    def resolve_command(self, ctx, args):
+        if args and args[0] == 'prune': self.commands['prune'] = prune_command()
+        return super().resolve_command(ctx, args)
+
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def in_words_of_ours(e:Exception # From this package or one below it
                      )->str|None: # None for what is a bug
@@ -137,6 +140,7 @@ def table_of(model,  # Any network, pruned or not
     "Where the MACs are: by formula, or counted in a forward pass."
     from vitprune_nb.vit.cost import cost_table, count_table, not_by_formula
     if not_by_formula(model): return count_table(model, by)
+    from vitprune_nb.engine.macs import counts_of, extra_macs
     counts = counts_of(model)
     return cost_table(getattr(model, 'model', model), counts, extra_macs(model, counts), by)
 
@@ -146,6 +150,7 @@ def cli_cost(model:Model='course', weights:Weights=None,
     "Print a model's MACs and parameters as a table."
     from vitprune_nb.engine.store import open_model
     m = open_model(model, weights)
+    from vitprune_nb.engine.macs import cost_of
     d, table = cost_of(m), table_of(m, by)
     shown = dict(tokens='{:.1f}'.format, macs=lambda v: f'{v/1e6:,.1f} M', share='{:.1%}'.format, params='{:,}'.format)
     print(table.to_string(index=False, formatters=shown, na_rep=''))
@@ -191,6 +196,7 @@ def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_da
     "Print a model's top-1 accuracy on test images."
     from vitprune_nb.engine.store import open_model
     from vitprune_nb.core import pick_device
+    from vitprune_nb.engine.macs import cost_of
     from vitprune_nb.vit.model import evaluate
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged, rename=rename)
@@ -247,8 +253,8 @@ def write_folder(model, # From `methods.prune`
                  )->Path:
     "`save_pruned`, but in place of what is there; until the last moment nothing is touched."
     from vitprune_nb.files import write_folder_atomic
-    out = check_out(out, force)
     from vitprune_nb.engine.store import save_pruned
+    out = check_out(out, force)
     with write_folder_atomic(out, lambda f: force and is_pruned_folder(f), 'out') as new: save_pruned(model, new, **info)
     return out
 
@@ -293,7 +299,7 @@ def unfinished(out,         # The folder that shall be written in the end
     remove(work)
 
 # %% ../nbs/6_reference/24_cli.ipynb #0bd1c942
-def flag(name:str # A field of `Options`
+def flag(name:str # An option of a method
          )->str:
     "The option of `prune` that sets it."
     return '--batch' if name == 'batch_size' else '--' + name.replace('_', '-')
@@ -301,43 +307,35 @@ def flag(name:str # A field of `Options`
 def own_options(m # From METHODS
                 )->list: # Names of options
     "What a method reads beyond what all of them read, as far as a command line needs it."
-    return [k for k in m.reads if k not in (*COMMON, 'dtype')]
+    return [k for k in m.own if k != 'dtype']
 
-def option(name:str,    # A field of `Options`
-           kind,        # float, int, str or bool
-           metavar:str, # What the help calls its value
-           about:str,   # Its sentence
-           ):
-    "A typer option for a field of `Options`; None when it is not given."
-    default = Options.__dataclass_fields__[name].default
-    shown = about if default is None or default is False else f'{about}  [default: {default:g}]' if kind is not str else f'{about}  [default: {default}]'
-    return Annotated[Optional[kind], typer.Option(flag(name), metavar=None if kind is bool else metavar, help=shown)]
+def kind_of(annotation # Of a field of a method's config
+            )->tuple:  # (float, int, str or bool; whether it may be a list)
+    "What a value on the command line is read as."
+    if get_origin(annotation) is Annotated: return kind_of(get_args(annotation)[0])
+    if get_origin(annotation) is Literal: return str, False
+    if get_origin(annotation) is list: return kind_of(get_args(annotation)[0])[0], True
+    if isinstance(annotation, type) and not get_args(annotation): return annotation, False
+    kinds = [kind_of(a) for a in get_args(annotation) if a is not type(None)]
+    return kinds[0][0], any(is_list for _, is_list in kinds)
+
+def option(name:str,   # An option of methods
+           users:dict, # {method: its field}: those that read it
+           of:int,     # How many methods there are
+           )->inspect.Parameter:
+    "A typer option, None when it is not given; help, kind and default are the field's."
+    field = max(users.values(), key=lambda f: len(f.description))
+    said, default, (kind, is_list) = field.json_schema_extra, field.default, kind_of(field.annotation)
+    about = field.description if 2*len(users) > of else f'{", ".join(users)}: {field.description}'
+    if said['dial']: about += ', instead of --reduction'
+    shown = said['shown'] or ('' if default is None or kind is bool else f'{default:g}' if kind is not str else default)
+    if name == 'reduction': shown = f'{BUDGET:g}, unless a dial of the method is given'
+    metavar = None if kind is bool else said['metavar'] or None
+    typed = typer.Option(flag(name), metavar=metavar, help=about + (f'  [default: {shown}]' if shown else ''))
+    annotation = Annotated[Optional[str if is_list else kind], typed]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 # %% ../nbs/6_reference/24_cli.ipynb #db9c73c4
-Reduction = option('reduction', float, 'SHARE', 'share of MACs to save, in (0, 1)  [default: 0.45, unless a dial of the method is given]')
-Calibration = option('calibration', int, 'N', 'training images to search on, or to learn labels on')
-BatchSize = option('batch_size', int, 'N', 'images at once')
-Lr = option('lr', float, 'RATE', "peak learning rate of the method's own training")
-Eps = option('eps', float, 'ERROR', 'patch-slimming: tolerated relative error of each block, instead of --reduction')
-Keys = option('keys', str, 'KIND', "tokens whose keys and values a block computes: 'entering', 'all' or 'kept'")
-Step = option('step', float, 'N|SHARE', 'patch-slimming: patches that a pass of the search adds, or a share of them  [default: 10 of 196]')
-Tune = option('tune_epochs', int, 'N', 'with --eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper')
-Ratio = option('ratio', float, 'SHARE', 'vtp: share of all channels to remove, in [0, 1), instead of --reduction')
-L1 = option('l1', float, 'LAMBDA', 'vtp: weight of the penalty on the gates')
-GateStart = option('gate_start', float, 'VALUE', 'vtp: where the gates start; small ones close within a short training')
-Rule = option('rule', str, 'NAME', "vtp: what is ranked, 'folded', 'gate' or 'literal'")
-Multiple = option('multiple', int, 'N', 'vtp: round the channels of each layer to a multiple')
-WholeHeads = option('whole_heads', bool, '', 'vtp: attention outputs go by whole heads')
-Sparse = option('sparse_epochs', float, 'EPOCHS', 'vtp: passes of training with gates; 100 in the paper; 0 ranks untrained ones')
-KeepRate = option('keep_rate', str, 'SHARE[,…]', 'life: share of the patches that survive a stage, in (0, 1], or one a stage, instead of --reduction')
-Stages = option('stages', str, 'N,N,…', 'life: blocks after which patches leave  [default: 4,7,10 of 12]')
-TBase = option('t_base', int, 'N', 'life: block after which lives are predicted  [default: the first stage]')
-Steepness = option('U', float, 'U', 'life: steepness of the soft weights')
-Predictor = option('predictor_epochs', float, 'EPOCHS', 'life: passes over the training images for the predictor')
-Backbone = option('backbone_epochs', float, 'EPOCHS', 'life: then for the backbone')
-CosineThreshold = option('cosine_threshold', float, 'COS', "cosine: label 'skip' above it, in (0, 1), instead of the default budget  [default: 0.95; with a budget, one that fits it]")
-ScoreThreshold = option('score_threshold', float, 'P', 'cosine: compute a patch whose probability is above it, in (0, 1), instead of --reduction')
-Rounds = option('rounds', int, 'N', "cosine: trainings on the pruned model's own tokens")
 Recover = Annotated[float, typer.Option(metavar='EPOCHS', help='fine-tune the pruned model for so many passes over the training images')]
 RecoverLr = Annotated[Optional[float], typer.Option(metavar='RATE', help='peak learning rate of --recover  [default: 0.0001]')]
 
@@ -354,14 +352,14 @@ def listed(text,     # '0.7' or '4,7,10'; None stays None
     return values if len(values) > 1 else values[0]
 
 # %% ../nbs/6_reference/24_cli.ipynb #4135480d
-HELP['prune'] = '''Prune a model and write it as a folder that eval, bench, cost and load_pruned read.
+ABOUT_PRUNE = '''Prune a model and write it as a folder that eval, bench, cost and load_pruned read.
 
 Prints what each block keeps and what that saves; `vitprune eval DIR` shows what it costs. DIR gets config.json, model.safetensors
 and, from methods that make one, plan.json. A run that was stopped goes on when the same command line is given again.
 
 \b
 Methods, and the options that they read:
-''' + '\n'.join(f'  {m.name:15} {m.about}\n  {"":15} {" ".join(flag(k) for k in own_options(m))}' for m in METHODS.values()) + '''
+{methods}
 
 \b
 Examples:
@@ -377,7 +375,7 @@ Examples:
 BUDGET = .45   # share of the MACs that `prune` saves when neither a budget nor a dial is given
 
 @contextlib.contextmanager
-def default_budget(method:str,   # One of METHODS
+def default_budget(m,               # From METHODS
                    is_default:bool, # Nobody asked for this budget
                    ):
     "Within the `with`, a refusal of the budget says that it is the default, and what to give instead."
@@ -385,69 +383,97 @@ def default_budget(method:str,   # One of METHODS
     try: yield
     except VitpruneError as e:
         if not is_default or not str(e).startswith('reduction:'): raise
-        other = ' or '.join(flag(d) for d in ('reduction', *METHODS[method].dials))
-        raise VitpruneError(f'{e} {BUDGET:g} is the default of {method}; give {other}.') from e
+        other = ' or '.join(flag(d) for d in m.dials)
+        raise VitpruneError(f'{e} {BUDGET:g} is the default of {m.name}; give {other}.') from e
 
 def prune_options(method:str,   # One of METHODS
                   given:dict,   # Options that were given
                   recover:float, recover_lr, # As in `cli_prune`
-                  )->dict:      # Options for `methods.prune`
+                  )->tuple:     # (the method, its checked config, the options for `prune`)
     "What can be refused before anything is opened, and the budget that holds when none is given."
     from vitprune_nb.errors import is_number, require
+    from vitprune_nb.methods.base import METHODS, read_options
     require(0 <= recover <= 1e6, 'recover', recover, 'zero or a positive number of epochs, at most a million')
     require(recover_lr is None or recover, 'recover-lr', recover_lr, 'nothing without --recover')
     require(recover_lr is None or is_number(recover_lr) and recover_lr > 0, 'recover-lr', recover_lr, 'a number above 0')
-    for name, kind in (('keep_rate', float), ('stages', int)):
-        if name in given: given[name] = listed(given[name], kind, name)
-    if not {'reduction', *getattr(METHODS.get(method), 'dials', ())} & set(given): given['reduction'] = BUDGET
-    check_options(method, given)
-    Options(**given)
-    return given
+    require(method in METHODS, 'method', method, ', '.join(METHODS))
+    m = METHODS[method]
+    for name, field in m.options.items():
+        kind, is_list = kind_of(field.annotation)
+        if is_list and name in given: given[name] = listed(given[name], kind, name)
+    if not set(m.dials) & set(given): given['reduction'] = BUDGET
+    return *read_options(method, given), given
 
 # %% ../nbs/6_reference/24_cli.ipynb #6d9c411b
 def what_is_left(model # From `methods.prune`
                  )->tuple: # (patches of each block or None, a line)
     "What each block of a pruned model computes."
-    counts = counts_of(model)
-    if counts is None: return None, 'hidden channels of each MLP: ' + ' '.join(str(s['hidden']) for s in model.channels['shapes'])
-    patches = [round(n - model.num_prefix_tokens, 1) for n, *_ in counts]
-    return patches, f'patches computed in each block: {" ".join(map(str, patches))}'
+    from vitprune_nb.engine.macs import counts_of
+    patches, lines = None, []
+    if model.policy.steps:
+        patches = [round(n - model.num_prefix_tokens, 1) for n, *_ in counts_of(model)]
+        lines.append(f'patches computed in each block: {" ".join(map(str, patches))}')
+    if hasattr(model.model, 'channels'):
+        hidden = (s['hidden'] for s in model.model.channels['shapes'])
+        lines.append(f'hidden channels of each MLP: {" ".join(map(str, hidden))}')
+    return patches, '\n'.join(lines)
 
 # %% ../nbs/6_reference/24_cli.ipynb #1b110d70
-@app.command('prune', short_help='prune a model and save it', help=HELP['prune'])
 def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to write')], model:Model='course',
-              method:Annotated[str, typer.Option(metavar='NAME', help='; '.join(METHODS))]='patch-slimming', reduction:Reduction=None,
-              eps:Eps=None, keys:Keys=None, step:Step=None, tune_epochs:Tune=None, ratio:Ratio=None, l1:L1=None, gate_start:GateStart=None, rule:Rule=None, multiple:Multiple=None,
-              whole_heads:WholeHeads=None, sparse_epochs:Sparse=None, keep_rate:KeepRate=None, stages:Stages=None, t_base:TBase=None, U:Steepness=None,
-              predictor_epochs:Predictor=None, backbone_epochs:Backbone=None, cosine_threshold:CosineThreshold=None, score_threshold:ScoreThreshold=None,
-              rounds:Rounds=None, calibration:Calibration=None, batch_size:BatchSize=None, lr:Lr=None, recover:Recover=0., recover_lr:RecoverLr=None,
-              seed:Seed=0, data:Data=None, skip_damaged:Skip=False, weights:Weights=None, device:Device='auto',
-              force:Annotated[bool, typer.Option('--force', help='replace a pruned model that is in DIR')]=False, json_:Json=False):
+              method:Annotated[str, typer.Option(metavar='NAME', help='one of the methods above')]='patch-slimming',
+              recover:Recover=0., recover_lr:RecoverLr=None, data:Data=None, skip_damaged:Skip=False,
+              weights:Weights=None, device:Device='auto',
+              force:Annotated[bool, typer.Option('--force', help='replace a pruned model that is in DIR')]=False,
+              json_:Json=False, **options):
     "Prune a model and save it."
-    given = {k: v for k, v in locals().items() if k in Options.__dataclass_fields__ and k != 'device' and v is not None}
+    from vitprune_nb.engine.macs import cost_of
     from vitprune_nb.engine.store import open_model
     from vitprune_nb.methods import base as methods
     from vitprune_nb.core import pick_device
     from vitprune_nb.files import only_one
-    given = prune_options(method, given, recover, recover_lr)
-    row = METHODS[method]
-    long = bool(recover) or row.trains or eps is not None        # its state is kept in OUT.unfinished
-    options = dict(model=model, weights=weights, method=method, data=data, **given)
+    m, config, given = prune_options(method, {k: v for k, v in options.items() if v is not None}, recover, recover_lr)
+    long = bool(recover) or m.resumes(config)        # its state is kept in OUT.unfinished
+    settings = dict(model=model, weights=weights, method=method, data=data, **given)
     check_out(out, force)
-    if long: check_unfinished(out, **options)
-    m, device = open_model(model, weights), pick_device(device)
-    train = open_data(data, 'train', m if recover or row.trains else None, skip_damaged=skip_damaged)    # refuses other classes now, not after the search
-    check_out(out, force, need=4*sum(p.numel() for p in m.parameters())*(6 if long else 1))
-    with only_one(out, beside=True), unfinished(out, long, **options) as work:
-        with default_budget(method, reduction is None): pruned = methods.prune(method, m, train, device=device, work=work, **given)
-        log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=seed, device=device, out=work/'recover') if recover else []
+    if long: check_unfinished(out, **settings)
+    net, device = open_model(model, weights), pick_device(device)
+    labelled = net if recover or m.trains else None
+    train = open_data(data, 'train', labelled, skip_damaged=skip_damaged)    # refuses other classes now, not after the search
+    check_out(out, force, need=4*sum(p.numel() for p in net.parameters())*(6 if long else 1))
+    with only_one(out, beside=True), unfinished(out, long, **settings) as work:
+        with default_budget(m, options.get('reduction') is None):
+            pruned = methods.prune(method, net, train, device=device, work=work, **given)
+        log = []
+        if recover:
+            log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=config.seed, device=device, out=work/'recover')
         (patches, line), d = what_is_left(pruned), cost_of(pruned)
         record = {k: v for k, v in pruned.info.items() if k != 'counts'} | dict(patches=patches, recover=recover, device=device.type, **d)
         write_folder(pruned, out, force, backbone=model, **record)
-    print(f'{model} -> {out}: {method}' + ''.join(f', {k} {record[k]}' for k in own_options(row) if k in given or k == row.dial) + f', {train.name} {train.split}, seed {seed}')
+    told = ''.join(f', {k} {record[k]}' for k in own_options(m) if k in given or k == m.dial)
+    print(f'{model} -> {out}: {method}{told}, {train.name} {train.split}, seed {config.seed}')
     print(f'{line}\n{in_words(d)}')
     if log: print(f'fine-tuned for {log[-1]["step"]} steps, last loss {log[-1]["loss"]:.3f}')
     return finish(dict(record, model=str(out), images=record.get('calibration', len(train))), json_)
+
+def prune_command(): # -> a click command
+    "`vitprune prune` with the options of all methods."
+    from vitprune_nb.methods.base import METHODS
+    fields = {}
+    for m in METHODS.values():
+        for k in ('reduction', *own_options(m), 'seed'): fields.setdefault(k, {})[m.name] = m.options[k]
+    fixed = [p for p in inspect.signature(cli_prune).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fixed = [p.replace(kind=p.KEYWORD_ONLY) for p in fixed]
+    own = [option(k, users, len(METHODS)) for k, users in fields.items()]
+    def command(**given): return cli_prune(**given)
+    command.__signature__ = inspect.Signature([*fixed[:3], *own, *fixed[3:]])
+    command.__annotations__ = {p.name: p.annotation for p in (*fixed, *own)}
+    lines = [f'  {m.name:15} {m.about}\n  {"":15} {" ".join(map(flag, own_options(m)))}' for m in METHODS.values()]
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone.command('prune', help=ABOUT_PRUNE.format(methods='\n'.join(lines)))(command)
+    return typer.main.get_command(alone)
+
+@app.command('prune', short_help='prune a model and save it')
+def prune_placeholder(): "`prune_command` takes its place."
 
 # %% ../nbs/6_reference/24_cli.ipynb #632fce36
 HELP['bench'] = '''Time a model: latency of a batch and throughput, median and quartiles.
@@ -469,6 +495,7 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
     "Print a model's latency and throughput."
     from vitprune_nb.engine.store import open_model
     from vitprune_nb.core import pick_device
+    from vitprune_nb.engine.macs import cost_of, dense_of
     from vitprune_nb.evidence.measure import bench, time_reduction
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', skip_damaged=skip_damaged)

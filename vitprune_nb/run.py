@@ -22,10 +22,10 @@ from .files import (append_text, check_ours, check_output, claim, made_in, only_
                                sha256, sweep, temporary_path, write_atomic, write_folder_atomic)
 from .vit.cost import model_macs
 from .data import ImageSet, calibration, class_subset, data_config, eval_transform, load_data
-from .experiment import (SHARED, Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
+from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
                                     read_experiment, stages, unit_passes, units)
 from .evidence.measure import bench, dtype_name, time_reduction
-from .methods.base import METHODS, cost_of, prune, recover
+from .methods.base import METHODS, SHARED, cost_of, prune, recover
 from .engine.store import load_pruned, save_pruned
 from .evidence.report import read_pairs, write_report
 from .evidence.results import answers, make_row, paired_difference
@@ -177,9 +177,9 @@ def copy_folder(source, target):
 # %% ../nbs/6_reference/26_run.ipynb #f6c8f1db
 def own_folder(run:Run, unit:Unit): # -> the folder that this process works in
     "The first process works in the unit's folder, with what was lent to it; the others in copies."
-    folder, part = run.work(unit), SHARED.get(unit.method)
+    folder = run.work(unit)
     own = folder if run.acc.is_main_process else temporary_path(folder)
-    if run.acc.is_main_process and part: copy_folder(run.out/'shared'/f'{unit.method}-s{unit.seed}', folder/part)
+    if run.acc.is_main_process: copy_folder(run.out/'shared'/f'{unit.method}-s{unit.seed}', folder/SHARED)
     run.acc.wait_for_everyone()
     if not run.acc.is_main_process:
         shutil.rmtree(own, ignore_errors=True)
@@ -190,7 +190,7 @@ def own_folder(run:Run, unit:Unit): # -> the folder that this process works in
 # %% ../nbs/6_reference/26_run.ipynb #7258979d
 def prune_step(run:Run, unit:Unit): # -> the pruned model
     "Make a pruned model, or go on making it, or read the finished one."
-    folder, part = run.work(unit), SHARED.get(unit.method)
+    folder = run.work(unit)
     own, ready = own_folder(run, unit), (folder/'pruned').is_dir()
     run.acc.wait_for_everyone()
     def work():
@@ -201,9 +201,9 @@ def prune_step(run:Run, unit:Unit): # -> the pruned model
         if not ready: together(run.acc, work, first_only=not METHODS[unit.method].trains)
     finally:
         if own != folder: shutil.rmtree(own, ignore_errors=True)
-    if part and run.acc.is_main_process:
+    if run.acc.is_main_process and (folder/SHARED).is_dir():      # what is the same for all budgets is lent to them
         claim(run.out, 'shared')
-        copy_folder(folder/part, run.out/'shared'/f'{unit.method}-s{unit.seed}')
+        copy_folder(folder/SHARED, run.out/'shared'/f'{unit.method}-s{unit.seed}')
     return load_pruned(folder/'pruned').to(run.acc.device)
 
 # %% ../nbs/6_reference/26_run.ipynb #45da8a3b

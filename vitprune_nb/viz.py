@@ -14,13 +14,13 @@ import contextlib, math, sys, time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from .core import load_methods
 from .errors import require
 
 # %% ../nbs/6_reference/06_viz.ipynb #f6c6623a
 PALETTE = dict(black='#000000', blue='#0072B2', vermillion='#D55E00', green='#009E73', purple='#CC79A7', orange='#E69F00', sky='#56B4E9', grey='#606060')
 SPARE = ('#332288', '#882255', '#999933', '#117733')   # for names that are no methods
-COLORS = {'dense': PALETTE['black'], 'patch slimming': PALETTE['blue'], 'channels': PALETTE['vermillion'], 'vtp': PALETTE['vermillion'], 'life': PALETTE['green'],
-          'cosine': PALETTE['purple'], 'uniform': PALETTE['orange'], 'attention': PALETTE['sky'], 'random': PALETTE['grey']}
+COLORS = {'dense': PALETTE['black'], 'channels': PALETTE['vermillion']}   # methods add their own when they are registered
 
 # %% ../nbs/6_reference/06_viz.ipynb #1102e58b
 STYLE = {'figure.dpi': 100, 'figure.constrained_layout.use': True, 'font.size': 11, 'axes.titlesize': 11, 'axes.labelsize': 11,
@@ -42,6 +42,7 @@ def method_color(name:str,   # A method, or a method with a remark: 'life', 'pat
                  taken=(),   # Colours that the plot already has
                  )->str:     # '#rrggbb'
     "The fixed colour of a method; any other name gets a free spare colour."
+    load_methods()
     known = max((k for k in COLORS if _plain(name).startswith(k)), key=len, default=None)
     if known and COLORS[known] not in taken: return COLORS[known]
     return next((c for c in (*SPARE, *PALETTE.values()) if c not in taken), PALETTE['grey'])
@@ -49,6 +50,7 @@ def method_color(name:str,   # A method, or a method with a remark: 'life', 'pat
 def method_colors(names # Names of the curves in one plot
                   )->dict: # {name: colour}
     "A colour for each name, the same whatever the order of methods."
+    load_methods()
     out = {}
     for n in sorted(names, key=lambda n: _plain(n) not in COLORS): out[n] = method_color(n, out.values())
     return {n: out[n] for n in names}

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['SCALES', 'keep_labels', 'Look', 'walk', 'mean_kept', 'Seen', 'collect', 'join', 'CosineScore', 'Pruner', 'fit_pruner',
            'calibration_error', 'label_report', 'cosine_policy', 'random_policy', 'reentries', 'run_slim',
-           'train_rounds', 'prune_cosine']
+           'train_rounds', 'CosineConfig', 'Cosine']
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #cbe2a885
 import copy, dataclasses, math
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #2a541043
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 from ..core import fold_seed, pick_device, progress, set_seed
 from ..errors import require
 from ..vit.cost import model_macs
 from ..data import ImageSet, data_config, eval_transform, loader
-from ..engine.slim import (Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer)
+from ..engine.slim import Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer
+from ..engine.macs import counts_of, macs_of
+from .base import Looks, Method, Share, method, option
+from ..viz import PALETTE
 from ..engine.policy import decision_macs
 from ..vit.redundancy import adjacent_similarity, norm_growth
 from ..train.trainer import same_random_after
@@ -339,18 +343,32 @@ def train_rounds(model,          # A timm VisionTransformer of standard blocks
     return pruner, seen
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #1384f161
-def prune_cosine(model,                  # A timm VisionTransformer of standard blocks
-                 ds:ImageSet,            # Images to learn from; their labels are not used
-                 cosine_threshold:float=.95, # In (0, 1): label 'skip' above it
-                 score_threshold:float=.5, # In (0, 1): compute a patch above it
-                 keys:str='all',         # Keys and values of 'all' tokens (modified attention), or of 'kept' ones
-                 rounds:int=0,           # Trainings on the pruned model's own tokens
-                 device='cpu',           # Where the model computes
-                 **fit,                  # For `fit_pruner`: scale, shared, context, hidden, epochs, lr, seed
-                 )->SlimViT:             # Mode 'packed'; `.info` remembers the settings
-    "Train a pruner on a model and put it to work: the whole method of the report, section 5.2."
-    pruner, _ = train_rounds(model, ds, cosine_threshold, score_threshold, rounds, keys, device, **fit)
-    slim = SlimViT(model, cosine_policy(pruner, score_threshold, keys), 'packed').eval()
-    slim.info = dict(method='cosine', cosine_threshold=cosine_threshold, scale=pruner.scale, score_threshold=score_threshold, keys=keys,
-                     rounds=rounds, shared=pruner.shared, context=pruner.scores[0].context, images=len(ds))
-    return slim
+class CosineConfig(Looks):
+    score_threshold: Share|None = option(None, 'compute a patch whose probability is above it, in (0, 1)', 'a number in (0, 1)', 'P', dial=True, shown='0.5')
+    cosine_threshold: Share|None = option(None, "label 'skip' above it, in (0, 1)", 'a number in (0, 1)', 'COS', dial=True,
+                                          shown='0.95; with a budget, one that fits it')
+    keys: Literal['all', 'kept'] = option('all', "keys and values of 'all' tokens, or of 'kept' ones", "'all' or 'kept'", 'KIND')
+    rounds: Annotated[int, Field(ge=0, le=10**6)] = option(0, "trainings on the pruned model's own tokens",
+                                                           'a whole number, 0 or more, and at most a million', 'N')
+
+@method('cosine', 'skip, block by block, the patches that hardly turn (cosine labels)',
+        'report on a cosine-label MLP pruner', PALETTE['purple'])
+class Cosine(Method):
+    config, ends = CosineConfig, (-14., 14.)
+
+    def default(self, c): return c.score_threshold or .5
+    def at(self, logit): return 1/(1 + math.exp(-logit))
+
+    def prepare(self, job): # -> the trained pruner
+        c, label = job.config, job.config.cosine_threshold
+        if label is None and c.reduction is None: label = .95
+        if label is None: label = collect(job.model, job.images, device=job.device).threshold_for(c.reduction)
+        return train_rounds(job.model, job.images, label, self.default(c), c.rounds, c.keys, job.device, seed=c.seed)[0]
+
+    def plan(self, job, pruner, threshold): return cosine_policy(pruner, threshold, job.config.keys)
+    def macs(self, job, pruner, policy): return macs_of(self.build(job, pruner, policy), job.images)
+    def build(self, job, pruner, policy, trained=None): return SlimViT(job.model, policy, 'packed').to(job.device).eval()
+
+    def remember(self, job, pruner, policy, threshold):
+        counts = counts_of(self.build(job, pruner, policy), job.images)
+        return dict(cosine_threshold=pruner.cosine_threshold, score_threshold=threshold, counts=counts)

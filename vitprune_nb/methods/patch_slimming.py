@@ -4,24 +4,29 @@
 
 # %% auto #0
 __all__ = ['run_rows', 'run_masked', 'patch_step', 'calibration_loader', 'layer_inputs', 'Search', 'search_order', 'search_child',
-           'search_measure', 'tune_block', 'search_run', 'top_down', 'for_budget', 'time_search']
+           'search_measure', 'tune_block', 'search_run', 'top_down', 'budget_plan', 'for_budget', 'put_to_work',
+           'PlanConfig', 'PatchSlimmingConfig', 'PatchSlimming', 'time_search']
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #1beecf54
-import copy, hashlib, json, math, tempfile, time
+import copy, dataclasses, hashlib, json, math, tempfile, time
 from operator import truediv
 from pathlib import Path
+from typing import Annotated, Literal
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #1a2683f9
 import torch
+from pydantic import AfterValidator, Field
 from ..core import data_path, fold_seed, pick_device, progress
 from ..errors import VitpruneError, at_least, is_number, is_whole, refuse, require
 from ..files import write_atomic
 from ..vit.cost import meet_budget, tolerance_of
 from ..data import ImageSet, calibration, data_config, embedded, eval_transform, loader
-from ..engine.slim import attn_branch, mlp_branch, own_grid
+from ..engine.slim import SlimViT, attn_branch, mlp_branch, own_grid
 from ..engine.plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
 from ..evidence.results import make_row
+from .base import Looks, Method, Positive, method, option
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
+from ..viz import PALETTE
 from ..vit.model import COURSE, attention_rows, capture, create_vit, standard_blocks
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #d29e34b7
@@ -352,19 +357,15 @@ def top_down(model,              # A timm VisionTransformer that reads its CLS t
     return Search(model, ds, scores, **search).run(eps, tune_epochs, lr, checkpoint)
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #4c95b8bc
-def for_budget(model,               # A timm VisionTransformer that reads its CLS token
-               ds,                  # Calibration images: an `ImageSet`, another data set, or an iterable of batches
-               reduction:float=.4,  # Wanted MAC reduction, in (0, 1)
-               tolerance:float=.005,# Close enough to stop; a miss larger than this and than `tolerance_of(model)` is refused
-               rounds:int=12,       # At most so many values of eps
-               scores:str='shortcut', # One of significance.KINDS
-               **search,            # step, keys, error, batch_size, seed, device, cache: see `Search`
-               )->Plan:
-    "The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then bisect on a logarithmic scale."
+def budget_plan(s:Search,            # Cached inputs and what was measured
+                reduction:float,     # Wanted MAC reduction, in (0, 1)
+                tolerance:float=.005,# Close enough to stop; a miss larger than this and than `tolerance_of(model)` is refused
+                rounds:int=12,       # At most so many values of eps
+                )->Plan:
+    "The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then bisect its logarithm."
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
-    s = Search(model, ds, scores, **search)
-    most = Plan('none', '', s.n_patches, s.n_prefix, [()]*len(s.blocks)).reduction(model, s.keys)
-    miss = max(tolerance, tolerance_of(model))
+    most = Plan('none', '', s.n_patches, s.n_prefix, [()]*len(s.blocks)).reduction(s.model, s.keys)
+    miss = max(tolerance, tolerance_of(s.model))
     if reduction > most: meet_budget(reduction, [most], miss, f'keys={s.keys!r}')
     eps, low, high, plans = .02, None, None, {}
     for _ in range(rounds):
@@ -373,13 +374,79 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
         except VitpruneError:
             if not plans: raise
         else:
-            saved = plan.reduction(model)
+            saved = plan.reduction(s.model)
             plans[saved], gap = plan, saved - reduction
         if abs(gap) <= tolerance: break
         low, high = (eps, high) if gap < 0 else (low, eps)
         eps = math.sqrt(low*high) if low and high else eps*4 if gap < 0 else eps/4
     meet_budget(reduction, plans, miss, f'step={s.step} and keys={s.keys!r}')
     return plans[min(plans, key=lambda saved: abs(saved - reduction))]   # the cost does not fall steadily with eps: the best of all
+
+def for_budget(model,               # A timm VisionTransformer that reads its CLS token
+               ds,                  # Calibration images: an `ImageSet`, another data set, or an iterable of batches
+               reduction:float=.4,  # As for `budget_plan`
+               tolerance:float=.005, rounds:int=12, # As for `budget_plan`
+               scores:str='shortcut', # One of significance.KINDS
+               **search,            # step, keys, error, batch_size, seed, device, cache: see `Search`
+               )->Plan:
+    "A search, and the plan in it that meets a budget."
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
+    return budget_plan(Search(model, ds, scores, **search), reduction, tolerance, rounds)
+
+# %% ../../nbs/3_methods/11_patch_slimming.ipynb #a9b33db6
+def put_to_work(plan:Plan, # Which patches each block keeps
+                model,     # A timm ViT
+                )->SlimViT:
+    "The pruned model, which remembers its plan."
+    slim = plan.slim(model)
+    slim.plan = dataclasses.replace(plan, weights=None)      # they are in the model
+    return slim
+
+def _step(v):
+    if v >= 1 and v != int(v): raise ValueError('a part of a patch')
+    return v
+
+class PlanConfig(Looks):
+    "Options of methods with one plan for all images."
+    keys: Literal[KEYS] = option('entering', "tokens whose keys and values a block computes: 'entering', 'all' or 'kept'",
+                                 "'entering', 'all' or 'kept'", 'KIND')
+
+class PatchSlimmingConfig(PlanConfig):
+    eps: Positive|None = option(None, 'tolerated relative error of each block', 'a positive relative error, e.g. 0.02', 'ERROR', dial=True)
+    step: Annotated[float, Field(gt=0), AfterValidator(_step)]|None = option(
+        None, 'patches that a pass of the search adds, or a share of them',
+        'a share in (0, 1) or a whole number of patches, at least 1', 'N|SHARE', shown='10 of 196')
+    tune_epochs: Annotated[int, Field(ge=0, le=10**6)] = option(
+        0, 'with eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper',
+        'a whole number, 0 or more, and at most a million', 'N')
+    lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0', 'RATE')
+
+@method('patch-slimming', 'keep the patches that deeper blocks still use (Tang et al., Algorithm 1)',
+        'Tang et al., Patch Slimming for Efficient Vision Transformers, CVPR 2022', PALETTE['blue'])
+class PatchSlimming(Method):
+    config = PatchSlimmingConfig
+
+    def check(self, c):
+        require(c.tune_epochs == 0 or c.reduction is None, 'tune_epochs', c.tune_epochs, '0 with a MAC budget',
+                'Fine-tuned blocks need a tolerated error: give eps.')
+
+    def default(self, c): return c.eps or .02
+    def resumes(self, c): return c.reduction is None
+
+    def prepare(self, job):
+        c = job.config
+        return Search(job.model, job.images, step=c.step, keys=c.keys, batch_size=c.batch_size or 16, device=job.device)
+
+    def plan(self, job, search, eps):
+        c = job.config
+        return search.run(eps, c.tune_epochs, c.lr or 1e-4, checkpoint=job.part('search.safetensors'))
+
+    def meet(self, job, search):
+        plan = budget_plan(search, job.config.reduction)
+        return plan.info['eps'], plan
+
+    def build(self, job, search, plan, trained=None): return put_to_work(plan, job.model)
+    def remember(self, job, search, plan, eps): return dict(keys=plan.info['keys'], eps=plan.info['eps'])
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #d46820e6
 def time_search(images:int=256,    # Calibration images, from the embedded training set
