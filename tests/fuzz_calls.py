@@ -114,8 +114,7 @@ CALLS = {   # function: {argument: values}
     'load_checkpoint': dict(path=Arg(["zoo/'w.pth'"], ["zoo/'w.safetensors'", "zoo/'cut.pth'", "'none'", "zoo/'tree'", '3', 'None', "zoo/'pickled.pth'", "zoo/'text.pth'"])),
     'set_seed': dict(seed=Arg(['0', '7'], SEED.bad)), 'pick_device': dict(name=Arg(["'cpu'", "'auto'"], DEVICE.bad)), 'environment': dict(device=DEVICE), 'autocast': dict(device=DEVICE, dtype=Arg(["'fp32'", "'bf16'", "'auto'", 'torch.bfloat16'], ["'int8'", 'None', '3', '[]', 'torch.int8', 'nan'], .5)),
     'wilson_interval': dict(correct=number(['3'], ['-1', '99', '1.5'], 1.), n=number(['10'], ['0', '-1', '1.5'], 1.)),
-    'Options': dict(OPTIONS['vtp'], seed=SEED, dtype=DTYPE, rounds=number(['0', '2'], ['-1', '1.5']), eps=number(['.1'], ['0', '-1'], none=True), tune_epochs=number(['0'], ['-1', '1.5', '2.5'])),
-    'check_options': dict(name=Arg(["'vtp'", "'uniform'", "'life'"], ["'x'", 'None', '3', '[]']), options=Arg(['dict(reduction=.3)', 'dict(reduction=.3, seed=2)'], ['None', '3', "dict(colour=1)", '[1]', "dict(rounds=1)", '{3: 4}'])),
+    'read_options': dict(name=Arg(["'vtp'", "'uniform'", "'life'"], ["'x'", 'None', '3', '[]']), options=Arg(['dict(reduction=.3)', 'dict(reduction=.3, seed=2)'], ['None', '3', "dict(colour=1)", '[1]', "dict(rounds=1)", '{3: 4}'])),
     'read_experiment': dict(path=Arg(["config('methods = [\"uniform\"]\\n')", "config('reductions = [0.3]\\n')"], ["'none'", "zoo/'tree'", '3', 'None', "zoo/'w.pth'", "config('a = 1')", "config('seeds = [nan]')", "config('seeds = [4294967296]')", "config('recover = {epochs = \"x\"}')", "config('options = {vtp = 3}')", "config('name = \"..\"')", "config('methods = [[]]')", "config('classes = true')"]),
                             changes=Arg(['()', "['test_images=3']", "('seeds=1', 'name=x')"], ['3', "'x'", '[3]', "['x']", '[None]', "['recover.epochs=x']", "['options.vtp.l1=nan']", "['a.b=1']", "['name=..']", "['model_args=3']"], .6)),
     'parse_change': dict(text=Arg(["'a=1'", "'methods=x,y'", "'seeds=1,2'", "'a.b=c'"], ['3', 'None', "''", "'='", "'a'", "'=1'", '[]'])),
@@ -157,7 +156,7 @@ def make(text, zoo):
     from vitprune_nb import core, data, errors, files, experiment, run
     from vitprune_nb.vit import cost
     from vitprune_nb.engine import slim as engine
-    from vitprune_nb.engine import store
+    from vitprune_nb.engine import macs, store
     from vitprune_nb.methods import life
     from vitprune_nb.evidence import measure
     from vitprune_nb.methods import base as methods
@@ -177,7 +176,7 @@ def make(text, zoo):
     def tree(split): return data.load_data(zoo/'tree', split)
     def slim(): return methods.load_pruned(zoo/'uniform')
     def test_set(): return tree('test').but(transform=data.eval_transform(data.data_config(model()))).subset(range(4))
-    space = {k: v for m in (cost, data, engine, experiment, life, measure, methods, patch_slimming, plan, policy, results, run, significance, store, surgery, train, vit, core, errors, files) for k, v in vars(m).items() if not k.startswith('_')}
+    space = {k: v for m in (cost, data, engine, experiment, life, measure, macs, methods, patch_slimming, plan, policy, results, run, significance, store, surgery, train, vit, core, errors, files) for k, v in vars(m).items() if not k.startswith('_')}
     space |= dict(torch=torch, np=np, Path=Path, nan=math.nan, inf=math.inf, zoo=zoo, new=lambda n: here/n, write=write, config=lambda t: write('c.toml', t), model=model, images=images, tree=tree, slim=slim, test_set=test_set, cost=cost,
                   policy=policy_, packed=lambda: slim().set_mode('packed'), sliced=lambda: methods.load_pruned(zoo/'cut'), plan=lambda: plan.load_plan(zoo/'planned/plan.json'))
     result = eval(text, space)

@@ -13,7 +13,8 @@ from vitprune_nb.data import embedded
 from vitprune_nb.demo import rival_plans
 from vitprune_nb.engine.slim import Policy, SlimViT, Step
 from vitprune_nb.experiment import read_experiment
-from vitprune_nb.methods.base import METHODS, cost_of, macs_of, method, prune, turn
+from vitprune_nb.methods.base import METHODS, Method, method, prune, turn
+from vitprune_nb.engine.macs import cost_of, macs_of
 from vitprune_nb.methods.patch_slimming import for_budget
 from vitprune_nb.engine.plan import ramp_plan, uniform_plan
 from vitprune_nb.vit.model import course_model
@@ -100,11 +101,15 @@ def test_the_budget_of_a_model_with_cut_channels_is_its_own(few):
 
 
 def test_a_method_that_forgets_its_budget_is_found_out(few):
+    class Fixed(Method):
+        def plan(self, job, state, value): return self.steps
+        def build(self, job, state, plan, trained=None): return SlimViT(job.model, Policy(plan, self.name))
+
     @method('lazy', 'keep everything')
-    def build_lazy(model, train_set, o): return SlimViT(model, Policy({}, 'lazy')), {}
+    class Lazy(Fixed): steps = {}
 
     @method('greedy', 'keep CLS')
-    def build_greedy(model, train_set, o): return SlimViT(model, Policy({0: Step(keep=())}, 'greedy')), {}
+    class Greedy(Fixed): steps = {0: Step(keep=())}
     try:
         with pytest.raises(VitpruneError, match='reduction: got 0.4; allowed: about 0.000, what lazy saves on this model'): prune('lazy', vit(), few, reduction=.4)
         with pytest.raises(VitpruneError, match='reduction: got 0.4; allowed: about 0.9.*what greedy saves'): prune('greedy', vit(), few, reduction=.4)

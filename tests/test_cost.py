@@ -11,7 +11,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from vitprune_nb.vit import cost
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.vit.cost import Widths, block_macs, block_terms, block_widths, cost_table, count_macs, model_macs, model_params, n_tokens, reduction, speed_up
-from vitprune_nb.methods.base import cost_of
+from vitprune_nb.engine.macs import cost_of
 
 
 def shape(name, **kwargs):

@@ -13,8 +13,8 @@ from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.methods.life import LifeScore, life_plan
 from vitprune_nb.methods.life_run import StageAttention, StagePredictor
 from vitprune_nb.papers.life_tables import RandomLife
-from vitprune_nb.methods.base import cost_of, counts_of, extra_macs, macs_of
 from vitprune_nb.engine.attention import VIEWS
+from vitprune_nb.engine.macs import cost_of, counts_of, extra_macs, macs_of
 from vitprune_nb.engine.policy import FATES, POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step, decision_macs
 from vitprune_nb.engine.channels import slice_model
 

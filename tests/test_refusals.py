@@ -33,7 +33,7 @@ def test_a_device_that_is_none(device, tiny, images):
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_a_seed_that_is_none(seed, images):
-    for door in (core.set_seed, lambda s: train.TrainConfig(seed=s), lambda s: methods.Options(seed=s), lambda s: experiment.Experiment(seeds=(s,)), lambda s: data.calibration(images, 3, s),
+    for door in (core.set_seed, lambda s: train.TrainConfig(seed=s), lambda s: methods.read_options('life', dict(seed=s)), lambda s: experiment.Experiment(seeds=(s,)), lambda s: data.calibration(images, 3, s),
                  lambda s: data.class_subset(images, 3, s), lambda s: data.load_data(None, seed=s), lambda s: policy.pyramid(6, 16, {2: .5}, s)):
         with pytest.raises(VitpruneError, match='^seeds?: got'): door(seed)
 
@@ -45,13 +45,14 @@ def test_no_field_of_a_recipe_takes_what_is_no_number(name, value):
 
 
 @pytest.mark.parametrize('name, value', [('step', math.nan), ('step', 1.5), ('whole_heads', 1), ('whole_heads', 'x'), ('keys', []), ('rule', 3), ('stages', [[1]]), ('stages', [True]), ('rounds', 10**20),
-                                         ('sparse_epochs', 1e99), ('U', '1.5'), ('multiple', 2.), ('calibration', np.float64(3)), ('work', 3), ('keep_rate', [[.5]])])
+                                         ('sparse_epochs', 1e99), ('U', '1.5'), ('multiple', 2.), ('calibration', np.float64(3)), ('keep_rate', [[.5]])])
 def test_no_option_takes_a_wrong_type(name, value):
-    with pytest.raises(VitpruneError, match=f'^{name}: got'): methods.Options(**{name: value})
+    m = next(m for m in ('patch-slimming', 'vtp', 'life', 'cosine') if name in methods.METHODS[m].options)
+    with pytest.raises(VitpruneError, match=f'^{name}: got'): methods.read_options(m, {name: value})
 
 
 def test_numbers_of_numpy_are_numbers(images):
-    assert methods.Options(calibration=np.int64(3), reduction=np.float32(.5)).calibration == 3
+    assert methods.read_options('uniform', dict(calibration=np.int64(3), reduction=np.float32(.5)))[1].calibration == 3
     assert len(data.calibration(images, np.int64(3), np.int32(7))) == 3 and train.TrainConfig(seed=np.int64(5)).seed == 5
 
 

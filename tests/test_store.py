@@ -12,7 +12,7 @@ from vitprune_nb.methods.vtp import add_gates, importance
 from vitprune_nb.engine.channels import choose
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.engine.slim import SlimViT
-from vitprune_nb.methods.base import cost_of
+from vitprune_nb.engine.macs import cost_of
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.engine.plan import Plan, model_name, ramp_plan
 from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step

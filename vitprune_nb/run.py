@@ -25,7 +25,8 @@ from .data import ImageSet, calibration, class_subset, data_config, eval_transfo
 from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
                                     read_experiment, stages, unit_passes, units)
 from .evidence.measure import bench, dtype_name, time_reduction
-from .methods.base import METHODS, SHARED, cost_of, prune, recover
+from .methods.base import METHODS, SHARED, prune, recover
+from .engine.macs import cost_of
 from .engine.store import load_pruned, save_pruned
 from .evidence.report import read_pairs, write_report
 from .evidence.results import answers, make_row, paired_difference

@@ -20,7 +20,8 @@ from ..engine.slim import SlimViT
 from ..methods.life import LifeScore, life_plan
 from ..train.trainer import frozen
 from ..methods.life_run import life_recipe
-from ..methods.base import macs_of, prune
+from ..engine.macs import macs_of
+from ..methods.base import prune
 from .patch_figures import Subject, figure_table, recorded
 from ..evidence.results import append_rows, paired_difference, settings
 from ..train.trainer import fit
