@@ -401,7 +401,7 @@ def prune_options(method:str,   # One of METHODS
     for name, field in m.options.items():
         kind, is_list = kind_of(field.annotation)
         if is_list and name in given: given[name] = listed(given[name], kind, name)
-    if not set(m.dials) & set(given): given['reduction'] = BUDGET
+    if not {'reduction', *m.dials} & set(given): given['reduction'] = BUDGET
     return *read_options(method, given), given
 
 # %% ../nbs/6_reference/24_cli.ipynb #6d9c411b
