@@ -389,7 +389,7 @@ def default_budget(m,               # From METHODS
 def prune_options(method:str,   # One of METHODS
                   given:dict,   # Options that were given
                   recover:float, recover_lr, # As in `cli_prune`
-                  )->tuple:     # (the method, its checked config, the options for `prune`)
+                  )->dict:      # Options for `methods.prune`
     "What can be refused before anything is opened, and the budget that holds when none is given."
     from vitprune_nb.errors import is_number, require
     from vitprune_nb.methods.base import METHODS, read_options
@@ -402,7 +402,8 @@ def prune_options(method:str,   # One of METHODS
         kind, is_list = kind_of(field.annotation)
         if is_list and name in given: given[name] = listed(given[name], kind, name)
     if not {'reduction', *m.dials} & set(given): given['reduction'] = BUDGET
-    return *read_options(method, given), given
+    read_options(method, given)
+    return given
 
 # %% ../nbs/6_reference/24_cli.ipynb #6d9c411b
 def what_is_left(model # From `methods.prune`
@@ -431,7 +432,8 @@ def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to
     from vitprune_nb.methods import base as methods
     from vitprune_nb.core import pick_device
     from vitprune_nb.files import only_one
-    m, config, given = prune_options(method, {k: v for k, v in options.items() if v is not None}, recover, recover_lr)
+    given = prune_options(method, {k: v for k, v in options.items() if v is not None}, recover, recover_lr)
+    m, config = methods.read_options(method, given)
     long = bool(recover) or m.resumes(config)        # its state is kept in OUT.unfinished
     settings = dict(model=model, weights=weights, method=method, data=data, **given)
     check_out(out, force)

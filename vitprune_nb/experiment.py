@@ -8,7 +8,7 @@ __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'app
            'imported', 'code_hashes', 'flat', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
-import ast, contextlib, dataclasses, difflib, hashlib, json, os, re, time
+import ast, contextlib, dataclasses, difflib, hashlib, json, os, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ except ImportError: import tomli as tomllib   # Python 3.10
 from .core import check_seed
 from .errors import is_number, path_of, refuse, require
 from .files import check_output, sha256, sweep, write_atomic, writing
-from .methods.base import METHODS, SHARED, read_options, training_epochs
-from .evidence.results import append_rows, read_rows
+from .methods.base import METHODS, read_options, training_epochs
+from .evidence.results import append_rows, read_rows, typed_row
 from .train.trainer import TrainConfig
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #d8bef6fb
@@ -98,7 +98,7 @@ def _check_recipes(e):
         require(isinstance(table, dict), f'options.{m}', table, 'a table of options')
         _known(table, METHODS[m].own, f'options.{m}')
         dial = METHODS[m].dial
-        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), f'no value of its own, for a run turns this dial until each of its reductions is met',
+        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), 'no value of its own, for a run turns this dial until each of its reductions is met',
                 f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
     for m in {**dict.fromkeys(e.methods), **e.options}: read_options(m, method_options(e, m, e.reductions[0]))
 
@@ -345,7 +345,7 @@ class Ledger:
 
     def files(self)->list: return sorted(self.folder.glob('[0-9]*-*.json'))
     def keys(self)->list: return [f.stem.partition('-')[2] for f in self.files()]
-    def rows(self)->list: return [_read_object(f) for f in self.files()]
+    def rows(self)->list: return [typed_row(_read_object(f)) for f in self.files()]
     def find(self, key)->dict: return dict(zip(self.keys(), self.rows()))[key]
 
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`

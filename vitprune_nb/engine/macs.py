@@ -31,7 +31,7 @@ def counts_of(model,       # Any ViT, pruned or not
     policy = getattr(check_model(model), 'policy', None)
     if policy is None: return None
     remembered = getattr(model, 'info', {}).get('counts')
-    if not any(s.ragged for s in policy.steps.values()): return policy.counts(len(model.blocks), model.n_tokens, model.num_prefix_tokens)
+    if not policy.ragged: return policy.counts(len(model.blocks), model.n_tokens, model.num_prefix_tokens)
     if images is None and remembered: return [tuple(c) for c in remembered]
     require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
     parts = [(len(x), model.trace(x).counts) for x in _batches(model, images)]
@@ -49,7 +49,7 @@ def extra_macs(model, # Any ViT, pruned or not
 # %% ../../nbs/2_engine/05c_macs.ipynb #4a4aa8e6
 def _counted(model, images):
     "The same for a model that the formulas do not know, from forward passes; one of a blank image, where all images cost the same."
-    if not any(s.ragged for s in getattr(getattr(model, 'policy', None), 'steps', {}).values()): return int(count_table(model).macs.iloc[-1])
+    if not getattr(getattr(model, 'policy', None), 'ragged', False): return int(count_table(model).macs.iloc[-1])
     require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
     macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images)))
     return sum(macs)/sum(n)

@@ -21,6 +21,7 @@ from ..engine.channels import NORMS, SITES, ChannelPlan, choose, plain_weights, 
 from ..engine.slim import Policy, SlimViT
 from .base import SHARED, Epochs, Method, Positive, Trains, Whole, method, option
 from ..viz import PALETTE
+from ..train.objectives import penalty, plus, supervised
 from ..train.trainer import TrainConfig, fit, pick_accelerator
 
 # %% ../../nbs/3_methods/12_channels.ipynb #c3e807d5
@@ -55,11 +56,11 @@ def gates(model # A model with gates, or a `SlimViT` around one
 
 # %% ../../nbs/3_methods/12_channels.ipynb #be0b3779
 def l1_penalty(l1:float # λ, 0 or more; the paper finds 1e-4 best
-               ):       # A function of the model, for `fit(loss=…)`
+               ):       # A function of the model, for `objectives.penalty`
     "λ times the sum of all |gate| (VTP, section 2.2)."
     require(isinstance(l1, Real) and math.isfinite(l1) and l1 >= 0, 'l1', l1, 'a number, 0 or more', 'The paper takes 1e-4.')
-    def penalty(model): return l1*torch.cat([g for g in gates(model).values()]).abs().sum()
-    return penalty
+    def of_gates(model): return l1*torch.cat([g for g in gates(model).values()]).abs().sum()
+    return of_gates
 
 # %% ../../nbs/3_methods/12_channels.ipynb #22053985
 @torch.no_grad()
@@ -111,9 +112,10 @@ def train_gates(model,           # A dense timm ViT; left as it is
                 **kwargs,        # For `fit`: test_set, out, workers …
                 ):               # A trained copy with gates
     "Training with sparsity regularisation (VTP, sections 2.2 and 3.2)."
-    penalty, gated = l1_penalty(l1), add_gates(copy.deepcopy(model), start)
+    objective = plus(supervised, penalty('l1', l1_penalty(l1)))
+    gated = add_gates(copy.deepcopy(model), start)
     if watch is not None: kwargs['callback'] = lambda rows: watch(gated, rows)
-    fit(gated, train_set, cfg, loss=penalty, **kwargs)
+    fit(gated, train_set, cfg, objective=objective, **kwargs)
     return gated
 
 # %% ../../nbs/3_methods/12_channels.ipynb #b9dba972

@@ -47,19 +47,23 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
                 score_threshold:float=.5, # In (0, 1)
                 backbone:str='course', # For the rows
                 device='cpu',   # Where to compute
-                **fit)->list:   # Result rows: dense, then cosine and random for each setting; `fit` goes to `with_pruner`
-    "The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping of as many patches, which is a little cheaper: it has no pruner."
+                **fit)->list:   # Rows: dense, then cosine and random for each setting; `fit` goes to `with_pruner`
+    """The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping of as
+    many patches, which is a little cheaper: it has no pruner."""
     P = model.patch_embed.num_patches
     def row(name, slim, note=''):
         r = run_slim(slim, test, device=device); kept = r['kept'].sum(-1).float().mean(0)
-        words = f"{(P - kept).mean():.1f} of {P} patches skipped per layer, {reentries(r['kept']).sum(1).float().mean():.1f} re-entries an image"
-        schedule = {k: slim.info[k] for k in ('cosine_threshold', 'scale', 'score_threshold', 'keys', 'rounds') if k in slim.info}
+        back = reentries(r['kept']).sum(1).float().mean()
+        words = f"{(P - kept).mean():.1f} of {P} patches skipped per layer, {back:.1f} re-entries an image"
+        schedule = {k: slim.info[k] for k in ('cosine_threshold', 'scale', 'score_threshold', 'keys',
+                                              'rounds') if k in slim.info}
         schedule['skipped'] = [round(P - v, 2) for v in kept.tolist()]
         return make_row(name, backbone, test, r, device=device, schedule=schedule, note=words + note), kept
     rows = [row('dense', SlimViT(model))[0]]
     for c in thresholds:
         for k in keys:
-            r, kept = row('cosine', with_pruner(model, train, c, score_threshold, k, device=device, **fit), f', keys of {k}')
+            r, kept = row('cosine', with_pruner(model, train, c, score_threshold, k, device=device, **fit),
+                          f', keys of {k}')
             blind = SlimViT(model, random_policy(kept, P, k)); blind.info = dict(cosine_threshold=c, keys=k)
             rows += [r, row('random', blind, f', keys of {k}')[0]]
     return rows
@@ -68,14 +72,19 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
 def record_cosine(s:Subject, # Model, test images, and `calib` to train pruners on
                   out,       # A CSV file; made when missing
                   thresholds=(.95, .9), # Cosine thresholds: the report's
-                  labelled=(40/196, 68/196), # Shares of all patches; thresholds that label so many 'skip' are added, () adds none
-                  **kwargs)->list: # For `cosine_rows`; returns the rows added: none when `out` has them already
-    "Both tables for one model and one data set, recorded once. A threshold that no patch reaches skips nothing: it has no row."
+                  labelled=(40/196, 68/196),
+                  # Shares of all patches; thresholds that label so many 'skip' are added, () adds none
+                  **kwargs)->list: # For `cosine_rows`; the rows added, none when `out` has them already
+    """Both tables for one model and one data set, recorded once. A threshold that no patch reaches skips
+    nothing: it has no row."""
     rows = read_rows(out) if Path(out).is_file() else []
     if any((r['weights'], r['data_hash']) == (s.weights, s.ds.digest) for r in rows): return []
     seen = collect(s.model, s.calib, device=s.device)
-    cosines = [c for c in (*thresholds, *(round(seen.threshold_for(v), 4) for v in labelled)) if not keep_labels(seen.cosine, c).all()]
-    rows = [dict(r, weights=s.weights, seed=s.seed) for r in cosine_rows(s.model, s.calib, s.ds, cosines, backbone=s.name, device=s.device, seed=s.seed, **kwargs)]
+    cosines = [c for c in (*thresholds, *(round(seen.threshold_for(v), 4) for v in labelled))
+               if not keep_labels(seen.cosine, c).all()]
+    rows = [dict(r, weights=s.weights, seed=s.seed)
+            for r in cosine_rows(s.model, s.calib, s.ds, cosines, backbone=s.name, device=s.device,
+                                 seed=s.seed, **kwargs)]
     append_rows(out, rows)
     return rows
 
@@ -85,7 +94,8 @@ def composites(ds:ImageSet,   # Where the pictures come from
                size:float=.5, # Side of the object, as a share of the image's, in (0, 1]
                seed:int=0,    # Of choice, place and colours
                )->tuple:      # (ImageSet, bool (n, H, W): the object's pixels)
-    "Pictures cut out as discs and pasted at random places on smooth random backgrounds: objects whose place is known."
+    """Pictures cut out as discs and pasted at random places on smooth random backgrounds: objects whose place
+    is known."""
     require(0 < size <= 1, 'size', size, 'a share in (0, 1]')
     require(len(ds) > 0, 'ds', 'no images', 'at least one image')
     require(1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name}')
@@ -94,11 +104,14 @@ def composites(ds:ImageSet,   # Where the pictures come from
     yy, xx = np.mgrid[:k, :k]; disc = (yy + .5 - k/2)**2 + (xx + .5 - k/2)**2 <= (k/2)**2
     images, masks, chosen = [], np.zeros((n, H, W), dtype=bool), rng.permutation(len(ds))[:n]
     for j, i in enumerate(chosen):
-        a = np.array(Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize((W, H), Image.Resampling.BICUBIC))
+        a = np.array(Image.fromarray(rng.integers(0, 256, (3, 3, 3),
+                                                  dtype=np.uint8)).resize((W, H), Image.Resampling.BICUBIC))
         top, left = rng.integers(0, H - k + 1), rng.integers(0, W - k + 1)
-        a[top:top + k, left:left + k][disc] = np.asarray(ds.image(int(i)).resize((k, k), Image.Resampling.BICUBIC))[disc]
+        a[top:top + k,
+          left:left + k][disc] = np.asarray(ds.image(int(i)).resize((k, k), Image.Resampling.BICUBIC))[disc]
         masks[j, top:top + k, left:left + k] = disc; images.append(a)
-    return ImageSet(np.stack(images), ds.targets[chosen], ds.classes, f'{ds.name} composites', ds.split, f'{ds.digest[:16]}-{n}-{size}-{seed}', ds.transform), torch.from_numpy(masks)
+    return (ImageSet(np.stack(images), ds.targets[chosen], ds.classes, f'{ds.name} composites', ds.split,
+                     f'{ds.digest[:16]}-{n}-{size}-{seed}', ds.transform), torch.from_numpy(masks))
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #b084d69c
 def object_patches(masks:torch.Tensor, # (n, H, W) bool
@@ -112,10 +125,12 @@ def iou(kept:torch.Tensor,   # (…, P) bool
         target:torch.Tensor, # (…, P) bool
         )->torch.Tensor:     # (…) in [0, 1]; 1 when both are empty
     "Intersection over union of two sets of patches."
-    return torch.where((kept | target).any(-1), (kept & target).sum(-1)/(kept | target).sum(-1).clamp_min(1), 1.)
+    return torch.where((kept | target).any(-1), (kept & target).sum(-1)/(kept | target).sum(-1).clamp_min(1),
+                       1.)
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #1473b7f6
-def centre_rank(grid:tuple)->torch.Tensor: # (rows, columns) -> (P,) 0 for the patch nearest to the centre, P-1 for the farthest
+def centre_rank(grid:tuple     # (rows, columns)
+                )->torch.Tensor: # (P,): 0 for the patch nearest to the centre, P - 1 for the farthest
     "Rank of each patch by its distance from the centre of the grid."
     y, x = torch.meshgrid(*(torch.arange(n) - (n - 1)/2 for n in grid), indexing='ij')
     return (y**2 + x**2).flatten().argsort(stable=True).argsort()
@@ -127,17 +142,25 @@ def overlap_rows(kept:torch.Tensor,   # (n, L, P) bool
                  grid:tuple,          # (rows, columns) of patches
                  seed:int=0,          # Of the random baseline
                  )->list:             # One dict a block (1-based), means over images
-    "Do the kept patches lie on the object? IoU and pointing accuracy by block, against random and centre patches."
+    """Do the kept patches lie on the object? IoU and pointing accuracy by block, against random and centre
+    patches."""
     n, L, P = kept.shape
-    require(target.shape == (n, P) and grid[0]*grid[1] == P, 'target', f'shape {tuple(target.shape)}', f'({n}, {P}), one value a patch')
+    require(target.shape == (n, P) and grid[0]*grid[1] == P, 'target', f'shape {tuple(target.shape)}',
+            f'({n}, {P}), one value a patch')
     centre, g, rows = centre_rank(grid), torch.Generator().manual_seed(seed), []
     for l in range(L):
         k = kept[:, l].sum(-1, keepdim=True)
-        ours, blind, middle = (iou(s, target) for s in (kept[:, l], torch.rand(n, P, generator=g).argsort(-1).argsort(-1) < k, centre < k))
-        s = scores[:, l]; hit = target.gather(1, s.argmax(-1, keepdim=True)).float().mean().item() if (s != s[:, :1]).any() else float('nan')   # nan: points nowhere
-        rows.append(dict(block=l + 1, kept=k.float().mean().item()/P, iou=ours.mean().item(), iou_random=blind.mean().item(),
-                         iou_centre=middle.mean().item(), gain_se=((ours - torch.maximum(blind, middle)).std()/n**.5).item(), pointing=hit,
-                         pointing_random=target.float().mean().item(), pointing_centre=target[:, centre.argmin()].float().mean().item()))
+        ours, blind, middle = (iou(s, target) for s in (kept[:, l],
+                                                        torch.rand(n, P, generator=g).argsort(-1).argsort(-1) < k, centre < k))
+        s = scores[:, l]
+        hit = (target.gather(1, s.argmax(-1, keepdim=True)).float().mean().item() if (s != s[:, :1]).any()
+               else float('nan'))   # nan: points nowhere
+        rows.append(dict(block=l + 1, kept=k.float().mean().item()/P, iou=ours.mean().item(),
+                         iou_random=blind.mean().item(),
+                         iou_centre=middle.mean().item(),
+                         gain_se=((ours - torch.maximum(blind, middle)).std()/n**.5).item(), pointing=hit,
+                         pointing_random=target.float().mean().item(),
+                         pointing_centre=target[:, centre.argmin()].float().mean().item()))
     return rows
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #950e01bb
@@ -158,7 +181,9 @@ class PaddedViT(nn.Module):
             if step is None: x = block(x); continue
             t = Tokens(x, None, pos, i, m.num_prefix_tokens, memory)
             keep = select(step, t, None if step.score is None else step.score(t))
-            idx = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :int(keep.sum(1).max())]   # kept ones, then filling
+            idx = keep.to(torch.int8).argsort(dim=1, descending=True,
+                                              stable=True)[:,
+                                                           :int(keep.sum(1).max())]   # kept ones, then filling
             real, wide = keep.gather(1, idx), idx[..., None].expand(-1, -1, x.shape[-1])
             q = x.gather(1, wide)
             if step.at == 'queries': new = q + attn_branch(block, x, xq=lambda xn: xn.gather(1, wide))
@@ -169,11 +194,13 @@ class PaddedViT(nn.Module):
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #12249732
 class GivenSkips(CosineScore):
-    "Does the pruner's work, then keeps kept[i] random patches of image i: real skip rates on a model with random weights."
+    """Does the pruner's work, then keeps kept[i] random patches of image i: real skip rates on a model with
+    random weights."""
     def __init__(self, dim:int, kept:torch.Tensor, n_patches:int, seed:int=0): # kept: (B,) numbers of patches
         super().__init__(dim)
         self.first, self.kept = 0, kept                # `first`: which image a batch starts with
-        self.rank = torch.rand(len(kept), n_patches, generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
+        self.rank = torch.rand(len(kept), n_patches,
+                               generator=torch.Generator().manual_seed(seed)).argsort(-1).argsort(-1)
     def forward(self, t:Tokens):
         s, now = super().forward(t)[:, t.n_prefix:], slice(self.first, self.first + len(t.x))
         return F.pad(0*s + (self.kept[now, None] > self.rank[now]).to(s.device), (t.n_prefix, 0), value=1.)
@@ -188,7 +215,8 @@ def given_policy(shares:torch.Tensor, # (images, L) share of the patches kept
     "The skip rates of real images, for a model of any size; images are repeated when the batch is larger."
     kept = (shares*n_patches).round().int()[torch.arange(batch) % len(shares)]
     at = 'queries' if keys == 'all' else 'before'
-    steps = {l: Step(at, 'idle', score=GivenSkips(dim, k, n_patches, l), threshold=.5) for l, k in enumerate(kept.T) if (k < n_patches).any()}
+    steps = {l: Step(at, 'idle', score=GivenSkips(dim, k, n_patches, l), threshold=.5)
+             for l, k in enumerate(kept.T) if (k < n_patches).any()}
     return Policy(steps, f'given, keys of {keys}')
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #4cc466bb
@@ -210,23 +238,30 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
                  repeats:int|None=None, # Timed rounds; None: 768 images' worth, but 3 to 24
                  device='cpu',    # Where to time
                  ways=('packed', 'padding', 'loop'), # What to time beside the dense model
-                 )->list:         # Rows for data/results/cosine_speed.csv; the schedule has the time reduction with its paired 95% interval
-    "Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak memory is in the note."
-    require(len(ways) > 0 and set(ways) <= {'packed', 'padding', 'loop'}, 'ways', ways, "some of 'packed', 'padding', 'loop'")
-    net, rows, note = create_vit(model_name), [], 'random weights, skip rates of the course model on real images'
+                 )->list:         # Rows of cosine_speed.csv; their schedule is the time reduction with its 95% interval
+    """Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak
+    memory is in the note."""
+    require(len(ways) > 0 and set(ways) <= {'packed', 'padding', 'loop'}, 'ways', ways,
+            "some of 'packed', 'padding', 'loop'")
+    net, rows, note = (create_vit(model_name), [],
+                       'random weights, skip rates of the course model on real images')
     P, dim = net.patch_embed.num_patches, net.embed_dim
     for batch in batches:
         x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
         calls, macs = {'dense': net}, {'dense': model_macs(net)}
         for keys in ('all', 'kept'):
             slim = SlimViT(net, given_policy(shares, batch, dim, P, keys), 'packed')
-            kinds = {f'{k}, keys of {keys}': f.eval() for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim))) if k in ways}
-            cost = model_macs(net, slim.trace(x).counts, sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
+            kinds = {f'{k}, keys of {keys}': f.eval()
+                     for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim)))
+                     if k in ways}
+            cost = model_macs(net, slim.trace(x).counts,
+                              sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
             calls |= kinds; macs |= dict.fromkeys(kinds, cost)
         on = x.to(pick_device(device))
         timed = bench(calls, x, warmup=1, repeats=repeats or min(24, max(3, 768//batch)), device=device)
         for r, saved in zip(timed, time_reduction(timed, 'dense'), strict=True):
             mb = peak_memory(lambda: calls[r['name']](on), device)/1e6
-            rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']], note=f'{note}; peak memory {mb:.0f} MB',
+            rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']],
+                                 note=f'{note}; peak memory {mb:.0f} MB',
                                  schedule={k: v for k, v in saved.items() if k.startswith('time_reduction')}))
     return rows

@@ -15,6 +15,7 @@ from pathlib import Path
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #1e5dffce
 import numpy as np
+import scipy
 import torch
 from .channel_tables import uniform_cost
 from ..core import autocast, data_path, pick_device, progress
@@ -31,17 +32,29 @@ from ..evidence.results import append_rows
 from ..vit.model import course_model, create_vit
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #aa68047a
-TOP1 = {'DeiT-Ti': (72.2, 68.9, 69.4, 69.7, 72.0), 'DeiT-S': (79.8, 77.5, 78.3, 78.0, 79.4), 'DeiT-B': (81.8, 79.7, 80.1, 80.7, 81.5), 'T2T-ViT-14': (81.5, 79.9, 81.1)}
+TOP1 = {'DeiT-Ti': (72.2, 68.9, 69.4, 69.7, 72.0), 'DeiT-S': (79.8, 77.5, 78.3, 78.0, 79.4),
+        'DeiT-B': (81.8, 79.7, 80.1, 80.7, 81.5), 'T2T-ViT-14': (81.5, 79.9, 81.1)}
 PRINTED = {   # {table: (backbone, method, dial, MACs in G, parameters in M, top-1 in %)}, as printed
-    'VTP 3': [('ResNet-152', 'dense', None, 11.5, 60.2, 78.3), ('RegNetY-16GF', 'dense', None, 15.9, 83.6, 80.4), ('ViT-B/16 at 384 px', 'dense', None, 55.5, 86.4, 77.9),
-              ('DeiT-B', 'dense', None, 17.6, 86.4, 81.8), ('DeiT-B', 'VTP', .2, 13.8, 67.3, 81.3), ('DeiT-B', 'VTP', .4, 10.0, 48.0, 80.7)],
-    'Life I': [('DeiT-S', 'dense', None, 4.6, None, 79.8), ('DeiT-S', 'IA-RED²', None, 3.3, None, 79.1), ('DeiT-S', 'EViT', .7, 3.0, None, 79.2),
-               ('DeiT-S', 'DynamicViT', (.7, .8), 3.4, None, 79.3), ('DeiT-S', 'life', .7, 3.2, None, 79.3), ('DeiT-B', 'dense', None, 17.6, None, 82.0),
-               ('DeiT-B', 'IA-RED²', None, 11.8, None, 80.3), ('DeiT-B', 'Evo-ViT', None, 11.7, None, 80.0), ('DeiT-B', 'life', .7, 12.3, None, 80.1)],
-    'Life II': [('ViT-T', 'dense', None, 1.3, None, 75.5), ('ViT-T', 'DynamicViT', (.7, .8), .9, None, 70.9), ('ViT-T', 'A-ViT', None, .8, None, 71.4), ('ViT-T', 'Evo-ViT', None, .8, None, 72.0),
-                ('ViT-T', 'life', .7, .9, None, 73.6), ('ViT-S', 'dense', None, 4.6, None, 81.4), ('ViT-S', 'Evo-ViT', None, 3.0, None, 79.5), ('ViT-S', 'A-ViT', None, 3.6, None, 78.8),
-                ('ViT-S', 'life', .7, 3.2, None, 79.8), ('ViT-B', 'dense', None, 17.6, None, 84.5), ('ViT-B', 'Evo-ViT', None, 12.0, None, 81.6), ('ViT-B', 'EViT', .7, 12.1, None, 82.4), ('ViT-B', 'life', .7, 12.3, None, 82.3)],
-    'Life III': [('DeiT-S', 'dense', None, 4.6, None, 79.8), ('DeiT-S', 'life', .9, 4.1, None, 79.7), ('DeiT-S', 'life', .8, 3.6, None, 79.5), ('DeiT-S', 'life', .7, 3.2, None, 79.3)]}
+    'VTP 3': [('ResNet-152', 'dense', None, 11.5, 60.2, 78.3),
+              ('RegNetY-16GF', 'dense', None, 15.9, 83.6, 80.4),
+              ('ViT-B/16 at 384 px', 'dense', None, 55.5, 86.4, 77.9),
+              ('DeiT-B', 'dense', None, 17.6, 86.4, 81.8), ('DeiT-B', 'VTP', .2, 13.8, 67.3, 81.3),
+              ('DeiT-B', 'VTP', .4, 10.0, 48.0, 80.7)],
+    'Life I': [('DeiT-S', 'dense', None, 4.6, None, 79.8), ('DeiT-S', 'IA-RED²', None, 3.3, None, 79.1),
+               ('DeiT-S', 'EViT', .7, 3.0, None, 79.2),
+               ('DeiT-S', 'DynamicViT', (.7, .8), 3.4, None, 79.3), ('DeiT-S', 'life', .7, 3.2, None, 79.3),
+               ('DeiT-B', 'dense', None, 17.6, None, 82.0),
+               ('DeiT-B', 'IA-RED²', None, 11.8, None, 80.3), ('DeiT-B', 'Evo-ViT', None, 11.7, None, 80.0),
+               ('DeiT-B', 'life', .7, 12.3, None, 80.1)],
+    'Life II': [('ViT-T', 'dense', None, 1.3, None, 75.5), ('ViT-T', 'DynamicViT', (.7, .8), .9, None, 70.9),
+                ('ViT-T', 'A-ViT', None, .8, None, 71.4), ('ViT-T', 'Evo-ViT', None, .8, None, 72.0),
+                ('ViT-T', 'life', .7, .9, None, 73.6), ('ViT-S', 'dense', None, 4.6, None, 81.4),
+                ('ViT-S', 'Evo-ViT', None, 3.0, None, 79.5), ('ViT-S', 'A-ViT', None, 3.6, None, 78.8),
+                ('ViT-S', 'life', .7, 3.2, None, 79.8), ('ViT-B', 'dense', None, 17.6, None, 84.5),
+                ('ViT-B', 'Evo-ViT', None, 12.0, None, 81.6), ('ViT-B', 'EViT', .7, 12.1, None, 82.4),
+                ('ViT-B', 'life', .7, 12.3, None, 82.3)],
+    'Life III': [('DeiT-S', 'dense', None, 4.6, None, 79.8), ('DeiT-S', 'life', .9, 4.1, None, 79.7),
+                 ('DeiT-S', 'life', .8, 3.6, None, 79.5), ('DeiT-S', 'life', .7, 3.2, None, 79.3)]}
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #f9f7d2ff
 VTP_RATIOS = {'VTP': .4}   # the dial behind 'VTP' in Table 1 of Patch Slimming
@@ -51,13 +64,18 @@ def printed_rows()->list: # Dicts: table, backbone, method, dial, macs_G, params
     rows = []
     for model, base, methods in TABLE1:
         named = [('dense', base), *((m, g) for m, g, _ in methods)]
-        rows += [('Patch Slimming 1', model, m, VTP_RATIOS.get(m), g, None, top1) for (m, g), top1 in zip(named, TOP1[model], strict=True)]
+        rows += [('Patch Slimming 1', model, m, VTP_RATIOS.get(m), g, None, top1)
+                 for (m, g), top1 in zip(named, TOP1[model], strict=True)]
     rows += [(table, *r) for table, part in PRINTED.items() for r in part]
-    return [dict(zip(('table', 'backbone', 'method', 'dial', 'macs_G', 'params_M', 'top1'), r, strict=True)) for r in rows]
+    return [dict(zip(('table', 'backbone', 'method', 'dial', 'macs_G', 'params_M', 'top1'), r, strict=True))
+            for r in rows]
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #440d7977
-BACKBONES = {'DeiT-Ti': 'deit_tiny_patch16_224', 'DeiT-S': 'deit_small_patch16_224', 'DeiT-B': 'deit_base_patch16_224', 'ViT-T': 'vit_tiny_patch16_224',
-             'ViT-S': 'vit_small_patch16_224', 'ViT-B': 'vit_base_patch16_224', 'ViT-B/16 at 384 px': 'vit_base_patch16_384', 'ResNet-152': 'resnet152', 'RegNetY-16GF': 'regnety_160'}
+BACKBONES = {'DeiT-Ti': 'deit_tiny_patch16_224', 'DeiT-S': 'deit_small_patch16_224',
+             'DeiT-B': 'deit_base_patch16_224', 'ViT-T': 'vit_tiny_patch16_224',
+             'ViT-S': 'vit_small_patch16_224', 'ViT-B': 'vit_base_patch16_224',
+             'ViT-B/16 at 384 px': 'vit_base_patch16_384', 'ResNet-152': 'resnet152',
+             'RegNetY-16GF': 'regnety_160'}
 
 @functools.cache
 def backbone_shape(name:str # One of BACKBONES
@@ -70,7 +88,9 @@ def words_range(net # A ViT of 12 blocks
                 )->tuple: # (least, most) MACs
     "What section 5.2 of Patch Slimming says of its pyramid, with the keys and values of all tokens."
     P, D = net.patch_embed.num_patches, net.embed_dim
-    cost = lambda keep: model_macs(net) + sum(block_macs(k + 1, P + 1, k + 1, D, 4*D) - block_macs(P + 1, P + 1, P + 1, D, 4*D) for k in keep)
+    cost = lambda keep: model_macs(net) + sum(block_macs(k + 1, P + 1, k + 1, D,
+                                                         4*D) - block_macs(P + 1, P + 1, P + 1, D, 4*D)
+                                              for k in keep)
     return cost([P*3//4]*4 + [0]*8), cost([P]*9 + [P//4, P//4, 0])
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #21fd9043
@@ -93,7 +113,8 @@ def evit_macs(net, rate): # As for `life_macs`
 def dynamic_macs(net, rate): # As for `life_macs`
     "DynamicViT: a predictor before blocks 4, 7 and 10."
     P, D, left = net.patch_embed.num_patches, net.embed_dim, [rate**s for s in range(4)]
-    return model_macs(net, [(1 + int(P*left[i//3]),)*3 for i in range(12)], sum(int(P*r)*(D*D + D*D//2 + D*D//8 + D//2) for r in left[:3]))
+    return model_macs(net, [(1 + int(P*left[i//3]),)*3 for i in range(12)],
+                      sum(int(P*r)*(D*D + D*D//2 + D*D//8 + D//2) for r in left[:3]))
 
 def evo_macs(net): # A ViT of 12 blocks
     "Evo-ViT: from block 5 on, half of the patches."
@@ -102,10 +123,14 @@ def evo_macs(net): # A ViT of 12 blocks
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #024a72d1
 def _dense_macs(net, dial):
-    return model_macs(net) if hasattr(net, 'patch_embed') else count_macs(net, torch.zeros(1, 3, 224, 224, device='meta'))
+    return (model_macs(net) if hasattr(net, 'patch_embed')
+            else count_macs(net, torch.zeros(1, 3, 224, 224, device='meta')))
 
-FORMULAS = {'dense': _dense_macs, 'PS-ViT': lambda net, dial: words_range(net), 'VTP': lambda net, r: tuple(uniform_cost(net, r, rows)[0] for rows in ('all', 'none')), 'life': life_macs,
-            'EViT': evit_macs, 'Evo-ViT': lambda net, dial: evo_macs(net), 'DynamicViT': lambda net, rates: [dynamic_macs(net, r) for r in rates]}
+FORMULAS = {'dense': _dense_macs, 'PS-ViT': lambda net, dial: words_range(net),
+            'VTP': lambda net, r: tuple(uniform_cost(net, r, rows)[0] for rows in ('all', 'none')),
+            'life': life_macs,
+            'EViT': evit_macs, 'Evo-ViT': lambda net, dial: evo_macs(net),
+            'DynamicViT': lambda net, rates: [dynamic_macs(net, r) for r in rates]}
 
 def paper_macs(backbone:str, # One of BACKBONES, or 'T2T-ViT-14'
                method:str,   # As in `printed_rows`
@@ -113,7 +138,8 @@ def paper_macs(backbone:str, # One of BACKBONES, or 'T2T-ViT-14'
                ):            # (least, most) MACs, equal where nothing is open; a list of alternatives; None where the paper does not say enough
     "The cost of a published row, counted."
     known = published_macs()
-    if backbone == 'T2T-ViT-14': got = [v for (m, what), v in known.items() if m == backbone] if method == 'dense' else None
+    if backbone == 'T2T-ViT-14':
+        got = [v for (m, what), v in known.items() if m == backbone] if method == 'dense' else None
     elif method == 'HVT': got = known[backbone, 'HVT']
     else: got = FORMULAS[method](backbone_shape(backbone), dial) if method in FORMULAS else None
     return got if got is None or isinstance(got, (tuple, list)) else (got, got)
@@ -121,7 +147,8 @@ def paper_macs(backbone:str, # One of BACKBONES, or 'T2T-ViT-14'
 def paper_params(backbone:str, method:str, dial=None): # As for `paper_macs`, for parameters
     "The parameters of a published row, counted."
     net = backbone_shape(backbone)
-    return tuple(uniform_cost(net, dial, rows)[1] for rows in ('all', 'none')) if method == 'VTP' else (model_params(net),)*2
+    return (tuple(uniform_cost(net, dial, rows)[1] for rows in ('all', 'none')) if method == 'VTP'
+            else (model_params(net),)*2)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #c0cf3b7f
 def verdict(printed:float, # As printed, one digit after the point
@@ -135,7 +162,8 @@ def verdict(printed:float, # As printed, one digit after the point
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #73d24fe4
 def _shown(counted):
     if isinstance(counted, list): return ' or '.join(f'{v:.3f}' for v in counted)
-    return '' if counted is None else f'{counted[0]:.3f}' if counted[0] == counted[1] else f'{counted[0]:.2f} to {counted[1]:.2f}'
+    return ('' if counted is None else f'{counted[0]:.3f}' if counted[0] == counted[1]
+            else f'{counted[0]:.2f} to {counted[1]:.2f}')
 
 def cost_columns(table:str|None=None # One of the papers' tables; None: all
                  )->list:            # Dicts: table, backbone, method, dial, column, printed, ours, follows
@@ -144,32 +172,40 @@ def cost_columns(table:str|None=None # One of the papers' tables; None: all
     for r in printed_rows():
         if table not in (None, r['table']): continue
         who = {k: r[k] for k in ('table', 'backbone', 'method', 'dial')}
-        for column, printed, unit, f in (('MACs (G)', r['macs_G'], 1e9, paper_macs), ('params (M)', r['params_M'], 1e6, paper_params)):
+        for column, printed, unit, f in (('MACs (G)', r['macs_G'], 1e9, paper_macs),
+                                         ('params (M)', r['params_M'], 1e6, paper_params)):
             if printed is None: continue
             counted = f(r['backbone'], r['method'], r['dial'])
             counted = counted and type(counted)(v/unit for v in counted)
-            out.append(dict(who, column=column, printed=printed, ours=_shown(counted), follows=verdict(printed, counted)))
+            out.append(dict(who, column=column, printed=printed, ours=_shown(counted),
+                            follows=verdict(printed, counted)))
     require(out, 'table', table, ', '.join(dict.fromkeys(r['table'] for r in printed_rows())))
     return out
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #3817c9bc
-SETTINGS = [('dense', None), ('PS-ViT', None), ('VTP', .2), ('VTP', .4), ('life', .9), ('life', .8), ('life', .7)]
+SETTINGS = [('dense', None), ('PS-ViT', None), ('VTP', .2), ('VTP', .4), ('life', .9), ('life', .8),
+            ('life', .7)]
 
 def backbone_costs(backbones=tuple(BACKBONES)[:6] # Of BACKBONES
                    )->list: # Dicts: configuration, then one text a backbone, 'ours (printed)' in G MACs
     "What each method's published settings cost on every backbone, printed or not."
     printed = {(r['backbone'], r['method'], r['dial']): r['macs_G'] for r in printed_rows()}
-    say = lambda b, m, d: _shown(tuple(v/1e9 for v in paper_macs(b, m, d))) + (f' ({printed[b, m, d]})' if (b, m, d) in printed else '')
-    return [dict(configuration=m if d is None else f'{m} {d:g}') | {b: say(b, m, d) for b in backbones} for m, d in SETTINGS]
+    say = lambda b, m, d: _shown(tuple(v/1e9
+                                       for v in paper_macs(b, m,
+                                                           d))) + (f' ({printed[b, m, d]})' if (b, m, d) in printed else '')
+    return [dict(configuration=m if d is None else f'{m} {d:g}') | {b: say(b, m, d) for b in backbones}
+            for m, d in SETTINGS]
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #0b45cf82
 def agreement(dense:torch.Tensor,  # (n, D) features of the whole model
               pruned:torch.Tensor, # (n, D) features of the same images
               )->dict:             # 'error' and 'cosine', (n,) each
     "How far a pruned model's feature of each image is from the dense one."
-    require(dense.shape == pruned.shape and dense.ndim == 2, 'pruned', f'shape {tuple(pruned.shape)}', f'(n, D) = {tuple(dense.shape)}, as the dense features')
+    require(dense.shape == pruned.shape and dense.ndim == 2, 'pruned', f'shape {tuple(pruned.shape)}',
+            f'(n, D) = {tuple(dense.shape)}, as the dense features')
     d, p = dense.double(), pruned.double()
-    return dict(error=((p - d).norm(dim=1)/d.norm(dim=1)).numpy(), cosine=torch.nn.functional.cosine_similarity(p, d).numpy())
+    return dict(error=((p - d).norm(dim=1)/d.norm(dim=1)).numpy(),
+                cosine=torch.nn.functional.cosine_similarity(p, d).numpy())
 
 def mean_interval(values,         # (n,) one number an image
                   draws:int=2000, # Bootstrap samples
@@ -178,9 +214,13 @@ def mean_interval(values,         # (n,) one number an image
                   )->tuple:       # (mean, low, high)
     "Mean over images with its bootstrap interval: images are drawn anew, with replacement."
     v = np.asarray(values, dtype=float)
-    require(v.ndim == 1 and len(v) > 0 and np.isfinite(v).all(), 'values', f'{v.shape} values', 'one finite number an image')
-    drawn = v[np.random.default_rng(seed).integers(0, len(v), (draws, len(v)))].mean(1)
-    return float(v.mean()), *(float(q) for q in np.quantile(drawn, ((1 - level)/2, (1 + level)/2)))
+    require(v.ndim == 1 and len(v) > 0 and np.isfinite(v).all(), 'values', f'{v.shape} values',
+            'one finite number an image')
+    drawn = np.repeat(v, 2) if len(v) == 1 else v                    # scipy wants two
+    found = scipy.stats.bootstrap((drawn,), np.mean, n_resamples=draws, confidence_level=level,
+                                  method='percentile',
+                                  random_state=np.random.default_rng(seed)).confidence_interval
+    return float(v.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #590cbf93
 @torch.inference_mode()
@@ -194,7 +234,8 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
     device = pick_device(device)
     net.eval().to(device)
     with autocast(device, dtype):
-        parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu() for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
+        parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu()
+                 for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
     return torch.cat(parts)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #4a5bd352
@@ -220,7 +261,8 @@ def slimmed(s:Fidelity,      # Model and images
             ):               # The pruned model; `.info` has its dials
     "A method that needs no labels, at a budget."
     require(method in LABEL_FREE, 'method', method, ', '.join(LABEL_FREE), 'Others need labels.')
-    require(isinstance(reduction, (int, float)) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.35')
+    require(isinstance(reduction, (int, float)) and 0 < reduction < 1, 'reduction', reduction,
+            'a share in (0, 1), e.g. 0.35')
     name, key = 'patch-slimming' if method == 'random' else method, (reduction, str(more))
     options = dict(reduction=reduction, seed=s.seed, device=s.device) | more
     if 'calibration' in METHODS[name].options: options['calibration'] = len(s.calib)
@@ -247,7 +289,8 @@ def fidelity_row(s:Fidelity,      # Model and images
     for k, v in agreement(s.features, features(net, s.ds, s.batch_size, s.device, s.dtype)).items():
         found |= dict(zip((k, f'{k}_low', f'{k}_high'), mean_interval(v, seed=s.seed)))
     dials = {k: net.info[k] for k in DIALS if net.info.get(k) is not None}
-    return dict(s.row('fidelity', method, measured=found | dict(reached=cost['reduction']), macs=cost['macs'], reduction=reduction, **dials), params=cost['params'])
+    return dict(s.row('fidelity', method, measured=found | dict(reached=cost['reduction']), macs=cost['macs'],
+                      reduction=reduction, **dials), params=cost['params'])
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #8c7c0ae8
 def record_fidelity(s:Fidelity,  # Model and images
@@ -259,10 +302,14 @@ def record_fidelity(s:Fidelity,  # Model and images
     "All points that `out` does not hold yet, each appended as soon as it is there."
     odd = [m for m in methods if m not in LABEL_FREE]
     require(not odd, 'methods', odd, ', '.join(LABEL_FREE))
-    for r in reductions: require(isinstance(r, (int, float)) and 0 < r < 1, 'reductions', r, 'shares in (0, 1)')
-    done = set(figure_table(recorded(out, s, 'fidelity'), 'fidelity').reindex(columns=['method', 'reduction']).itertuples(index=False, name=None))
+    for r in reductions:
+        require(isinstance(r, (int, float)) and 0 < r < 1, 'reductions', r, 'shares in (0, 1)')
+    done = set(figure_table(recorded(out, s, 'fidelity'),
+                            'fidelity').reindex(columns=['method',
+                                                         'reduction']).itertuples(index=False, name=None))
     todo = [(m, r) for r in reductions for m in methods if (m, r) not in done]
-    for m, r in progress(todo, 'fidelity', unit='point'): append_rows(out, [fidelity_row(s, m, r, **(options or {}).get(m, {}))])
+    for m, r in progress(todo, 'fidelity', unit='point'):
+        append_rows(out, [fidelity_row(s, m, r, **(options or {}).get(m, {}))])
     return len(todo)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #76fabaa4
@@ -280,8 +327,10 @@ def draw_fidelity(table,     # From `figure_table(rows, 'fidelity')`, of one mod
             for i, (m, t) in enumerate(table.groupby('method', sort=False)):
                 t = t.sort_values('macs')
                 spread = [t[what] - t[f'{what}_low'], t[f'{what}_high'] - t[what]]
-                ax.errorbar(t.macs/1e9, t[what], yerr=spread, label=m, color=colors[m.replace('-', ' ')], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2)
-            ax.set(xlabel='cost of one image (GMACs)', ylabel=f'{"relative error" if what == "error" else "cosine"} of the CLS feature')
+                ax.errorbar(t.macs/1e9, t[what], yerr=spread, label=m, color=colors[m.replace('-', ' ')],
+                            marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2)
+            ax.set(xlabel='cost of one image (GMACs)',
+                   ylabel=f'{"relative error" if what == "error" else "cosine"} of the CLS feature')
         axes[0].legend()
     return axes
 
@@ -293,13 +342,17 @@ def fidelity_sets(data='embedded',     # As for `load_data`; a folder may lack t
                   skip_damaged:bool=False, # As for `load_data`
                   )->tuple:            # (images to measure on, images to calibrate on), disjoint
     "The two sets of images of a fidelity run."
-    require(isinstance(calibration, int) and calibration >= 1, 'calibration', calibration, 'a positive number of images')
+    require(isinstance(calibration, int) and calibration >= 1, 'calibration', calibration,
+            'a positive number of images')
     folder = Path(str(data)).expanduser()
     load = lambda split, limit: load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
-    if not folder.is_dir() or (folder/'train').is_dir(): return load('test', limit), load('train', calibration)
+    if not folder.is_dir() or (folder/'train').is_dir():
+        return load('test', limit), load('train', calibration)
     ds = load('test', None)
-    require(len(ds) > 1, 'data', f'{ds.name} with one image', 'two images or more, or a folder with train/ and val/')
-    require(calibration < len(ds), 'calibration', calibration, f'fewer than the {len(ds)} images of {ds.name}')
+    require(len(ds) > 1, 'data', f'{ds.name} with one image',
+            'two images or more, or a folder with train/ and val/')
+    require(calibration < len(ds), 'calibration', calibration,
+            f'fewer than the {len(ds)} images of {ds.name}')
     require(limit is None or limit >= 1, 'limit', limit, 'a positive number of images')
     order = np.random.default_rng(seed).permutation(len(ds))
     return ds.subset(np.sort(order[calibration:][:limit])), ds.subset(np.sort(order[:calibration]))
@@ -311,27 +364,39 @@ def fidelity_model(name:str='course', # 'course' or a timm name
                    ):                 # In eval mode; without a head, unless it is the course model
     "The dense model of a fidelity run."
     if name == 'course':
-        require(weights is None and img_size is None, 'model', 'course with weights or img_size', 'the course model as it is', 'Name a timm model instead.')
+        require(weights is None and img_size is None, 'model', 'course with weights or img_size',
+                'the course model as it is', 'Name a timm model instead.')
         return course_model()
-    return create_vit(name, weights, pretrained=weights is None, num_classes=0, **({} if img_size is None else dict(img_size=img_size)))
+    return create_vit(name, weights, pretrained=weights is None, num_classes=0,
+                      **({} if img_size is None else dict(img_size=img_size)))
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #65ea15a1
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.papers.imagenet: fidelity of every label-free method, resumable."
-    p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.imagenet', description='Fidelity of pruned CLS features to the dense ones; what OUT holds already is skipped.')
-    for name, default, kind in (('model', 'course', str), ('name', None, str), ('weights', None, str), ('img-size', None, int), ('data', 'embedded', str), ('images', None, int), ('calibration', 64, int),
-                                ('batch-size', 64, int), ('seed', 0, int), ('device', 'auto', str), ('dtype', 'fp32', str)): p.add_argument(f'--{name}', default=default, type=kind)
-    p.add_argument('--skip-damaged', action='store_true', help='leave out image files that cannot be read, and name them')
+    p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.imagenet',
+                                description='Fidelity of pruned CLS features to the dense ones; what OUT holds already is skipped.')
+    for name, default, kind in (('model', 'course', str), ('name', None, str), ('weights', None, str),
+                                ('img-size', None, int), ('data', 'embedded', str), ('images', None, int),
+                                ('calibration', 64, int),
+                                ('batch-size', 64, int), ('seed', 0, int), ('device', 'auto', str),
+                                ('dtype', 'fp32',
+                                 str)): p.add_argument(f'--{name}', default=default, type=kind)
+    p.add_argument('--skip-damaged', action='store_true',
+                   help='leave out image files that cannot be read, and name them')
     p.add_argument('--out', default=None, help='default: data/results/fidelity.csv of the clone')
-    p.add_argument('--methods', nargs='+', default=list(LABEL_FREE)); p.add_argument('--reductions', nargs='+', type=float, default=list(BUDGETS))
+    p.add_argument('--methods', nargs='+', default=list(LABEL_FREE))
+    p.add_argument('--reductions', nargs='+', type=float, default=list(BUDGETS))
     o = p.parse_args(args)
     try:
         require(o.images is None or o.images >= 1, 'images', o.images, 'a positive number of images')
         test, calib = fidelity_sets(o.data, o.calibration, o.images, o.seed, o.skip_damaged)
-        net, out = fidelity_model(o.model, o.weights, o.img_size), o.out or data_path('results', 'fidelity.csv')
-        name = o.name or (o.model if o.img_size is None else f'{o.model} at {o.img_size} px')   # what rows call the model
-        n = record_fidelity(Fidelity(net, test, calib, name, o.seed, o.batch_size, str(pick_device(o.device)), o.dtype), out, o.methods, o.reductions)
+        net, out = (fidelity_model(o.model, o.weights, o.img_size),
+                    o.out or data_path('results', 'fidelity.csv'))
+        name = (o.name or (o.model if o.img_size is None
+                           else f'{o.model} at {o.img_size} px'))   # what rows call the model
+        n = record_fidelity(Fidelity(net, test, calib, name, o.seed, o.batch_size, str(pick_device(o.device)),
+                                     o.dtype), out, o.methods, o.reductions)
     except VitpruneError as e: print(f'imagenet: {for_shell(str(e))}', file=sys.stderr); return 2
     print(f'{n} rows added to {Path(out).name}')
     return 0
@@ -346,11 +411,16 @@ def imagenet_tree(root # A folder with train/ and val/
     "Check that a folder is laid out like ImageNet; says what is wrong if not."
     root = Path(root).expanduser()
     val = root/'val'
-    flat = val.is_dir() and not class_folders(val) and any(p.suffix.lower() in image_endings() for p in val.iterdir())
-    if flat: refuse('data', val, 'one folder per class', "The official validation archive is flat; torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
+    flat = (val.is_dir() and not class_folders(val)
+            and any(p.suffix.lower() in image_endings() for p in val.iterdir()))
+    if flat:
+        refuse('data', val, 'one folder per class',
+               "The official validation archive is flat; torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
     train, test = folder_data(root, 'train'), folder_data(root, 'test')
     odd = next((c for c in (*train.classes, *test.classes) if not WNID.fullmatch(c)), None)
-    require(odd is None, 'data', f'{root} with a class folder {odd}', 'WordNet ids such as n01440764 as folder names', 'Any other tree can be used with load_data as it is.')
+    require(odd is None, 'data', f'{root} with a class folder {odd}',
+            'WordNet ids such as n01440764 as folder names',
+            'Any other tree can be used with load_data as it is.')
     return dict(classes=len(train.classes), train=len(train), val=len(test))
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #7978f913
@@ -378,14 +448,18 @@ def train_hours(epochs:float,       # Passes over the training images
                 efficiency:float=.8,# Share of the time in which the GPUs compute
                 )->float:           # Hours
     "An estimate of training time from a measured throughput."
-    for k, v in dict(epochs=epochs, images_per_s=images_per_s, macs_left=macs_left, gpus=gpus, images=images, passes=passes, efficiency=efficiency).items():
+    for k, v in dict(epochs=epochs, images_per_s=images_per_s, macs_left=macs_left, gpus=gpus, images=images,
+                     passes=passes, efficiency=efficiency).items():
         require(isinstance(v, (int, float)) and v > 0, k, v, 'a number above 0')
     return epochs*images*passes*macs_left/(images_per_s*gpus*efficiency)/3600
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #b5cc24ab
-def expected()->list: # Dicts: table, backbone, method, dial, top1, loss (points), saved (% of the MACs, from the printed costs)
+def expected()->list: # Dicts: table, backbone, method, dial, top1, loss (points), saved (% of the printed MACs)
     "What the papers report on ImageNet for the methods of this course."
     rows = printed_rows()
     dense = {(r['table'], r['backbone']): r for r in rows if r['method'] == 'dense'}
-    pairs = [(r, dense[r['table'], r['backbone']]) for r in rows if r['method'] in ('PS-ViT', 'PS-T2T', 'VTP', 'life')]
-    return [dict({k: r[k] for k in ('table', 'backbone', 'method', 'dial', 'top1')}, loss=round(d['top1'] - r['top1'], 1), saved=round(100*(1 - r['macs_G']/d['macs_G']), 1)) for r, d in pairs]
+    pairs = [(r, dense[r['table'], r['backbone']])
+             for r in rows if r['method'] in ('PS-ViT', 'PS-T2T', 'VTP', 'life')]
+    return [dict({k: r[k] for k in ('table', 'backbone', 'method', 'dial', 'top1')},
+                 loss=round(d['top1'] - r['top1'], 1), saved=round(100*(1 - r['macs_G']/d['macs_G']), 1))
+            for r, d in pairs]

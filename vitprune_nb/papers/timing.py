@@ -10,12 +10,11 @@ __all__ = ['SLICES', 'PLANS', 'TIMED', 'ENGINES', 'ALLOCATOR', 'DEIT', 'THROUGHP
            'main']
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #87d68224
-import argparse, contextlib, functools, itertools, json, os, re, sys
+import argparse, contextlib, functools, itertools, os, re, sys
 from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #6b23b916
-import numpy as np
 import torch
 from .channel_tables import speed_models, uniform_cost
 from ..core import autocast, data_path, environment, fast_dtype, pick_device, progress
@@ -31,9 +30,9 @@ from ..evidence.measure import bench, peak_memory, time_reduction
 from ..methods.life_run import default_stages
 from ..engine.macs import macs_of
 from ..methods.base import turn
-from .patch_tables import PRINTED, table2_rows
+from .patch_tables import PRINTED
 from ..engine.plan import ramp_plan, uniform_plan
-from ..evidence.results import append_rows, make_row, read_rows
+from ..evidence.results import append_rows, make_row, read_rows, settings
 from ..vit.model import create_vit
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #1ee3e42a
@@ -49,7 +48,7 @@ def _slimmed(net, plan, keys):
 
 def patch_contestant(net,        # A timm ViT
                      share:float,# MACs to save, in (0, 1)
-                     kind:str,   # 'entering' or 'all': whose keys and values, on a ramp; 'uniform': the same patches in every block but the last
+                     kind:str,   # 'entering' or 'all' (keys, on a ramp), or 'uniform' (all blocks alike but the last)
                      seed:int=0, # Decides which patches
                      )->Contestant:
     "The shape of a static plan."
@@ -70,8 +69,10 @@ def life_contestant(net,         # A timm ViT
     return Contestant(OneSort(SlimViT(net, policy)), macs, dict(keep_rate=round(1 - gone, 4)))
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #873f56e1
-SLICES = {'vtp': {}, 'vtp, multiples of 16': dict(multiple=16), 'vtp, whole heads': dict(whole_heads=True, multiple=16),
-          'vtp, whole heads, multiples of 64': dict(whole_heads=True, multiple=64)}   # {name: options of `choose`}
+SLICES = {'vtp': {}, 'vtp, multiples of 16': dict(multiple=16),
+          'vtp, whole heads': dict(whole_heads=True, multiple=16),
+          'vtp, whole heads, multiples of 64': dict(whole_heads=True,
+                                                    multiple=64)}   # {name: options of `choose`}
 
 def channel_contestants(backbone:str, # A timm name
                         share=None,   # MACs to save; None: the paper's 40% of all channels
@@ -80,14 +81,15 @@ def channel_contestants(backbone:str, # A timm name
                         **kwargs)->dict: # {name: Contestant}; kwargs: img_size … of timm
     "VTP's slices: the same ratio, with channels as they come or rounded."
     with torch.device('meta'): shape = create_vit(backbone, **kwargs)
-    ratio = turn(lambda r: (None, 1 - uniform_cost(shape, r)[0]/model_macs(shape)), 0., .99, share)[0] if share else .4
+    ratio = (turn(lambda r: (None, 1 - uniform_cost(shape, r)[0]/model_macs(shape)), 0., .99, share)[0]
+             if share else .4)
     nets = speed_models(backbone, ratio, seed, {n: SLICES[n] for n in names}, **kwargs)
     return {n: Contestant(nets[n], macs_of(nets[n]), dict(ratio=round(ratio, 4))) for n in names}
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #b0923bee
 def even_shares(n_blocks:int,   # L
                 images:int=32,  # How many
-                )->torch.Tensor:# (images, L) share of the patches kept, from 0.5 to 1, the same in each block of an image
+                )->torch.Tensor:# (images, L) share of the patches kept, 0.5 to 1, an image the same in each block
     "Skip rates for when none were measured."
     return torch.linspace(.5, 1, images)[:, None].expand(images, n_blocks).clone()
 
@@ -96,24 +98,29 @@ def skip_policy(net, shares, power, batch): # As for `cosine_contestant`
     P, D, N = net.patch_embed.num_patches, net.embed_dim, n_tokens(net)
     policy = given_policy(shares**power, batch, D, P)
     kept = {l: s.score.kept.double().mean().item() for l, s in policy.steps.items()}
-    counts = [(N, N, N) if l not in kept else (N - P + kept[l], N, N - P + kept[l]) for l in range(len(net.blocks))]
+    counts = [(N, N, N) if l not in kept else (N - P + kept[l], N, N - P + kept[l])
+              for l in range(len(net.blocks))]
     return policy, model_macs(net, counts, len(policy.steps)*CosineScore(D).macs(P, D))
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #80e2e885
 def cosine_contestant(net,        # A timm ViT
                       share=None, # MACs to save; None: 40 of 197 patches skipped, as in the report
-                      shares=None,# (images, L) share of the patches kept, from real images; None: `even_shares`
+                      shares=None,# (images, L) share of the patches kept on real images; None: `even_shares`
                       batch:int=32, # Images at once, among which the shares are dealt
                       )->Contestant:
     "Cosine labels in packed mode, at given skip rates."
     shares = even_shares(len(net.blocks)) if shares is None else shares
-    require(shares.ndim == 2 and shares.shape[1] == len(net.blocks) and bool(((shares > 0) & (shares <= 1)).all()), 'shares', tuple(shares.shape), f'(images, {len(net.blocks)}) shares in (0, 1]')
+    require(shares.ndim == 2 and shares.shape[1] == len(net.blocks)
+            and bool(((shares > 0) & (shares <= 1)).all()), 'shares', tuple(shares.shape),
+            f'(images, {len(net.blocks)}) shares in (0, 1]')
     def at(power):
         policy, macs = skip_policy(net, shares, power, batch)
         skipped = 1 - (shares**power).mean().item()
         return (policy, macs, skipped), 1 - macs/model_macs(net) if share else skipped
     power, (policy, macs, skipped), _ = turn(at, 0., 32., share or 40/197)
-    return Contestant(SlimViT(net, policy, 'packed'), macs, dict(skipped=round(skipped, 4), spread=round((shares**power).mean(1).std(correction=0).item(), 4)))
+    return Contestant(SlimViT(net, policy, 'packed'), macs,
+                      dict(skipped=round(skipped, 4),
+                           spread=round((shares**power).mean(1).std(correction=0).item(), 4)))
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #de22bfe6
 def course_shares(images:int=32,      # Test images, the first ones of every class in turn
@@ -125,7 +132,8 @@ def course_shares(images:int=32,      # Test images, the first ones of every cla
     from vitprune_nb.methods.base import prune
     from vitprune_nb.vit.model import course_model
     net = course_model()
-    slim, ds = prune('cosine', net, embedded('train'), reduction=reduction, calibration=calibration), balanced(embedded('test'), images)
+    slim, ds = (prune('cosine', net, embedded('train'), reduction=reduction, calibration=calibration),
+                balanced(embedded('test'), images))
     x = torch.stack([eval_transform(data_config(net))(ds.image(i)) for i in range(images)])
     return slim.kept(x).float().mean(-1).clamp_min(1/net.patch_embed.num_patches)
 
@@ -137,16 +145,21 @@ def contestants(backbone:str,   # A timm name
                 net,            # That network
                 budget='paper', # MACs to save, or 'paper'
                 methods=TIMED,  # Which ones
-                batch:int=32, shares=None, seed:int=0, **kwargs)->dict: # {name: Contestant}; the rest as for the functions above
+                batch:int=32, shares=None, seed:int=0,
+                **kwargs)->dict: # {name: Contestant}; the rest as for the functions above
     "Every method's pruned network."
     odd = [m for m in methods if m not in TIMED]
     require(not odd and len(methods) > 0, 'methods', odd or methods, ', '.join(TIMED))
     share = None if budget == 'paper' else budget
-    require(share is None or isinstance(share, (int, float)) and 0 < share < 1, 'budget', budget, "'paper', or a share of the MACs in (0, 1)")
+    require(share is None or isinstance(share, (int, float)) and 0 < share < 1, 'budget', budget,
+            "'paper', or a share of the MACs in (0, 1)")
     ramp = share or PRINTED.get(backbone, PRINTED['deit_small_patch16_224'])['theory']/100
-    sliced = channel_contestants(backbone, share, [m for m in methods if m in SLICES], seed, **kwargs) if any(m in SLICES for m in methods) else {}
-    make = dict(life=lambda: life_contestant(net, share), cosine=lambda: cosine_contestant(net, share, shares, batch))
-    return {m: patch_contestant(net, ramp, PLANS[m], seed) if m in PLANS else sliced[m] if m in SLICES else make[m]() for m in methods}
+    sliced = (channel_contestants(backbone, share, [m for m in methods if m in SLICES], seed, **kwargs)
+              if any(m in SLICES for m in methods) else {})
+    make = dict(life=lambda: life_contestant(net, share),
+                cosine=lambda: cosine_contestant(net, share, shares, batch))
+    return {m: patch_contestant(net, ramp, PLANS[m], seed) if m in PLANS else sliced[m] if m in SLICES
+            else make[m]() for m in methods}
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #5c18e851
 ENGINES = ('eager', 'compile', 'frozen')   # frozen: compiled with the weights as constants
@@ -164,14 +177,17 @@ class Case(NamedTuple):
     dtype: str    # 'fp32' or 'bf16'
     engine: str   # One of ENGINES
     batch: int    # Images at once
-    def __str__(self): return f'{self.backbone}, {self.device}, {self.dtype}, {self.engine}, batch {self.batch}'
+    def __str__(self):
+        return f'{self.backbone}, {self.device}, {self.dtype}, {self.engine}, batch {self.batch}'
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #07ffe736
 @functools.cache
 def compile_error(device:str)->str: # '' if torch.compile works there
     "Try torch.compile on one tiny function."
     try: torch.compile(lambda x: (x*2).exp())(torch.ones(8, device=device))
-    except Exception as e: return f'{type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else ""}'   # missing compilers fail in many ways
+    except Exception as e:
+        # missing compilers fail in many ways
+        return f'{type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else ""}'
     return ''
 
 def cannot(case:Case, # What is to be timed
@@ -179,8 +195,10 @@ def cannot(case:Case, # What is to be timed
     "Why this machine leaves a case out."
     try: device = pick_device(case.device)
     except VitpruneError: return f'{case}: left out, this machine has no {case.device}.'
-    if case.dtype == 'bf16' and fast_dtype(device) != torch.bfloat16: return f'{case}: left out, bfloat16 is only emulated on this {device.type} and slower than float32.'
-    if case.engine != 'eager' and (e := compile_error(case.device)): return f'{case}: left out, torch.compile does not work here ({e}).'
+    if case.dtype == 'bf16' and fast_dtype(device) != torch.bfloat16:
+        return f'{case}: left out, bfloat16 is only emulated on this {device.type} and slower than float32.'
+    if case.engine != 'eager' and (e := compile_error(case.device)):
+        return f'{case}: left out, torch.compile does not work here ({e}).'
     return ''
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #5366bf7e
@@ -189,7 +207,8 @@ def all_cases(backbones, devices, dtypes, engines, batches)->list: # Lists of th
     for name, given, known in (('dtypes', dtypes, ('fp32', 'bf16')), ('engines', engines, ENGINES)):
         for v in given: require(v in known, name, v, ' or '.join(map(repr, known)))
     for b in batches: require(isinstance(b, int) and b >= 1, 'batches', b, 'positive integers')
-    return sorted((Case(*c) for c in itertools.product(backbones, devices, dtypes, engines, batches)), key=lambda c: c.batch)
+    return sorted((Case(*c) for c in itertools.product(backbones, devices, dtypes, engines, batches)),
+                  key=lambda c: c.batch)
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #350d6f95
 def page_faults(f, # Called once, without arguments
@@ -202,7 +221,8 @@ def page_faults(f, # Called once, without arguments
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #350d6f98
-ALLOCATOR = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'THP_MEM_ALLOC_ENABLE')   # How variables begin that change it
+ALLOCATOR = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD',
+             'THP_MEM_ALLOC_ENABLE')   # How variables begin that change it
 
 def _apart(session):
     "What a schedule must say beside case and method."
@@ -232,8 +252,10 @@ def time_case(case:Case,      # What to time
     "Dense network and every method, timed in turn."
     torch.manual_seed(seed)
     dense = create_vit(case.backbone, **kwargs)
-    found = {'dense': Contestant(dense, model_macs(dense), '')} | contestants(case.backbone, dense, budget, methods, case.batch, shares, seed, **kwargs)
-    x = torch.randn(case.batch, *data_config(dense)['input_size'], generator=torch.Generator().manual_seed(seed)).to(case.device)
+    found = ({'dense': Contestant(dense, model_macs(dense), '')} |
+             contestants(case.backbone, dense, budget, methods, case.batch, shares, seed, **kwargs))
+    x = torch.randn(case.batch, *data_config(dense)['input_size'],
+                    generator=torch.Generator().manual_seed(seed)).to(case.device)
     run = (lambda net: net) if case.engine == 'eager' else compiler
     nets = {n: run(c.net.eval()) for n, c in found.items()}
     with constants(case.engine):
@@ -242,9 +264,13 @@ def time_case(case:Case,      # What to time
     rows = []
     for t, said in zip(timing, time_reduction(timing, 'dense', {n: c.macs for n, c in found.items()})):
         n, peak = t['name'], peaks[t['name']]
-        note = {k: round(said[k], 4) for k in ('mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised')} if n != 'dense' else {}
-        rows.append(make_row(n, case.backbone, timing=t, seed=seed, macs=found[n].macs, params=model_params(found[n].net), note=json.dumps(note | dict(peak_mb=peak and round(peak/1e6, 1), faults=faults[n])),
-                             schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial, **_apart(session), **kwargs)))
+        note = ({k: round(said[k], 4) for k in ('mac_reduction', 'time_reduction', 'time_reduction_low',
+                                                'time_reduction_high', 'realised')} if n != 'dense' else {})
+        rows.append(make_row(n, case.backbone, timing=t, seed=seed, macs=found[n].macs,
+                             params=model_params(found[n].net),
+                             note=note | dict(peak_mb=peak and round(peak/1e6, 1), faults=faults[n]),
+                             schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial,
+                                           **_apart(session), **kwargs)))
     return rows
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #afe75b1e
@@ -252,10 +278,12 @@ DEIT = tuple(PRINTED)   # DeiT-Ti, -S, -B
 
 def _of_this_machine(rows, case, budget, session=None, **kwargs):
     "Methods that rows hold for a case, measured on this device with these threads."
-    here, how = environment(case.device), json.loads(json.dumps(dict(engine=case.engine, budget=budget, **_apart(session), **kwargs)))
+    here, how = (environment(case.device), settings(dict(engine=case.engine, budget=budget, **_apart(session),
+                                                         **kwargs)))
     def same(r):
-        s = json.loads(r['schedule'] or '{}')
-        mine = all(r[k] == here[k] for k in ('device', 'device_name', 'threads')) and (r['backbone'], r['dtype'], r['batch']) == (case.backbone, case.dtype, case.batch)
+        s = (r['schedule'] or {})
+        mine = (all(r[k] == here[k] for k in ('device', 'device_name', 'threads'))
+                and (r['backbone'], r['dtype'], r['batch']) == (case.backbone, case.dtype, case.batch))
         return mine and {k: v for k, v in s.items() if k != 'dial'} == how
     return {r['method'] for r in rows if same(r)}
 
@@ -279,15 +307,19 @@ def timing_grid(out=None,       # A CSV file; None keeps no rows
                 **how):         # For `time_case`: shares, repeats, warmup, seed, session, img_size …
     "Yields result rows, case by case; resumable."
     devices = devices or ('cpu', *(['cuda'] if torch.cuda.is_available() else []))
-    cases, options = all_cases(backbones, devices, dtypes, engines, batches), ('shares', 'repeats', 'warmup', 'seed', 'compiler')
+    cases, options = (all_cases(backbones, devices, dtypes, engines, batches),
+                      ('shares', 'repeats', 'warmup', 'seed', 'compiler'))
     require(not [m for m in methods if m not in TIMED], 'methods', methods, ', '.join(TIMED))
     def run():
         for case in progress(cases, 'timing', unit='case'):
             if why := cannot(case): say(why); continue
             for budget in budgets:
-                held = _of_this_machine(read_rows(out), case, budget, **{k: v for k, v in how.items() if k not in options}) if out and Path(out).is_file() else set()
+                held = (_of_this_machine(read_rows(out), case, budget,
+                                         **{k: v for k, v in how.items() if k not in options}) if out
+                        and Path(out).is_file() else set())
                 missing = [m for m in methods if m not in held]
-                rows = [r for r in (_attempt(case, missing, say, budget=budget, **how) if missing else []) if r['method'] not in held]
+                rows = [r for r in (_attempt(case, missing, say, budget=budget, **how) if missing else [])
+                        if r['method'] not in held]
                 if out and rows: append_rows(out, rows)
                 yield from rows
     return run()
@@ -299,12 +331,18 @@ def short_name(device:str # As a processor calls itself
     return ' '.join(re.sub(r'\((R|TM)\)|\b(CPU|Processor)\b|@.*', ' ', device).split())
 
 def timing_table(rows:list # From `timing_grid`
-                 ):        # pandas.DataFrame, one row a measurement; what stands in schedule and note has columns of its own
+                 ):        # pandas.DataFrame, a row for each; what is in schedule and note has columns
     "Recorded times with everything that they know."
     import pandas as pd
     keys = 'method backbone device device_name threads dtype batch repeats latency_ms throughput macs'.split()
-    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']), **{k: v for k, v in json.loads(r['schedule']).items() if k in ('engine', 'budget', 'session')}, 'allocator': ' '.join(f'{k}={v}' for k, v in json.loads(r['schedule']).get('allocator', {}).items()), **json.loads(r['note'])} for r in rows],
-                        columns=[*keys, 'machine', 'engine', 'budget', 'session', 'allocator', 'mac_reduction', 'time_reduction', 'time_reduction_low', 'time_reduction_high', 'realised', 'peak_mb', 'faults'])
+    return pd.DataFrame([{**{k: r[k] for k in keys}, 'machine': short_name(r['device_name']),
+                          **{k: v for k, v in r['schedule'].items() if k in ('engine', 'budget', 'session')},
+                          'allocator': ' '.join(f'{k}={v}'
+                                                for k, v in r['schedule'].get('allocator', {}).items()),
+                          **r['note']} for r in rows],
+                        columns=[*keys, 'machine', 'engine', 'budget', 'session', 'allocator',
+                                 'mac_reduction', 'time_reduction', 'time_reduction_low',
+                                 'time_reduction_high', 'realised', 'peak_mb', 'faults'])
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #09c6029e
 def no_gain(table # From `timing_table`
@@ -315,8 +353,10 @@ def no_gain(table # From `timing_table`
 # %% ../../nbs/4_evidence/32_timing.ipynb #09c60231
 def _one_setting(t, *more):
     "Refuse rows that one plot would mix up."
-    lone = [k for k in (*more, 'device', 'device_name', 'threads', 'dtype', 'engine', 'budget', 'allocator') if t[k].nunique() > 1]
-    require(not lone, 'table', f'rows with several values of {", ".join(lone)}', 'rows of one setting', 'Draw one plot each.')
+    lone = [k for k in (*more, 'device', 'device_name', 'threads', 'dtype', 'engine', 'budget', 'allocator')
+            if t[k].nunique() > 1]
+    require(not lone, 'table', f'rows with several values of {", ".join(lone)}', 'rows of one setting',
+            'Draw one plot each.')
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #09c60232
 def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype, engine and budget
@@ -335,9 +375,14 @@ def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype
             g = t[t.method == m].sort_values('batch')
             if not len(g): continue
             low, high = g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction
-            ax.errorbar(g.batch, g.realised, yerr=[(g.realised - low).clip(lower=0), (high - g.realised).clip(lower=0)], label=m, color=colors[m], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3)
-        ax.axhline(1, color='.5', lw=.8); ax.set_xscale('log', base=2); ax.set_xticks(sorted(t.batch.unique()), sorted(t.batch.unique()))
-        ax.set(xlabel='batch size (images)', ylabel='saved time / saved MACs', title=f'{t.backbone.iloc[0]}\n{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}')
+            ax.errorbar(g.batch, g.realised, yerr=[(g.realised - low).clip(lower=0),
+                                                   (high - g.realised).clip(lower=0)], label=m,
+                        color=colors[m], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3)
+        ax.axhline(1, color='.5', lw=.8)
+        ax.set_xscale('log', base=2)
+        ax.set_xticks(sorted(t.batch.unique()), sorted(t.batch.unique()))
+        ax.set(xlabel='batch size (images)', ylabel='saved time / saved MACs',
+               title=f'{t.backbone.iloc[0]}\n{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}')
         ax.legend(fontsize=8)
     return ax
 
@@ -354,45 +399,62 @@ def draw_methods(table,        # From `timing_table`, of one device, dtype, engi
     t = pruned[pruned.batch == batch]
     require(len(t) > 0, 'batch', batch, f'one of {sorted(set(pruned.batch))}')
     _one_setting(t)
-    wide = t.pivot_table(index='method', columns='backbone', values='realised').reindex([m for m in TIMED if m in set(t.method)])
+    wide = t.pivot_table(index='method', columns='backbone',
+                         values='realised').reindex([m for m in TIMED if m in set(t.method)])
     wide = wide[t.groupby('backbone').macs.max().sort_values().index]
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6.5, .8 + .5*len(wide)))
-        colors = dict(zip(DEIT, ('#0072B2', '#E69F00', '#009E73')))      # the same in every plot, whichever of them it shows
+        colors = dict(zip(DEIT, ('#0072B2', '#E69F00',
+                                 '#009E73')))      # the same in every plot, whichever of them it shows
         wide.plot.barh(ax=ax, color=[colors.get(b, '#606060') for b in wide], width=.75)
         ax.invert_yaxis(); ax.axvline(1, color='.3', lw=.8)
-        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel='', title=f'{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}'); ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+        ax.set(xlabel=f'saved time / saved MACs, batch {batch}', ylabel='',
+               title=f'{t.machine.iloc[0]}, {t.dtype.iloc[0]}, {t.engine.iloc[0]}')
+        ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #ae6dbfd8
-THROUGHPUT = {('deit_small_patch16_224', 'DeiT-S'): (503.9, 704.8), ('deit_base_patch16_224', 'DeiT-B'): (186.4, 262.0), ('deit_tiny_patch16_224', 'ViT-T'): (1212.1, 1573.8),
-              ('deit_small_patch16_224', 'ViT-S'): (504.7, 723.3), ('deit_base_patch16_224', 'ViT-B'): (187.1, 256.0)}   # images/s dense and at keep rate 0.7, as printed
+THROUGHPUT = {('deit_small_patch16_224', 'DeiT-S'): (503.9, 704.8),
+              ('deit_base_patch16_224', 'DeiT-B'): (186.4, 262.0),
+              ('deit_tiny_patch16_224', 'ViT-T'): (1212.1, 1573.8),
+              ('deit_small_patch16_224', 'ViT-S'): (504.7, 723.3),
+              ('deit_base_patch16_224', 'ViT-B'): (187.1,
+                                                   256.0)}   # images/s dense and at keep rate 0.7, as printed
 
 def life_speeds(table # From `timing_table`
-                )->list: # Dicts: backbone, machine, batch, dtype, engine, printed, measured, macs; all three are speed-ups
+                )->list: # Dicts: backbone, machine, batch, dtype, engine; speed-ups printed, measured, macs
     "Life regression's throughput column as speed-ups, beside ours at the same keep rate."
     out = []
     for (name, shown), (dense, life) in THROUGHPUT.items():
         for r in table[(table.method == 'life') & (table.backbone == name) & (table.budget == 'paper')].itertuples():
-            out.append(dict(backbone=shown, machine=r.machine, batch=r.batch, dtype=r.dtype, engine=r.engine, printed=round(life/dense, 2), measured=round(1/(1 - r.time_reduction), 2), macs=round(1/(1 - r.mac_reduction), 2)))
+            out.append(dict(backbone=shown, machine=r.machine, batch=r.batch, dtype=r.dtype, engine=r.engine,
+                            printed=round(life/dense, 2), measured=round(1/(1 - r.time_reduction), 2),
+                            macs=round(1/(1 - r.mac_reduction), 2)))
     return out
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #adb7c3c4
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.papers.timing: the whole grid, resumable."
-    p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.timing', description='Time every method; rows that OUT holds already are skipped.')
+    p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.timing',
+                                description='Time every method; rows that OUT holds already are skipped.')
     number = lambda v: v if v == 'paper' else float(v)
-    for name, default, kind in (('backbones', DEIT, str), ('batches', (1, 8, 32, 128), int), ('dtypes', ('fp32', 'bf16'), str), ('engines', ENGINES, str),
-                                ('devices', None, str), ('budgets', ('paper',), number), ('methods', TIMED, str)): p.add_argument(f'--{name}', nargs='+', default=default, type=kind)
+    for name, default, kind in (('backbones', DEIT, str), ('batches', (1, 8, 32, 128), int),
+                                ('dtypes', ('fp32', 'bf16'), str), ('engines', ENGINES, str),
+                                ('devices', None, str), ('budgets', ('paper',), number),
+                                ('methods', TIMED,
+                                 str)): p.add_argument(f'--{name}', nargs='+', default=default, type=kind)
     p.add_argument('--repeats', type=int, default=10); p.add_argument('--img-size', type=int, default=None)
-    p.add_argument('--shares', choices=('even', 'course'), default='even', help='skip rates of cosine labels: evenly spread, or those of the course model')
-    p.add_argument('--session', type=int, default=None, help='a number for this process, to time the same cases in several')
+    p.add_argument('--shares', choices=('even', 'course'), default='even',
+                   help='skip rates of cosine labels: evenly spread, or those of the course model')
+    p.add_argument('--session', type=int, default=None,
+                   help='a number for this process, to time the same cases in several')
     p.add_argument('--out', default=None, help='default: data/results/timing.csv of the clone')
     o = vars(p.parse_args(args))
     size, shares = o.pop('img_size'), o.pop('shares')
     try:
-        out, o['shares'] = o.pop('out') or data_path('results', 'timing.csv'), course_shares() if shares == 'course' else None
+        out, o['shares'] = (o.pop('out') or data_path('results', 'timing.csv'),
+                            course_shares() if shares == 'course' else None)
         n = sum(1 for _ in timing_grid(out, **o, **({} if size is None else dict(img_size=size))))
     except VitpruneError as e: print(f'timing: {e}', file=sys.stderr); return 2
     print(f'{n} rows added to {Path(out).name}')
