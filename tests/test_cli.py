@@ -248,7 +248,7 @@ def test_prune_recover_trains_the_pruned_model(ask, tmp_path):
 
 
 LONG = {'search and recovery': ('--calibration 8 --eps 0.05 --tune-epochs 30 --recover 120 --recover-lr 0.001', ('search.safetensors', 'recover/checkpoint.pt'), ('0.05', '0.04')),
-        'vtp': ('--method vtp --ratio 0.3 --sparse-epochs 40 --batch 10', ('sparse/checkpoint.pt',), ('40', '41')),
+        'vtp': ('--method vtp --ratio 0.3 --sparse-epochs 40 --batch 10', ('prepared/checkpoint.pt',), ('40', '41')),
         'life': ('--method life --keep-rate 0.7 --predictor-epochs 1 --backbone-epochs 40 --batch 10', ('backbone/checkpoint.pt',), ('0.7', '0.6'))}
 
 @pytest.mark.parametrize('case', LONG)
@@ -361,7 +361,7 @@ BAD = {
     'no images': ('eval --limit 0', 'limit: got 0'),
     'batch of none': ('bench --batch 0', 'batch: got 0'),
     'unknown dtype': ('eval --limit 5 --dtype int3', "dtype: got int3; allowed: 'auto', 'fp32' or 'bf16'"),
-    'unknown method': ('prune --method magic --out {tmp}/o', 'method: got magic; allowed: patch-slimming'),
+    'unknown method': ('prune --method magic --out {tmp}/o', 'method: got magic; allowed: attention'),
     'reduction of everything': ('prune --reduction 1 --out {tmp}/o', 'reduction: got 1.0; allowed: a share in (0, 1)'),
     'two budgets': ('prune --reduction 0.4 --eps 0.1 --out {tmp}/o', 'eps: got 0.1; allowed: either reduction or eps'),
     'tolerated error of zero': ('prune test_vit --eps 0 --out {tmp}/o', 'eps: got 0.0; allowed: a positive relative error'),

@@ -325,7 +325,8 @@ def option(name:str,   # An option of methods
            )->inspect.Parameter:
     "A typer option, None when it is not given; help, kind and default are the field's."
     field = max(users.values(), key=lambda f: len(f.description))
-    said, default, (kind, is_list) = field.json_schema_extra, field.default, kind_of(field.annotation)
+    said, (kind, is_list) = field.json_schema_extra, kind_of(field.annotation)
+    default = field.default if len({repr(f.default) for f in users.values()}) == 1 else None
     about = field.description if 2*len(users) > of else f'{", ".join(users)}: {field.description}'
     if said['dial']: about += ', instead of --reduction'
     shown = said['shown'] or ('' if default is None or kind is bool else f'{default:g}' if kind is not str else default)
@@ -383,7 +384,7 @@ def default_budget(m,               # From METHODS
     try: yield
     except VitpruneError as e:
         if not is_default or not str(e).startswith('reduction:'): raise
-        other = ' or '.join(flag(d) for d in m.dials)
+        other = ' or '.join(flag(d) for d in ('reduction', *m.dials))
         raise VitpruneError(f'{e} {BUDGET:g} is the default of {m.name}; give {other}.') from e
 
 def prune_options(method:str,   # One of METHODS
