@@ -20,7 +20,7 @@ def register_fate(name:str): # What a policy calls it
     return add
 
 class Fate:
-    "What becomes of the tokens that a step does not keep; equal to its name, and to one of its kind and config."
+    "What becomes of the tokens that are not kept; equal to its name, and to one of its kind and config."
     kind = ''
     points = POINTS     # where a step may have it
     stays = False       # the tokens stay in the sequence and are candidates again in the next block
@@ -33,13 +33,13 @@ class Fate:
     def config(self)->dict: return {}    # what `__init__` needs to rebuild it
 
     def meet(self, s, keep, drop, scores):
-        """Before the tokens `drop` (B, n) are out of the way. `s` has x (B, n, D), size (B, n) or None, n_prefix,
-        there() (B, n) and freeze(drop); scores (B, n) or None. May change x and size. Returns None, or the token that
-        joins: its values (B, 1, D), its size (B, 1), and which images have one (B, 1) bool."""
+        """Before the tokens `drop` (B, n) are out of the way. `s` has x (B, n, D), size (B, n) or None,
+        n_prefix, there() (B, n) and freeze(drop); scores (B, n) or None. May change x and size. Returns None,
+        or the token that joins: its values (B, 1, D), its size (B, 1), and which images have one (B, 1) bool."""
 
     def restore(self, entered, left):
-        """After the block, for tokens that stay: what is added to those that were passed by. From the token that
-        joined, as it entered and as it left the block, (B, 1, D); None: nothing."""
+        """After the block, for tokens that stay: what is added to those that were passed by. From the token
+        that joined, as it entered and as it left the block, (B, 1, D); None: nothing."""
 
     @property
     def just_leave(self)->bool:
@@ -100,7 +100,7 @@ class Idle(Fate):
 
 @register_fate('fuse')
 class Fuse(Fate):
-    "All of them become one extra token, their mean by scores and sizes (EViT, Liang et al. 2022, section 3.2)."
+    "All become one extra token, their mean by scores and sizes (EViT, Liang et al. 2022, section 3.2)."
     joins, sized, lost, acts = 1, True, False, True
     def meet(self, s, keep, drop, scores):
         return fuse_tokens(s.x, drop, s.size, None if scores is None else scores.clamp_min(1e-6))
