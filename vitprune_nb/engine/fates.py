@@ -35,7 +35,7 @@ class Fate:
     def meet(self, s, keep, drop, scores):
         """Before the tokens `drop` (B, n) are out of the way. `s` has x (B, n, D), size (B, n) or None,
         n_prefix, there() (B, n) and freeze(drop); scores (B, n) or None. May change x and size. Returns None,
-        or the token that joins: its values (B, 1, D), its size (B, 1), and which images have one (B, 1) bool."""
+        or the token that joins: its values (B, 1, D), its size (B, 1), and who has one (B, 1) bool."""
 
     def restore(self, entered, left):
         """After the block, for tokens that stay: what is added to those that were passed by. From the token
