@@ -5,7 +5,7 @@ import torch
 from conftest import ONE_THREAD, ROOT, start
 from train_script import PLAIN, RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import autocast
-from vitprune_nb.engine.policy import Policy, Scorer, Step
+from vitprune_nb.engine.policy import NormScore, Policy, Scorer, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.files import sha256
@@ -51,6 +51,64 @@ def test_kill_9_changes_nothing(tmp_path):
     whole, rows = run('random', tmp_path/'whole')
     assert apart(torch.load(out/'final.pt', weights_only=True), whole.state_dict()) == 0, f'killed at step {stop}'
     assert log(read_log(out/'log.csv')) == log(rows)
+
+
+def test_what_changes_before_each_step_survives_a_kill(tmp_path):
+    "Killed in the middle of an epoch while token counts shrink from step to step; then left alone."
+    out = tmp_path/'killed'
+    first = start(SCRIPT, 'counts', out)
+    for line in first.stdout:
+        if line.split()[:2] == ['step', '18']: os.kill(first.pid, signal.SIGKILL); break
+    first.communicate(timeout=300)
+    assert 0 < load_checkpoint(out/'checkpoint.pt')['step'] < 48
+    last = start(SCRIPT, 'counts', out)
+    last.communicate(timeout=300)
+    assert last.returncode == 0
+    whole, _ = run('counts', None)
+    assert apart(torch.load(out/'final.pt', weights_only=True), whole.state_dict()) == 0
+    assert whole.policy.steps[1].count == 8 and whole.mode == 'gather'
+
+
+def test_before_step_sees_the_model_and_its_average():
+    seen, slim = [], SlimViT(tiny_vit(), Policy({1: Step(score=NormScore(), count=8)}))
+    before = slim.policy
+    def hook(model, done):
+        seen.append((model is slim, done))
+        model.set_policy(Policy({1: Step(score=model.scorers[0], count=16 - int(16*done))}))
+    tr = Trainer(slim, train_set(), TrainConfig(epochs=.34, batch_size=48, ema=.5, dtype='fp32'), before_step=hook)
+    tr.one_step()
+    assert seen == [(True, 0.), (False, 0.)] and slim.policy.steps[1].count == 16
+    tr.close()
+    slim.set_policy(before)
+    seen.clear()
+    fit(slim, train_set(), TrainConfig(epochs=1, batch_size=48, dtype='fp32'), before_step=hook)
+    assert seen == [(True, k/4) for k in range(4)] and slim.policy is before
+
+
+def test_another_before_step_may_not_resume(tmp_path):
+    cfg = TrainConfig(epochs=1, batch_size=48, dtype='fp32')
+    def slow(model, done): pass
+    def fast(model, done): pass
+    fit(tiny_vit(), train_set(), cfg, out=tmp_path/'a', before_step=slow)
+    for other in (fast, None):
+        with pytest.raises(VitpruneError, match='before_step'): fit(tiny_vit(), train_set(), cfg, out=tmp_path/'a', before_step=other)
+    fit(tiny_vit(), train_set(), cfg, out=tmp_path/'a', before_step=slow)
+
+
+@pytest.mark.parametrize('mode', ['mask', 'gather', 'packed'])
+def test_another_policy_is_what_a_new_model_would_be(mode):
+    "With static positions, which are buffers, and without; what cannot be followed leaves the model as it was."
+    x, score = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), NormScore()
+    some = [Policy({0: Step(keep=range(0, 16, 2)), 1: Step(score=score, count=3)}), Policy({1: Step('middle', 'fuse', score=score, count=5)}),
+            Policy({0: Step(keep=range(4))}), Policy({})]
+    net = tiny_vit().eval()
+    slim = SlimViT(net, some[0], mode)
+    for p in (*some, some[0]):
+        assert slim.set_policy(p) is slim
+        assert torch.equal(slim(x), SlimViT(net, p, mode)(x)) and [n for n, _ in slim.named_buffers()] == [n for n, _ in SlimViT(net, p, mode).named_buffers()]
+    for wrong, said in ((Policy({9: Step(keep=(1,))}), 'block index 9'), (Policy({1: Step(score=NormScore(), count=3)}), 'NormScore'), ('x', 'policy')):
+        with pytest.raises(VitpruneError, match=said): slim.set_policy(wrong)
+        assert slim.policy is some[0]
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from vitprune_nb.core import set_seed
 from vitprune_nb.data import calibration, embedded
+from vitprune_nb.engine.policy import ClsAttention, Policy, Step
+from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.train.trainer import TrainConfig, fit
 from vitprune_nb.vit.model import create_vit
 
 RANDOM = dict(epochs=4, batch_size=16, lr=2e-3, augment='light', mixup=.8, cutmix=1., patch_drop=(.5, 0), drop_path=.1, ema=.9, clip_grad=.5,
               dtype='fp32', save_every=5, log_every=1)     # everything that draws random numbers; epochs of 12 steps
 PLAIN = dict(epochs=.5, batch_size=16, lr=1e-3, augment='none', label_smoothing=0., dtype='fp32', save_every=1000, log_every=1)
-RECIPES = dict(random=RANDOM, plain=PLAIN)
+COUNTS = RANDOM | dict(patch_drop=())
+RECIPES = dict(random=RANDOM, plain=PLAIN, counts=COUNTS)
 
 
 def tiny_vit(seed=0):
@@ -27,9 +30,16 @@ def tiny_vit(seed=0):
 def train_set(): return calibration(embedded('train'), 192)
 
 
+def fewer(slim, done):
+    "Half of 16 patches at the end of training, all at its beginning."
+    slim.set_policy(Policy({1: Step('middle', 'fuse', score=slim.scorers[0], count=16 - int(8*done))}))
+
+
 def run(recipe, out, callback=None, model=None):
+    counts = recipe == 'counts'
     model = model or tiny_vit()
-    rows = fit(model, train_set(), TrainConfig(**RECIPES[recipe]), out=out, callback=callback)
+    if counts: model = SlimViT(model, Policy({1: Step('middle', 'fuse', score=ClsAttention(), count=8)}))
+    rows = fit(model, train_set(), TrainConfig(**RECIPES[recipe]), out=out, callback=callback, before_step=fewer if counts else None)
     return model, rows
 
 

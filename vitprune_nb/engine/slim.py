@@ -14,7 +14,7 @@ import contextlib, math, operator
 import torch
 from torch import nn
 from .attention import attend, attn_branch, fuse_tokens, merge_tokens, mlp_branch
-from ..errors import refuse, require
+from ..errors import VitpruneError, refuse, require
 from .fates import Fate, register_fate
 from .modes import MODES, Decision, Layers, Trace, run_blocks, static_indices
 from .policy import (FATES, POINTS, SCORERS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer,
@@ -189,17 +189,11 @@ class SlimViT(nn.Module):
         require(policy is None or isinstance(policy, Policy), 'policy', policy, 'a Policy, or None')
         self.model, self.policy, self.info = model, policy or Policy({}, 'dense'), {}
         self.grid = self.backbone.grid()
-        self.policy.check(len(self.backbone.blocks), math.prod(self.grid), self.averages)
-        for i, s in self.policy.each():
-            fits = 'cls_row' not in needs_of(s.score) or self.backbone.has_cls
-            require(fits, 'model', f'{type(model).__name__} without a class token',
-                    f'a ViT with one, for the scorer {type(s.score).__name__} in block index {i}')
+        self._check(self.policy)
         scorers = (s.score for _, s in self.policy.each() if s.score is not None)
-        self.scorers = nn.ModuleList(dict.fromkeys(scorers))
+        self.scorers, self.static = nn.ModuleList(dict.fromkeys(scorers)), {}
         self.set_mode(mode)
-        static = static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, mode)
-        self.static = {key: 'static_{}_{}'.format(*key) for key in static}
-        for key, name in self.static.items(): self.register_buffer(name, torch.tensor(static[key]), persistent=False)
+        self._place()
         self.train(model.training)
         self.register_state_dict_post_hook(_timm_names)
         self.register_load_state_dict_pre_hook(_our_names)
@@ -273,6 +267,38 @@ class SlimViT(nn.Module):
     def kept(self, images)->torch.Tensor: # (B, L, P) bool
         "Which patches went through each block's MLP."
         return self.trace(images).computed(self.n_tokens)[..., self.backbone.n_prefix:]
+
+    def _check(self, policy):
+        "Refuse a policy that this model has no room for."
+        policy.check(len(self.backbone.blocks), math.prod(self.grid), self.averages)
+        for i, s in policy.each():
+            fits = 'cls_row' not in needs_of(s.score) or self.backbone.has_cls
+            require(fits, 'model', f'{type(self.model).__name__} without a class token',
+                    f'a ViT with one, for the scorer {type(s.score).__name__} in block index {i}')
+
+    def _place(self):
+        "Constant positions of static steps, as buffers."
+        for name in self.static.values(): delattr(self, name)
+        static = static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, self.mode)
+        self.static = {key: 'static_{}_{}'.format(*key) for key in static}
+        device = next(self.model.parameters()).device
+        for key, name in self.static.items():
+            self.register_buffer(name, torch.tensor(static[key], device=device), persistent=False)
+
+    def set_policy(self, policy:Policy): # With scorers of the policy that it was made with: no parameters come or go
+        "Follow another policy, one with other counts for example; returns self."
+        require(isinstance(policy, Policy), 'policy', policy, 'a Policy')
+        strange = {s.score for _, s in policy.each()} - {None, *self.scorers}
+        require(not strange, 'policy', f'other scorers, {", ".join(sorted(type(s).__name__ for s in strange))}',
+                'the scorers that the model was made with', 'Make a new SlimViT for others.')
+        self._check(policy)
+        before, self.policy = self.policy, policy
+        try: self.set_mode(self.mode)
+        except VitpruneError:
+            self.policy = before
+            raise
+        self._place()
+        return self
 
     def set_mode(self, mode:str):
         "Switch between 'mask', 'gather' and 'packed'; returns self."

@@ -347,9 +347,9 @@ def check_objective(objective, model, cfg:TrainConfig, teacher=None)->tuple: # W
 class Trainer:
     "State and one step of a training run: model, optimiser, schedule, average. Arguments as for `fit`."
     def __init__(self, model, train_set:ImageSet, cfg:TrainConfig, teacher=None, objective=None,
-                 accelerator=None, workers:int=0):
+                 accelerator=None, workers:int=0, before_step=None):
         from timm.utils import ModelEmaV3
-        self.objective = objective or supervised
+        self.objective, self.before_step = objective or supervised, before_step
         self.needs = check_objective(self.objective, model, cfg, teacher)
         self.cfg, self.acc, self.plain, self.workers = cfg, accelerator or pick_accelerator(), model, workers
         if train_set.transform is None:
@@ -404,6 +404,8 @@ class Trainer:
         if cfg.patch_drop: set_patch_drop(self.plain, cfg.patch_drop[min(epoch, len(cfg.patch_drop) - 1)])
         x, y = (v.to(self.acc.device) for v in next(self.stream))
         set_seed(fold_seed(cfg.seed, 2, self.step, self.acc.process_index))
+        if self.before_step:
+            for m in dict.fromkeys((self.plain, self.best_model())): self.before_step(m, self.step/self.batches.steps)
         self.sched.step_update(self.step)
         losses = self.losses(x, y)
         loss = total(losses)
@@ -430,7 +432,7 @@ def trainer_state(tr:Trainer # Between two steps
                   )->dict:   # For `save_checkpoint`
     "Everything that the rest of the run depends on."
     return dict(step=tr.step, config=json.dumps(dataclasses.asdict(tr.cfg)), data=tr.batches.ds.digest,
-                objective=name_of(tr.objective), model=tr.plain.state_dict(), optimizer=tr.opt.state_dict(),
+                objective=name_of(tr.objective), before_step=name_of(tr.before_step), model=tr.plain.state_dict(), optimizer=tr.opt.state_dict(),
                 ema=tr.ema.module.state_dict() if tr.ema is not None else {},
                 recent=tr.recent, named=tr.named, busy=tr.busy, seconds=time.perf_counter() - tr.start)
 
@@ -448,9 +450,10 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
     require(not said, 'checkpoint', path, 'a checkpoint of this very recipe', f'Changed: {said}. {todo}')
     same = state['data'] == tr.batches.ds.digest
     require(same, 'checkpoint', path, 'a checkpoint of a run on these training images', todo)
-    was, now = state.get('objective'), name_of(tr.objective)     # runs of old have none
-    require(was in (None, now), 'checkpoint', path, f'a checkpoint of a run with the objective {now}',
-            f'It was {was}. {todo}')
+    for what in ('objective', 'before_step'):
+        was, now = state.get(what), name_of(getattr(tr, what))     # runs of old have none
+        require(was in (None, now), 'checkpoint', path, f'a checkpoint of a run with the {what} {now}',
+                f'It was {was}. {todo}')
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     require(shapes(state['model']) == shapes(tr.plain.state_dict()), 'checkpoint', path,
             f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
@@ -507,10 +510,11 @@ def clean_stage(model:torch.nn.Module, # What the stage trains
                 ):
     """A stage of training within the `with` starts as it would from a file, with weights and buffers and
     without gradients, and hands on nothing else: what may train, the modules that drop paths and patches, the
-    teacher's mode and all generators are afterwards as before, also when the stage ends with an error."""
+    policy, the teacher's mode and all generators are afterwards as before, also when the stage ends with an error."""
     may_train = [(p, p.requires_grad) for p in model.parameters()]
     drops = [(m, name, getattr(m, name)) for m in model.modules()
              for name in ('drop_path1', 'drop_path2', 'patch_drop') if hasattr(m, name)]
+    policy = getattr(model, 'policy', None)
     modes = [(m, m.training) for m in teacher.modules()] if teacher is not None else []
     model.zero_grad()
     try:
@@ -519,6 +523,7 @@ def clean_stage(model:torch.nn.Module, # What the stage trains
         model.zero_grad()
         for p, flag in may_train: p.requires_grad_(flag)
         for m, name, module in drops: setattr(m, name, module.train(m.training))
+        if getattr(model, 'policy', None) is not policy: model.set_policy(policy)
         for m, training in modes: m.training = training
         vars(model).pop('_is_accelerate_prepared', None)     # with it, the model would not be moved again
 
@@ -555,6 +560,7 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         accelerator=None,      # An `accelerate.Accelerator`; default: one for this machine
         callback=None,         # Called with the list of log rows after each new one
         workers:int=0,         # Processes that prepare images ahead; 0 prepares them in this one
+        before_step=None,      # Called with the model, and with its average, and the share of the run that is done, in [0, 1)
         )->list:               # The rows of the log, dicts of numbers
     """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without
     gradients; a further `fit` of it gives what it would give after saving and loading."""
@@ -565,11 +571,13 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
     require(fine, 'teacher', type(teacher).__name__, 'a model, or None')
     few = is_whole(workers) and 0 <= workers <= 256
     require(few, 'workers', workers, 'a number of processes from 0 to 256')
+    fine = before_step is None or callable(before_step)
+    require(fine, 'before_step', type(before_step).__name__, 'a function of a model and a share, or None')
     if test_set is not None: check_set(test_set, 'test_set')
     if out is not None: check_output(path_of('out', out))
     with contextlib.ExitStack() as stack:
         stack.enter_context(clean_stage(model, teacher))
-        tr = Trainer(model, train_set, cfg, teacher, objective, accelerator, workers)
+        tr = Trainer(model, train_set, cfg, teacher, objective, accelerator, workers, before_step)
         stack.enter_context(contextlib.closing(tr))
         stack.enter_context(_alone(out, tr))
         try: return _run(tr, model, test_set, out, callback)
@@ -585,6 +593,7 @@ class Phase:
     objective: object = None  # As for `fit`
     policy: Policy|None = None # What a SlimViT follows meanwhile; None: its own
     mode: str|None = None     # How it is run meanwhile; None: its own
+    before_step: object = None # As for `fit`
 
     def __post_init__(self):
         plain = isinstance(self.name, str) and self.name == Path(self.name).name not in ('', '..')
@@ -635,7 +644,7 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
     for p, view, who in zip(phases, views, teachers):
         with frozen(*p.resting(view)):
             folder = None if out is None else f'{out}/{p.name}'
-            given = dict(kw, out=folder, teacher=who, objective=p.objective)
+            given = dict(kw, out=folder, teacher=who, objective=p.objective, before_step=p.before_step)
             logs[p.name] = fit(view, train_set, p.config, **given)
     model.eval()
     return logs
