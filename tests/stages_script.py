@@ -9,7 +9,7 @@ import numpy as np, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from vitprune_nb import run
-from vitprune_nb.methods import vtp as channels
+from vitprune_nb.methods import base, vtp as channels
 from vitprune_nb.train import course
 from vitprune_nb.train import trainer as train
 from vitprune_nb.cli import main
@@ -32,7 +32,7 @@ def fit_often(model, images, cfg, *args, **kwargs):
     return WHOLE_FIT(model, images, dataclasses.replace(cfg, save_every=2), *args, **kwargs)
 
 
-for module in (train, channels, course, run): module.fit = fit_often
+for module in (train, channels, course, run, base): module.fit = fit_often
 course.COURSE = dict(course.COURSE, kwargs=SMALL)
 course._big_model = lambda weights: create_vit('vit_small_patch14_dinov2', weights=weights, **BIG)
 

@@ -4,7 +4,7 @@ import dataclasses, functools, json, random, subprocess, sys
 import numpy as np, pytest, torch
 from conftest import ONE_THREAD, ROOT
 from train_script import tiny_vit
-from vitprune_nb.methods import vtp as channels
+from vitprune_nb.methods import base, vtp as channels
 from vitprune_nb.train import course
 from vitprune_nb.engine import slim as engine
 from vitprune_nb.train import trainer as train
@@ -14,7 +14,8 @@ from vitprune_nb.data import calibration, embedded
 from vitprune_nb.evidence.dense import train_dense
 from vitprune_nb.train.objectives import penalty, plus, supervised
 from vitprune_nb.train.trainer import frozen
-from vitprune_nb.methods.life_run import life_recipe, train_life
+from vitprune_nb.methods.life import life_plan
+from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.methods.base import prune, recover
 from vitprune_nb.engine.channels import choose, slice_model
@@ -240,7 +241,7 @@ def often(monkeypatch):
     "A checkpoint after every step, wherever the caller says nothing else."
     whole = train.fit
     def fit(model, ds, cfg, *args, **kwargs): return whole(model, ds, dataclasses.replace(cfg, save_every=1), *args, **kwargs)
-    for module in (train, channels): monkeypatch.setattr(module, 'fit', fit)
+    for module in (train, channels, base): monkeypatch.setattr(module, 'fit', fit)
 
 
 @pytest.fixture
@@ -272,7 +273,10 @@ def do_recover(name, options):
 def do_life(out):
     model = tiny_vit()
     first, second = (life_recipe(lr, batch_size=8, dtype='fp32', save_every=1, clip_grad=.1) for lr in (1e-3, 1e-3))
-    return weights(train_life(model, images(), .5, (1, 2), first=first, second=second, out=out))
+    plan = life_plan(model, .5, (1, 2))
+    score = plan.score(model.embed_dim)
+    two_stage(engine.SlimViT(model, plan.policy(score, 'soft'), 'mask'), images(), first, second, out)
+    return weights(engine.SlimViT(model, plan.policy(score)))
 
 
 def do_channels(out):
@@ -292,7 +296,7 @@ def do_dense(out):
 PROCEDURES = dict(
     vtp=do_prune('vtp', METHODS['vtp']), life=do_prune('life', METHODS['life']), recover_vtp=do_recover('vtp', METHODS['vtp']),
     recover_life=do_recover('life', METHODS['life']), recover_cosine=do_recover('cosine', METHODS['cosine']),
-    recover_tuned=do_recover(*TUNED), train_life=do_life, channels=do_channels, train_dense=do_dense)
+    recover_tuned=do_recover(*TUNED), two_stage=do_life, channels=do_channels, train_dense=do_dense)
 
 
 @pytest.mark.parametrize('name', PROCEDURES)

@@ -21,7 +21,6 @@ from .vit.cost import count_macs, model_params
 from .data import data_config
 from .engine.slim import SlimViT
 from .methods.life import life_plan
-from .methods.life_run import OneSort
 from .evidence.measure import bench, num_threads, time_reduction
 from .engine.plan import ramp_plan
 from .evidence.results import append_rows, make_row, markdown_table
@@ -118,7 +117,7 @@ def _describe(path, model, images, classes):
     onnx.helper.set_model_props(proto, {k: json.dumps(about[k]) for k in ABOUT if about.get(k) is not None})
     onnx.save(proto, str(path))
 
-def export_onnx(model,        # A ViT in eval mode: timm's, sliced, a `SlimViT`, a `OneSort`
+def export_onnx(model,        # A ViT in eval mode: timm's, sliced, a `SlimViT`
                 path,         # The file, *.onnx
                 images,       # (B, 3, H, W): example images; also those that the file is checked on
                 dynamic:bool=False, # True: any batch size; False: B
@@ -157,9 +156,9 @@ def static_models(model,               # A dense timm ViT with a class token
     L, gen, gated = len(model.blocks), torch.Generator().manual_seed(seed), add_gates(copy.deepcopy(model))
     sliced = slice_model(gated, choose({n: torch.rand(len(g), generator=gen) for n, g in gates(gated).items()}, ratio, model.blocks[0].attn.num_heads))
     plan, life = ramp_plan(model, reduction, seed=seed), life_plan(model, keep_rate, tuple(sorted({min(L - 1, max(1, round(L*s/12))) for s in (4, 7, 10)})))
-    one_sort = lambda m: OneSort(SlimViT(m, life.policy(life.score(model.embed_dim, seed=seed))).eval())
-    return {'dense': model, 'patch slimming': plan.slim(model), 'vtp': sliced, 'life': one_sort(model),
-            'patch slimming + vtp': plan.slim(sliced), 'life + vtp': one_sort(sliced)}
+    alive = lambda m: SlimViT(m, life.policy(life.score(model.embed_dim, seed=seed))).eval()
+    return {'dense': model, 'patch slimming': plan.slim(model), 'vtp': sliced, 'life': alive(model),
+            'patch slimming + vtp': plan.slim(sliced), 'life + vtp': alive(sliced)}
 
 # %% ../nbs/4_evidence/33_deploy.ipynb #aeb392bd
 def onnx_ops(path # An ONNX file

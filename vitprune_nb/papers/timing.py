@@ -25,7 +25,6 @@ from ..vit.cost import model_macs, model_params, n_tokens
 from ..data import data_config
 from ..engine.slim import SlimViT
 from ..methods.life import life_plan
-from ..methods.life_run import OneSort
 from ..evidence.measure import bench, peak_memory, time_reduction
 from ..methods.life_run import default_stages
 from ..engine.macs import macs_of
@@ -66,7 +65,7 @@ def life_contestant(net,         # A timm ViT
         macs = macs_of(SlimViT(net, policy))
         return (policy, macs), 1 - macs/model_macs(net)
     gone, (policy, macs), _ = turn(lambda v: at(1 - v), 0., 1., share) if share else (.3, *at(.7))
-    return Contestant(OneSort(SlimViT(net, policy)), macs, dict(keep_rate=round(1 - gone, 4)))
+    return Contestant(SlimViT(net, policy).eval(), macs, dict(keep_rate=round(1 - gone, 4)))
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #873f56e1
 SLICES = {'vtp': {}, 'vtp, multiples of 16': dict(multiple=16),
