@@ -508,7 +508,10 @@ def warm():
     import torch
     torch.set_num_threads(1)
     import accelerate, matplotlib.pyplot, pandas, safetensors.torch, scipy, timm, torchvision, torchvision.transforms   # noqa
-    from vitprune_nb import cli, course, demo, deploy, experiment, life, life_run, cosine, methods, patch_slimming, plan, report, results, run, surgery, train, viz   # noqa
+    from vitprune_nb import cli, demo, deploy, experiment, run, viz   # noqa
+    from vitprune_nb.core import load_methods
+    from vitprune_nb.train import course
+    load_methods()
     import timm.data, timm.loss, timm.optim, timm.scheduler, timm.utils, torch.utils.flop_counter   # noqa
     timm.list_models()
     from vitprune_nb.vit import model as vit
@@ -524,7 +527,7 @@ def warm():
 
 def sites(err):
     "Where in this package an exception came from: the last frame of ours and the exception."
-    ours = re.findall(r'File "[^"]*vitprune_nb/(\w+)\.py", line (\d+), in (\w+)', err)
+    ours = re.findall(r'File "[^"]*vitprune_nb/([\w/]+)\.py", line (\d+), in (\w+)', err)
     last = (err.strip().splitlines() or ['?'])[-1][:110]
     return f'{ours[-1][0]}.{ours[-1][2]}:{ours[-1][1]} {last}' if ours else last
 

@@ -57,14 +57,14 @@ def test_ties_are_broken_alike(static, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', ['dense', 'patch slimming', 'vtp', 'life', 'life + vtp', 'slim life', 'fused', 'merged', 'idle', 'average'])
+@pytest.mark.parametrize('name', ['dense', 'patch slimming', 'vtp', 'life', 'life + vtp', 'fused', 'merged', 'idle', 'average'])
 def test_any_batch(static, images, tmp_path, name):
     "Other sizes than that of the example, and the right logits for each."
     dense = static['dense']
     more = dict(fused={1: Step('middle', 'fuse', score=ClsAttention(), count=6)}, merged={1: Step(fate='merge', score=NormScore(), count=6)},
                 idle={1: Step('queries', 'idle', score=NormScore(), count=6)}, average={1: Step(score=NormScore(), count=6)})
     if name == 'average': dense = create_vit('vit_tiny_patch16_224', global_pool='avg', img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
-    m = static['life'].slim if name == 'slim life' else SlimViT(dense, Policy(more[name])).eval() if name in more else static[name]
+    m = SlimViT(dense, Policy(more[name])).eval() if name in more else static[name]
     f = deploy.OnnxModel(deploy.export_onnx(m, tmp_path/'m.onnx', images, dynamic=True))
     assert isinstance(f.input.shape[0], str)
     for n in (1, 3, 8): assert deploy.logit_gap(f, m, torch.randn(n, 3, 32, 32)) <= 1e-4
