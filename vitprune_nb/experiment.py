@@ -30,11 +30,14 @@ class Experiment:
     "What a run does: all keys of its TOML file, with their defaults."
     name: str = 'run'              # names the folder runs/NAME
     model: str = 'course'          # 'course', or a timm name
-    model_args: dict = dataclasses.field(default_factory=dict) # what timm.create_model takes: img_size, patch_size …
+    # what timm.create_model takes: img_size, patch_size …
+    model_args: dict = dataclasses.field(default_factory=dict)
     pretrained: bool = False       # fetch timm's weights from the hub
     weights: str = ''              # a checkpoint to start from
-    dense: str = ''                # a checkpoint of the finished dense model: instead of `weights`, `pretrained` and [train]
-    data: str = 'embedded'         # 'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/
+    # a checkpoint of the finished dense model: instead of `weights`, `pretrained` and [train]
+    dense: str = ''
+    # 'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/
+    data: str = 'embedded'
     skip_damaged: bool = False     # leave out image files that cannot be read, and name them
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
@@ -44,8 +47,10 @@ class Experiment:
     seeds: tuple = (0,)            # each method is run with each of them
     calibration: int = 64          # training images that a method looks at
     options: dict = dataclasses.field(default_factory=dict) # [options.METHOD]: its dials
-    train: dict = dataclasses.field(default_factory=dict)   # [train]: fine-tuning of the dense model, fields of TrainConfig
-    recover: dict = dataclasses.field(default_factory=dict) # [recover]: fine-tuning after pruning, fields of TrainConfig
+    # [train]: fine-tuning of the dense model, fields of TrainConfig
+    train: dict = dataclasses.field(default_factory=dict)
+    # [recover]: fine-tuning after pruning, fields of TrainConfig
+    recover: dict = dataclasses.field(default_factory=dict)
     control: bool = False          # give the dense model the same recovery, as a control
     batch_size: int = 64           # images at once, in evaluation
     dtype: str = 'fp32'            # of evaluation and timing: 'fp32', 'bf16' or 'auto'
@@ -62,10 +67,14 @@ def _check_types(e):
     for f in dataclasses.fields(Experiment):
         value, default = getattr(e, f.name), f.default if f.default is not dataclasses.MISSING else {}
         if isinstance(default, tuple):
-            require(isinstance(value, (list, tuple)) and len(value) > 0, f.name, value, 'a list with at least one entry')
-            require(len(set(map(str, value))) == len(value), f.name, list(value), 'a list without repetitions')
+            require(isinstance(value, (list, tuple)) and len(value) > 0, f.name, value,
+                    'a list with at least one entry')
+            require(len(set(map(str, value))) == len(value), f.name, list(value),
+                    'a list without repetitions')
             object.__setattr__(e, f.name, tuple(value))
-        else: require(type(value) is type(default), f.name, value, dict(str='text', int='an integer', bool='true or false', dict='a table')[type(default).__name__])
+        else: require(type(value) is type(default), f.name, value,
+                      dict(str='text', int='an integer', bool='true or false',
+                           dict='a table')[type(default).__name__])
         require('\0' not in str(value), f.name, value, 'text without null characters')
 
 def _known(keys, allowed, where):
@@ -78,14 +87,19 @@ def _known(keys, allowed, where):
 def _check_values(e):
     for r in e.reductions: require(is_number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
     for s in e.seeds: check_seed(s, 'seeds')
-    for k in 'classes train_images test_images time_batch'.split(): require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
-    for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
+    for k in 'classes train_images test_images time_batch'.split():
+        require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
+    for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k),
+                                                       'a positive integer')
     require(1 <= e.repeats <= 10**6, 'repeats', e.repeats, 'an integer from 1 to a million')
     require(0 <= e.workers <= 256, 'workers', e.workers, 'a number of processes from 0 to 256')
     require(e.dtype in ('fp32', 'bf16', 'auto'), 'dtype', e.dtype, "'fp32', 'bf16' or 'auto'")
-    require(re.fullmatch(r'\w[\w.-]{0,99}', e.name), 'name', e.name, 'up to 100 letters, digits, dots and hyphens, a letter or digit first', 'It names the folder runs/NAME.')
-    require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results, 'a file that ends in .csv')
-    require(not (e.weights and e.dense), 'dense', e.dense, 'either weights or dense', 'A finished dense model needs no other start.')
+    require(re.fullmatch(r'\w[\w.-]{0,99}', e.name), 'name', e.name,
+            'up to 100 letters, digits, dots and hyphens, a letter or digit first', 'It names the folder runs/NAME.')
+    require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results,
+            'a file that ends in .csv')
+    require(not (e.weights and e.dense), 'dense', e.dense, 'either weights or dense',
+            'A finished dense model needs no other start.')
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #733061cf
 def _check_recipes(e):
@@ -98,7 +112,8 @@ def _check_recipes(e):
         require(isinstance(table, dict), f'options.{m}', table, 'a table of options')
         _known(table, METHODS[m].own, f'options.{m}')
         dial = METHODS[m].dial
-        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial), 'no value of its own, for a run turns this dial until each of its reductions is met',
+        require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial),
+                'no value of its own, for a run turns this dial until each of its reductions is met',
                 f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
     for m in {**dict.fromkeys(e.methods), **e.options}: read_options(m, method_options(e, m, e.reductions[0]))
 
@@ -119,7 +134,8 @@ def parse_change(text:str # 'test_images=500', 'recover.epochs=0.5', 'methods=li
     lists = [f.name for f in dataclasses.fields(Experiment) if isinstance(f.default, tuple)]
     is_list = parts[0] in lists and not value.startswith('[')
     for v in ([f'[{value}]'] if is_list else [value]):
-        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError): return parts, tomllib.loads(f'v = {v}')['v']
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+            return parts, tomllib.loads(f'v = {v}')['v']
     return parts, [w.strip() for w in value.split(',')] if is_list else value
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #7176a495
@@ -141,15 +157,19 @@ def read_experiment(path,       # A TOML file
                     )->Experiment: # Checked
     "The experiment that a file describes; without a name of its own it has the file's."
     file = path_of('config', path)
-    require(file.is_file(), 'config', path, 'an existing TOML file', 'The ones of the course are in configs/.')
+    require(file.is_file(), 'config', path, 'an existing TOML file',
+            'The ones of the course are in configs/.')
     try: values = tomllib.loads(file.read_text(encoding='utf-8-sig'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as err: refuse('config', path, 'a TOML file', f'({err})')
     for k in ('weights', 'dense', 'data', 'results'):
         v = values.get(k)
-        if isinstance(v, str) and v and v not in SETS: values[k] = os.path.normpath(file.parent/os.path.expanduser(v))
-    if isinstance(v := values.get('results'), str) and v:      # a file from somebody else must not say where to write
+        if isinstance(v, str) and v and v not in SETS:
+            values[k] = os.path.normpath(file.parent/os.path.expanduser(v))
+    # a file from somebody else must not say where to write
+    if isinstance(v := values.get('results'), str) and v:
         inside = Path(os.path.abspath(v)).is_relative_to(os.path.abspath(file.parent))
-        require(inside, 'results', v, f'a file in {file.parent} or below it', 'Give it on the command line (--results) to write elsewhere.')
+        require(inside, 'results', v, f'a file in {file.parent} or below it',
+                'Give it on the command line (--results) to write elsewhere.')
     require(isinstance(changes, (list, tuple)), 'changes', changes, "a list of 'KEY=VALUE'")
     for text in changes: apply_change(values, text)
     _known(values, [f.name for f in dataclasses.fields(Experiment)], 'config')
@@ -163,8 +183,10 @@ class Unit(NamedTuple):
     seed: int        # Of everything random in it
 
     @property
-    def key(self): return self.method if self.method == 'dense' else f'{self.method}-{self.reduction:g}-s{self.seed}'
-    def __str__(self): return self.method if self.method == 'dense' else f'{self.method} {100*self.reduction:g}%' + (f' seed {self.seed}' if self.seed else '')
+    def key(self):
+        return self.method if self.method == 'dense' else f'{self.method}-{self.reduction:g}-s{self.seed}'
+    def __str__(self):
+        return self.method if self.method == 'dense' else f'{self.method} {100*self.reduction:g}%' + (f' seed {self.seed}' if self.seed else '')
 
 def units(e:Experiment # What shall be done
           )->list:     # The dense model first
@@ -183,7 +205,8 @@ def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
                     n_train:int, # Training images
                     keep:float=1., # Share of the MACs that is left
                     )->float:    # Dense forward passes of one image
-    "The work of a fine-tuning; a backward pass counts as two forward ones, a teacher's pass as one of the dense model."
+    """The work of a fine-tuning; a backward pass counts as two forward ones, a teacher's pass as one of the
+    dense model."""
     if not recipe: return 0.
     cfg = TrainConfig(**recipe)
     return (3*keep + bool(cfg.distill))*n_train*cfg.epochs
@@ -241,7 +264,8 @@ def module_hash(source:str # Python code
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant): body[0].value.value = ''
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
+            body[0].value.value = ''
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c2166426
@@ -279,7 +303,8 @@ def code_hashes(roots=('run',), # Where to begin
 def flat(d:dict, prefix='')->dict: # {'a': {'b': 1}} -> {'a.b': 1}
     "A nested dict with dotted keys."
     out = {}
-    for k, v in d.items(): out.update(flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
+    for k, v in d.items():
+        out.update(flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v})
     return out
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #99650bb6
@@ -312,7 +337,9 @@ def hold_to(file,                  # settings.json of a run; made when missing
     if file.is_file():
         old = _read_object(file)
         before = old.pop('before', [])
-        new = dict(new, code={**old.get('code', {}), **new['code']})     # a method that was added brings modules along
+        new = dict(new,
+                   # a method that was added brings modules along
+                   code={**old.get('code', {}), **new['code']})
         a, b = flat(old), flat(new)
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         code = [k.removeprefix('code.') for k in changed if k.startswith('code.')]
@@ -321,7 +348,8 @@ def hold_to(file,                  # settings.json of a run; made when missing
         hard = [k for k in changed if not k.startswith('code.') and not (forget and k in options)]
         shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in hard)
         or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard == options else ''
-        require(not shown, 'out', file.parent, 'the settings that its rows were made with', f'Changed: {shown}. Use another folder (--out){or_redo}.')
+        require(not shown, 'out', file.parent, 'the settings that its rows were made with',
+                f'Changed: {shown}. Use another folder (--out){or_redo}.')
         require(not code or accept_code, 'out', file.parent, 'the code that its rows were made with',
                 f'Changed since: {", ".join(code)}. Use another folder (--out), or say --accept-code if you know that the change alters no number.')
         if not changed: return
@@ -352,14 +380,16 @@ class Ledger:
         "Keep a finished row; a second one with the same key is refused."
         require(key not in self.keys(), 'key', key, 'a row that is not finished yet')
         last = max((int(f.name.partition('-')[0]) for f in self.files()), default=0)
-        with write_atomic(self.folder/f'{last + 1:04}-{key}.json') as tmp: tmp.write_text(json.dumps(row), encoding='utf-8')
+        with write_atomic(self.folder/f'{last + 1:04}-{key}.json') as tmp:
+            tmp.write_text(json.dumps(row), encoding='utf-8')
         self.sync()
 
     def drop(self, method:str): # All its rows
         "Forget the rows of a method, in the CSV first; after a kill in between the restart brings them back."
         gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] == method]
         if not gone: return
-        with write_atomic(self.csv) as tmp: append_rows(tmp, [r for r in read_rows(self.csv) if r['method'] != method])
+        with write_atomic(self.csv) as tmp:
+            append_rows(tmp, [r for r in read_rows(self.csv) if r['method'] != method])
         for f in gone: f.unlink()
 
     def missing(self)->list:
@@ -367,7 +397,8 @@ class Ledger:
         check_output(self.csv, 'results', folder=False)
         known, there = self.rows(), read_rows(self.csv) if self.csv.exists() else []
         strangers = [r for r in there if r not in known]
-        require(not strangers, 'results', self.csv, 'rows of this run only', f'{len(strangers)} of its {len(there)} rows are of another one. Move it away, or give another file (--results).')
+        require(not strangers, 'results', self.csv, 'rows of this run only',
+                f'{len(strangers)} of its {len(there)} rows are of another one. Move it away, or give another file (--results).')
         return [r for r in known if r not in there]
 
     def sync(self):

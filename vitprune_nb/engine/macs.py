@@ -25,32 +25,42 @@ def _batches(model, images):
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
-              images=None, # (B, 3, H, W) or an `ImageSet`, where the counts depend on the image; None: those remembered from pruning
-              ):           # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
+              images=None, # (B, 3, H, W) or an `ImageSet`, where counts depend on the image; None: those remembered
+              # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
+              ):
     "How many tokens each block computes."
     policy = getattr(check_model(model), 'policy', None)
     if policy is None: return None
     remembered = getattr(model, 'info', {}).get('counts')
     if not policy.ragged: return policy.counts(len(model.blocks), model.n_tokens, model.num_prefix_tokens)
     if images is None and remembered: return [tuple(c) for c in remembered]
-    require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
+    require(images is not None, 'images', None,
+            'images to count on, for a model whose counts depend on the image')
     parts = [(len(x), model.trace(x).counts) for x in _batches(model, images)]
-    return [tuple(sum(n*c[l][j] for n, c in parts)/sum(n for n, _ in parts) for j in range(3)) for l in range(len(model.blocks))]
+    images_seen = sum(n for n, _ in parts)
+    mean = lambda l, j: sum(n*c[l][j] for n, c in parts)/images_seen
+    return [tuple(mean(l, j) for j in range(3)) for l in range(len(model.blocks))]
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #9c79cde8
 def extra_macs(model, # Any ViT, pruned or not
                counts,# From `counts_of`
                )->float:
     "MACs of one image outside the blocks' own layers: what the decisions cost, and padding."
-    extra = decision_macs(model.policy, counts, model.blocks, model.n_tokens, model.num_prefix_tokens) if counts else 0.
+    extra = 0.
+    if counts:
+        size = model.n_tokens, model.num_prefix_tokens
+        extra = decision_macs(model.policy, counts, model.blocks, *size)
     if not hasattr(getattr(model, 'model', model), 'channels'): return extra
     return extra + padding_macs(model, counts)
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #4a4aa8e6
 def _counted(model, images):
-    "The same for a model that the formulas do not know, from forward passes; one of a blank image, where all images cost the same."
-    if not getattr(getattr(model, 'policy', None), 'ragged', False): return int(count_table(model).macs.iloc[-1])
-    require(images is not None, 'images', None, 'images to count on, for a model whose counts depend on the image')
+    """The same for a model that the formulas do not know, from forward passes; one of a blank image, where
+    all images cost the same."""
+    if not getattr(getattr(model, 'policy', None), 'ragged', False):
+        return int(count_table(model).macs.iloc[-1])
+    require(images is not None, 'images', None,
+            'images to count on, for a model whose counts depend on the image')
     macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images)))
     return sum(macs)/sum(n)
 
@@ -73,7 +83,8 @@ def dense_of(model # Any ViT, pruned or not
 def cost_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
             )->dict:     # macs, params, reduction, counted: 'by formula' or 'by a forward pass'
-    "MACs and parameters of any network, pruned or not, and the share of the dense network's MACs that it saves."
+    """MACs and parameters of any network, pruned or not, and the share of the dense network's MACs that it
+    saves."""
     check_model(model)
     with torch.device('meta'): dense = dense_of(model)
     macs, counted = macs_of(model, images), 'by a forward pass' if not_by_formula(model) else 'by formula'

@@ -65,7 +65,8 @@ Positive = Annotated[float, Field(gt=0)]
 Whole = Annotated[int, Field(ge=1)]
 Epochs = Annotated[float, Field(ge=0, le=1e6)]
 
-def option(default,      # Its value when it is not given; None: the method's own rule, said in `about` or `shown`
+def option(default,
+           # Its value when it is not given; None: the method's own rule, said in `about` or `shown`
            about:str,    # One clause for --help
            allowed:str,  # What a refusal of a bad value says is allowed
            metavar:str='', # What --help calls its value
@@ -79,26 +80,32 @@ def option(default,      # Its value when it is not given; None: the method's ow
 class Config(BaseModel):
     "What every method may be told. A method adds its own options in a subclass."
     model_config = ConfigDict(strict=True, extra='forbid', frozen=True, allow_inf_nan=False)
-    reduction: Share|None = option(None, 'share of MACs to save, in (0, 1)', 'a share in (0, 1), e.g. 0.4', 'SHARE')
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, 'decides every random choice', 'an integer from 0 to 2**32 - 1', 'N')
+    reduction: Share|None = option(None, 'share of MACs to save, in (0, 1)', 'a share in (0, 1), e.g. 0.4',
+                                   'SHARE')
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, 'decides every random choice',
+                                                         'an integer from 0 to 2**32 - 1', 'N')
 
     @model_validator(mode='before')
     @classmethod
     def _plain(cls, values):
         "NumPy's numbers as Python's, tuples as lists."
-        def plain(v): return v.item() if isinstance(v, np.generic) else [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
+        def plain(v):
+            return v.item() if isinstance(v, np.generic) else [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
         return {k: plain(v) for k, v in values.items()}
 
 class Looks(Config):
     "A method that looks at calibration images."
-    calibration: Whole = option(64, 'training images to search on, or to learn labels on', 'a whole number, 1 or more', 'N')
+    calibration: Whole = option(64, 'training images to search on, or to learn labels on',
+                                'a whole number, 1 or more', 'N')
     batch_size: Whole|None = option(None, 'images at once', 'a whole number, 1 or more', 'N')
 
 class Trains(Config):
     "A method that trains on the labels of the training images."
     batch_size: Whole|None = option(None, 'images at once', 'a whole number, 1 or more', 'N')
-    lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0', 'RATE')
-    dtype: Literal['auto', 'fp32', 'bf16'] = option('auto', "of training: 'auto', 'fp32' or 'bf16'", "'auto', 'fp32' or 'bf16'")
+    lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0',
+                               'RATE')
+    dtype: Literal['auto', 'fp32', 'bf16'] = option('auto', "of training: 'auto', 'fp32' or 'bf16'",
+                                                    "'auto', 'fp32' or 'bf16'")
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1903
 def calibration_images(model,     # Its transform is used
@@ -137,7 +144,8 @@ class Job:
         return None if self.work is None else self.work/name
 
     def batch(self, own:int)->int: # own: the method's own size
-        "Images a step of training: as asked for, else the method's own, never more than there are; Mixup wants pairs."
+        """Images a step of training: as asked for, else the method's own, never more than there are; Mixup
+        wants pairs."""
         n = len(self.train_set)
         return self.config.batch_size or max(1, min(own, n - n % 2))
 
@@ -147,7 +155,8 @@ class Job:
             return fit(model, self.train_set, recipe, out=self.part(name), accelerator=pick_accelerator(self.device), **kw)
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1904
-SHARED = 'prepared'   # part of the work folder for what `prepare` keeps: a run lends it to all budgets of a method
+# part of the work folder for what `prepare` keeps: a run lends it to all budgets of a method
+SHARED = 'prepared'
 
 class Method:
     "How a pruning method answers: subclass it, and register the class with `@method`."
@@ -215,7 +224,8 @@ class Method:
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1906
 class Register(MutableMapping):
-    "{name: Method}, in the order of the names; the methods of the package are found when it is first looked into."
+    """{name: Method}, in the order of the names; the methods of the package are found when it is first looked
+    into."""
     def __init__(self): self.found, self.complete = {}, False
     def _all(self):
         if not self.complete:
@@ -256,9 +266,11 @@ def read_options(name:str,     # One of METHODS
         require(any(k in other.options for other in METHODS.values()), 'option', k, shown)
         require(k in m.options, k, v, f'nothing for {name}, which does not read it', f'It reads {shown}.')
     given = {k for k, v in options.items() if v is not None}
-    require(not (m.dial and {'reduction', m.dial} <= given), m.dial, options.get(m.dial), f'either reduction or {m.dial}',
+    require(not (m.dial and {'reduction', m.dial} <= given), m.dial, options.get(m.dial),
+            f'either reduction or {m.dial}',
             'A budget is met by turning the dial.')
-    require(m.dial or 'reduction' in given, 'reduction', None, f'a share in (0, 1) for {name}, which has no other dial')
+    require(m.dial or 'reduction' in given, 'reduction', None,
+            f'a share in (0, 1) for {name}, which has no other dial')
     try: config = m.config(**options)
     except ValidationError as e:
         wrong = str(e.errors()[0]['loc'][0])
@@ -269,7 +281,8 @@ def read_options(name:str,     # One of METHODS
 # %% ../../nbs/3_methods/25_methods.ipynb #cfdb2eff
 def _memory(name, model, train_set, options):
     "What decides the pruned model; a run that was stopped goes on only if it is the same."
-    found = dict(method=name, options=options, data=train_set.name, data_hash=train_set.digest, model_hash=weights_hash(model))
+    found = dict(method=name, options=options, data=train_set.name, data_hash=train_set.digest,
+                 model_hash=weights_hash(model))
     return json.loads(json.dumps(found, default=str))
 
 def _hold_to(work, memory, found): # found: what a run left there
@@ -285,12 +298,14 @@ def _claimed(work, memory):
         return
     folder, file = Path(work), Path(work)/'run.json'
     new = not folder.exists()
-    if file.is_file(): _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
+    if file.is_file():
+        _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
     else:
         with write_atomic(file) as tmp: tmp.write_text(json.dumps(memory, indent=1) + '\n', encoding='utf-8')
     try: yield
     except VitpruneError:
-        if new and [p.name for p in folder.iterdir()] == [file.name]: shutil.rmtree(folder)     # refused before it began
+        if new and [p.name for p in folder.iterdir()] == [file.name]:
+            shutil.rmtree(folder)     # refused before it began
         raise
 
 # %% ../../nbs/3_methods/25_methods.ipynb #be719d49
@@ -316,7 +331,8 @@ def _check_budget(m, model, out, reduction):
 
 def _dense_part(model):
     "The network to prune: of a model whose channels alone are cut, the ViT inside."
-    model = getattr(check_model(model), '_orig_mod', model)       # compiled: what comes out can be compiled again
+    # compiled: what comes out can be compiled again
+    model = getattr(check_model(model), '_orig_mod', model)
     steps = getattr(getattr(model, 'policy', None), 'steps', {})
     require(not steps, 'model', 'one whose tokens are pruned already', 'a model that is not pruned yet')
     return model.model if hasattr(model, 'policy') else model
@@ -329,7 +345,8 @@ def prune(name:str,     # One of METHODS
           work=None,    # Folder for the state of long runs; a run that was stopped goes on from there
           **options,    # The method's own: `METHODS[name].options`
           )->SlimViT:   # In eval mode; `.info` says how it was made
-    "Prune a model by any method of the course; what is returned is what `load_pruned` would read after `save_pruned`."
+    """Prune a model by any method of the course; what is returned is what `load_pruned` would read after
+    `save_pruned`."""
     m, config = read_options(name, options)
     require(work is None or isinstance(work, (str, Path)) and str(work), 'work', work, 'a folder, or None')
     device = pick_device(device)
@@ -379,7 +396,8 @@ def recover(model,         # A pruned model; trained in place
     train_set = match_classes(model, train_set)
     if kw.get('test_set') is not None: kw['test_set'] = match_classes(model, kw['test_set'])
     size = min(64, len(train_set)) if batch_size is None else batch_size
-    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=size, seed=seed, dtype=dtype, **dict(save_every=50) | (recipe or {}))
+    cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=size, seed=seed, dtype=dtype,
+                      **dict(save_every=50) | (recipe or {}))
     packed = getattr(model, 'mode', None) == 'packed'
     if packed: model.set_mode('mask')
     try:

@@ -13,7 +13,8 @@ from .significance import significance
 from ..viz import PALETTE
 
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000008
-@method('uniform', 'the same patches in every block but the last, by the score of patch slimming', color=PALETTE['orange'])
+@method('uniform', 'the same patches in every block but the last, by the score of patch slimming',
+        color=PALETTE['orange'])
 class Uniform(Method):
     config, kind = PlanConfig, 'shortcut'     # kind: one of significance.KINDS
 
@@ -25,7 +26,8 @@ class Uniform(Method):
     def build(self, job, scores, plan, trained=None): return put_to_work(plan, job.model)
     def remember(self, job, scores, plan, reduction): return dict(keys=plan.info['keys'])
 
-@method('attention', 'the same patches in every block but the last, by the attention of CLS', color=PALETTE['sky'])
+@method('attention', 'the same patches in every block but the last, by the attention of CLS',
+        color=PALETTE['sky'])
 class Attention(Uniform):
     kind = 'cls'
 
@@ -35,4 +37,5 @@ class Random(Uniform):
         c = job.config
         return Search(job.model, job.images, keys=c.keys, batch_size=c.batch_size or 16, device=job.device)
 
-    def plan(self, job, search, reduction): return random_plan(budget_plan(search, reduction), job.config.seed)
+    def plan(self, job, search, reduction):
+        return random_plan(budget_plan(search, reduction), job.config.seed)

@@ -40,7 +40,8 @@ def keep_labels(cosine:torch.Tensor,  # Of each token with itself one block late
                 )->torch.Tensor:      # bool, True = keep (label 1)
     "The labels of the report, section 5.2: skip a patch whose direction the block hardly changes."
     require(scale in SCALES, 'scale', scale, "'scaled' or 'raw'")
-    require(0 < threshold < 1, 'cosine_threshold', threshold, 'a number in (0, 1)', 'The report uses 0.95 and 0.9.')
+    require(0 < threshold < 1, 'cosine_threshold', threshold, 'a number in (0, 1)',
+            'The report uses 0.95 and 0.9.')
     keep = SCALES[scale](cosine) <= threshold
     return keep if growth is None else keep | ((growth - 1).abs() > tolerance)
 
@@ -59,7 +60,8 @@ def walk(model,        # A timm VisionTransformer of standard blocks
          decide=None,  # (block index, before, after, last) -> (B, P) bool, True = compute; None computes all
          keys:str='all', # Keys and values of 'all' tokens, or of 'kept' ones
          )->tuple:     # (list of L `Look`s, logits)
-    "Skip patches the slow way: run each block on everything, then undo what was to be skipped. The oracle of `cosine_policy`."
+    """Skip patches the slow way: run each block on everything, then undo what was to be skipped. The oracle
+    of `cosine_policy`."""
     require(keys in ('all', 'kept'), 'keys', keys, "'all' or 'kept'")
     blocks, looks = standard_blocks(model), []
     p = model.num_prefix_tokens
@@ -109,7 +111,8 @@ def collect(model,          # A timm VisionTransformer of standard blocks
             batch_size:int=32, # Images at once; does not change the result
             device='cpu',   # Where to compute; the result is on the CPU
             )->Seen:
-    "Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course model)."
+    """Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course
+    model)."""
     device, was_training, parts = pick_device(device), model.training, []
     model.eval().to(device)
     for x, _ in progress(loader(_ready(model, ds), batch_size), 'tokens', unit='batch'):
@@ -131,7 +134,8 @@ def join(*seen:Seen # Of the same model
 # %% ../../nbs/3_methods/14_cosine.ipynb #0a2db5b4
 @register_scorer('cosine')
 class CosineScore(Scorer):
-    "The report's pruner of one block (section 5.2): token -> probability that the block still turns it; higher means keep."
+    """The report's pruner of one block (section 5.2): token -> probability that the block still turns it;
+    higher means keep."""
     def __init__(self, dim:int,     # D
                  hidden:int=64,     # Width of the hidden layer
                  context:bool=False,# Also see the mean of the patches computed in the block before
@@ -152,7 +156,8 @@ class CosineScore(Scorer):
 
     def forward(self, t:Tokens):
         x = t.x[:, t.n_prefix:]
-        require(x.shape[-1] == self.dim, 'pruner', f'one for tokens of width {self.dim}', f'one of width {x.shape[-1]}, as the model has',
+        require(x.shape[-1] == self.dim, 'pruner',
+                f'one for tokens of width {self.dim}', f'one of width {x.shape[-1]}, as the model has',
                 'Train one on this model.')
         c, last = None, t.memory.get('looked')
         if self.context:
@@ -270,14 +275,17 @@ def cosine_policy(pruner:Pruner,  # From `fit_pruner`
                   keys:str='all', # Keys and values of 'all' tokens, or of 'kept' ones
                   counts=None,    # Patches to keep in each block, L integers, instead of a threshold
                   )->Policy:
-    "Skip what the pruner expects to stay as it is (the report, section 5.2); skipped patches idle and may return."
+    """Skip what the pruner expects to stay as it is (the report, section 5.2); skipped patches idle and may
+    return."""
     require(keys in ('all', 'kept'), 'keys', keys, "'all' or 'kept'")
     require(0 < score_threshold < 1, 'score_threshold', score_threshold, 'a number in (0, 1)')
-    require(counts is None or len(counts) == len(pruner.scores), 'counts', counts, f'{len(pruner.scores)} numbers of patches, one a block')
+    require(counts is None or len(counts) == len(pruner.scores), 'counts', counts,
+            f'{len(pruner.scores)} numbers of patches, one a block')
     at, steps = 'queries' if keys == 'all' else 'before', {}
     for l, score in enumerate(pruner.scores):
         budget = dict(threshold=float(score_threshold)) if counts is None else dict(count=int(counts[l]))
-        if counts is None and pruner.keep_share[l] == 1: continue       # no label 'skip' was ever seen: no question asked
+        if counts is None and pruner.keep_share[l] == 1:
+            continue       # no label 'skip' was ever seen: no question asked
         steps[l] = Step(at, 'idle', score=copy.deepcopy(score) if pruner.shared else score, **budget)
     return Policy(steps, f'cosine {pruner.cosine_threshold:.3g}, keys of {keys}')
 
@@ -287,7 +295,8 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
                   keys:str='all',# As in `cosine_policy`
                   seed:int=0,    # Which ones
                   )->Policy:
-    "The baseline: as many patches in each block, chosen blindly, anew in every block; it costs less by the pruner that it does not have."
+    """The baseline: as many patches in each block, chosen blindly, anew in every block; it costs less by the
+    pruner that it does not have."""
     at = 'queries' if keys == 'all' else 'before'
     counts = [math.ceil(k - 1e-6) for k in kept]
     steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k) for l, k in enumerate(counts) if k < n_patches}
@@ -306,7 +315,8 @@ def run_slim(slim:SlimViT,       # Any SlimViT
              ds:ImageSet,        # Its transform is made from the model when it has none
              batch_size:int=64,  # Images at once
              device='cpu',       # Where to compute
-             )->dict: # top1, top1_low, top1_high, correct, images, right (n,), kept (n, L, P), macs, pruner_macs
+             # top1, top1_low, top1_high, correct, images, right (n,), kept (n, L, P), macs, pruner_macs
+             )->dict:
     "Accuracy, kept patches and MACs of a pruned model, in one pass over the images."
     model, device, right, trace = slim.model, pick_device(device), [], Trace()
     slim.eval().to(device)
@@ -319,7 +329,8 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]
     own = decision_macs(slim.policy, counts, model.blocks, slim.n_tokens, prefix)
     correct = int(right.sum()); low, high = wilson_interval(correct, n)
-    return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(), kept=torch.cat(kept),
+    return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(),
+                kept=torch.cat(kept),
                 macs=model_macs(model, counts, own), pruner_macs=own)
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #328d5300
@@ -344,10 +355,13 @@ def train_rounds(model,          # A timm VisionTransformer of standard blocks
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #1384f161
 class CosineConfig(Looks):
-    score_threshold: Share|None = option(None, 'compute a patch whose probability is above it, in (0, 1)', 'a number in (0, 1)', 'P', dial=True, shown='0.5')
-    cosine_threshold: Share|None = option(None, "label 'skip' above it, in (0, 1)", 'a number in (0, 1)', 'COS', dial=True,
+    score_threshold: Share|None = option(None, 'compute a patch whose probability is above it, in (0, 1)',
+                                         'a number in (0, 1)', 'P', dial=True, shown='0.5')
+    cosine_threshold: Share|None = option(None, "label 'skip' above it, in (0, 1)", 'a number in (0, 1)',
+                                          'COS', dial=True,
                                           shown='0.95; with a budget, one that fits it')
-    keys: Literal['all', 'kept'] = option('all', "keys and values of 'all' tokens, or of 'kept' ones", "'all' or 'kept'", 'KIND')
+    keys: Literal['all', 'kept'] = option('all', "keys and values of 'all' tokens, or of 'kept' ones",
+                                          "'all' or 'kept'", 'KIND')
     rounds: Annotated[int, Field(ge=0, le=10**6)] = option(0, "trainings on the pruned model's own tokens",
                                                            'a whole number, 0 or more, and at most a million', 'N')
 
@@ -363,11 +377,13 @@ class Cosine(Method):
         c, label = job.config, job.config.cosine_threshold
         if label is None and c.reduction is None: label = .95
         if label is None: label = collect(job.model, job.images, device=job.device).threshold_for(c.reduction)
-        return train_rounds(job.model, job.images, label, self.default(c), c.rounds, c.keys, job.device, seed=c.seed)[0]
+        return train_rounds(job.model, job.images, label, self.default(c), c.rounds, c.keys, job.device,
+                            seed=c.seed)[0]
 
     def plan(self, job, pruner, threshold): return cosine_policy(pruner, threshold, job.config.keys)
     def macs(self, job, pruner, policy): return macs_of(self.build(job, pruner, policy), job.images)
-    def build(self, job, pruner, policy, trained=None): return SlimViT(job.model, policy, 'packed').to(job.device).eval()
+    def build(self, job, pruner, policy, trained=None):
+        return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, pruner, policy, threshold):
         counts = counts_of(self.build(job, pruner, policy), job.images)

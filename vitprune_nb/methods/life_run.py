@@ -28,7 +28,8 @@ def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place
               out=None,           # Folder for both runs' checkpoints and logs; None keeps nothing
               **kw)->tuple:       # kw: further arguments of `fit`; returns the two logs
     "Train the predictor alone, then the backbone alone (life regression, Algorithm 1)."
-    require(soft.mode == 'mask' and soft.policy.name == 'life (soft)', 'soft', f'{soft.policy} in mode {soft.mode!r}',
+    require(soft.mode == 'mask' and soft.policy.name == 'life (soft)', 'soft',
+            f'{soft.policy} in mode {soft.mode!r}',
             "a SlimViT with LifePlan.policy(score, 'soft') in mode 'mask'")
     phases = [Phase('predictor', first, trains=[soft.scorers]), Phase('backbone', second, trains=[soft.model])]
     return tuple(run_phases(soft, train_set, phases, out, **kw).values())
@@ -37,7 +38,8 @@ def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place
 def life_batch(images:int,     # Training images
                epochs:float=1, # Passes of the stage that counts
                )->int:         # From 8 to the paper's 128, never more than there are images
-    "The largest batch that still gives 200 steps, where the images suffice: with few steps a random predictor stays random."
+    """The largest batch that still gives 200 steps, where the images suffice: with few steps a random
+    predictor stays random."""
     return min(images, max(8, min(128, int(images*epochs)//200)))
 
 def life_recipe(lr:float,     # Of all that is trained, the same in every block
@@ -61,10 +63,13 @@ class LifeConfig(Trains):
         None, 'share of the patches that survive a stage, in (0, 1], or one a stage', 'a number in (0, 1], or one for each stage', 'SHARE[,…]', dial=True)
     stages: BlockNumber|Annotated[list[BlockNumber], Field(min_length=1)]|None = option(
         None, 'blocks after which patches leave', 'block numbers from 1 on, rising, e.g. 4, 7, 10', 'N,N,…', shown='4,7,10 of 12')
-    t_base: Annotated[int, Field(ge=0)]|None = option(None, 'block after which lives are predicted', 'a block number, 0 or more', 'N', shown='the first stage')
+    t_base: Annotated[int, Field(ge=0)]|None = option(None, 'block after which lives are predicted',
+                                                      'a block number, 0 or more', 'N', shown='the first stage')
     U: Positive = option(1.5, 'steepness of the soft weights', 'a number above 0', 'U')
-    predictor_epochs: Epochs = option(1., 'passes over the training images for the predictor', 'a number, 0 or more, and at most a million', 'EPOCHS')
-    backbone_epochs: Epochs = option(1., 'then for the backbone', 'a number, 0 or more, and at most a million', 'EPOCHS')
+    predictor_epochs: Epochs = option(1.,
+                                      'passes over the training images for the predictor', 'a number, 0 or more, and at most a million', 'EPOCHS')
+    backbone_epochs: Epochs = option(1.,
+                                     'then for the backbone', 'a number, 0 or more, and at most a million', 'EPOCHS')
 
 @method('life', 'predict once how long each patch is needed (Chen et al., life regression)',
         'Chen et al., Efficient vision transformers by life regression', PALETTE['green'])
@@ -84,8 +89,10 @@ class Life(Method):
         soft = SlimViT(job.model, plan.policy(score, 'soft'), 'mask')
         size = job.batch(life_batch(len(job.train_set), c.predictor_epochs or c.backbone_epochs))
         same = dict(batch_size=size, seed=c.seed, dtype=c.dtype, save_every=50)
-        if c.predictor_epochs: job.train(soft, life_recipe(1e-3, epochs=c.predictor_epochs, **same), 'predictor', [job.model])
-        if c.backbone_epochs: job.train(soft, life_recipe(c.lr or 1e-5, epochs=c.backbone_epochs, **same), 'backbone', [score])
+        if c.predictor_epochs: job.train(soft, life_recipe(1e-3, epochs=c.predictor_epochs, **same),
+                                         'predictor', [job.model])
+        if c.backbone_epochs: job.train(soft, life_recipe(c.lr or 1e-5, epochs=c.backbone_epochs, **same),
+                                        'backbone', [score])
         return score
 
     def build(self, job, _, plan, trained=None):
@@ -112,7 +119,8 @@ class StagePredictor(Scorer):
 
 # %% ../../nbs/3_methods/13b_life_run.ipynb #9af8cabe
 class StageAttention(Scorer):
-    "The attention of CLS, mean over heads (the score of EViT, Liang et al., 2022), projected anew with random weights: for timing."
+    """The attention of CLS, mean over heads (the score of EViT, Liang et al., 2022), projected anew with
+    random weights: for timing."""
     def __init__(self, dim:int, heads:int=6): # D; heads
         super().__init__()
         self.heads, self.norm, self.q, self.k = heads, nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)

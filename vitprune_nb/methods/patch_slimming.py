@@ -22,7 +22,8 @@ from ..files import write_atomic
 from ..vit.cost import meet_budget, tolerance_of
 from ..data import ImageSet, calibration, data_config, embedded, eval_transform, loader
 from ..engine.slim import SlimViT, attn_branch, mlp_branch, own_grid
-from ..engine.plan import KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
+from ..engine.plan import (KEYS, Plan, model_name, pick, ramp_plan, random_plan, score_plan,
+                                     uniform_plan, weights_hash)
 from ..evidence.results import make_row
 from .base import Looks, Method, Positive, method, option
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
@@ -68,9 +69,11 @@ def patch_step(step,          # None (10 of 196), a share of the patches in (0, 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #7b8139ba
 def calibration_loader(model, ds, batch_size): # As for `Search`
     "An iterable of batches: a loader over a data set, or what was given."
-    if isinstance(ds, ImageSet) and ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
+    if isinstance(ds, ImageSet) and ds.transform is None:
+        ds = ds.but(transform=eval_transform(data_config(model)))
     if isinstance(ds, torch.utils.data.Dataset): return loader(ds, batch_size)
-    require(hasattr(ds, '__iter__'), 'ds', type(ds).__name__, 'a data set, or an iterable of batches of images')
+    require(hasattr(ds, '__iter__'), 'ds', type(ds).__name__,
+            'a data set, or an iterable of batches of images')
     return ds
 
 def _mapped(t, folder): # The name of the file goes at once, its content when the tensor does
@@ -91,7 +94,8 @@ def layer_inputs(model,      # A timm VisionTransformer
         for x in progress(batches, 'layer inputs', unit='batch'):
             x = x[0] if isinstance(x, (tuple, list)) and x else x
             ok = isinstance(x, torch.Tensor) and x.ndim == 4
-            require(ok, 'ds', f'a batch of {type(x).__name__}', 'batches of images (B, 3, H, W), or of tuples that begin with them')
+            require(ok, 'ds', f'a batch of {type(x).__name__}',
+                    'batches of images (B, 3, H, W), or of tuples that begin with them')
             seen.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
             model(x.to(device, dtype))
             out.append([_mapped(t, cache) for t in cap.tokens])
@@ -117,15 +121,18 @@ class Search:
         require(error in ('next', 'cls'), 'error', error, "'next' or 'cls'")
         require(scores in KINDS, 'scores', scores, ', '.join(KINDS))
         self.device, self.read, self.blocks = pick_device(device), read_tokens(model), list(standard_blocks(model))
-        if model.training or next(model.parameters()).device.type != self.device.type: model = copy.deepcopy(model).eval().to(self.device)
+        if model.training or next(model.parameters()).device.type != self.device.type:
+            model = copy.deepcopy(model).eval().to(self.device)
         self.model, self.blocks, self.keys, self.error, self.kind, self.seed = model, list(model.blocks), keys, error, scores, seed
         self.n_prefix, self.n_patches = model.num_prefix_tokens, model.patch_embed.num_patches
         self.step, self.energy, self.passes, self.tuned, self.cache = patch_step(step, self.n_patches), {}, 0, [], cache
         self.tokens, seen = layer_inputs(model, calibration_loader(model, ds, batch_size), self.device, cache)
         self.n_images = sum(len(t[0]) for t in self.tokens)
-        self.about = dict(scores=scores, keys=keys, error=error, step=self.step, seed=seed, batch_size=len(self.tokens[0][0]), images=self.n_images,
+        self.about = dict(scores=scores, keys=keys, error=error, step=self.step, seed=seed,
+                          batch_size=len(self.tokens[0][0]), images=self.n_images,
                           images_hash=seen, data=getattr(ds, 'name', type(ds).__name__), data_hash=getattr(ds, 'digest', ''), model_hash=weights_hash(model))
-        self.root = dict(l=len(self.blocks), masks={len(self.blocks): self.first(self.n_prefix)}, kids={}, grams=[
+        self.root = dict(l=len(self.blocks), masks={len(self.blocks): self.first(self.n_prefix)}, kids={},
+                         grams=[
             Gram(self.first(self.read), len(t[0]), scores == 'shortcut', device=self.device) for t in self.tokens])
 
     def first(self, n):
@@ -155,8 +162,10 @@ def _mean_score(self, node):
     "Mean score of every token of block node['l'] - 1, given the masks behind it."
     t, maps = node['l'] - 1, lambda: (_maps(self, node['l'] - 1, b) for b in range(len(self.tokens)))
     L, N = len(self.blocks), self.n_prefix + self.n_patches
-    if self.kind == 'random': return torch.rand(L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(fold_seed(self.seed, L, N)))[t].to(self.device)
-    if self.kind in ('row', 'column', 'cls'): return sum(attention_scores([P], self.kind, per_image=True)[:, 0].sum(0) for P in maps())/self.n_images
+    if self.kind == 'random':
+        return torch.rand(L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(fold_seed(self.seed, L, N)))[t].to(self.device)
+    if self.kind in ('row', 'column', 'cls'):
+        return sum(attention_scores([P], self.kind, per_image=True)[:, 0].sum(0) for P in maps())/self.n_images
     if t not in self.energy:
         maps = (P.sum(1, keepdim=True) for P in maps()) if self.kind == 'coherent' else maps()
         self.energy[t] = [value_energy(P, z[t].to(self.device)).double() for P, z in zip(maps, self.tokens)]
@@ -192,7 +201,8 @@ Search.order, Search.child = search_order, search_child
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #9efb4a7f
 def _after(self, b, mask, l):
-    "Tokens after block l, whose input is dense: kept rows are the dense ones, so block l need not run unless it is tuned or loses keys."
+    """Tokens after block l, whose input is dense: kept rows are the dense ones, so block l need not run
+    unless it is tuned or loses keys."""
     before, after = (self.tokens[b][i].to(self.device) for i in (l, l + 1))
     if l in self.tuned or self.keys == 'kept' and l < len(self.blocks) - 1:
         return run_masked(self.blocks, before, torch.ones_like(mask), {l: mask}, l, l + 1, self.keys)
@@ -245,7 +255,8 @@ def tune_block(self:Search,     # Cached inputs and what was measured
                k:int,           # Patches that block node['l'] - 1 keeps
                epochs:int=3,    # Passes over the calibration images
                lr:float=1e-4,   # AdamW's learning rate
-               eps:float|None=None)->float: # Hold the tuned block's own output within this error too; None: as in the paper. Returns the error afterwards
+               # Hold the tuned block's own output within this error too; None: as in the paper. Returns the error afterwards
+               eps:float|None=None)->float:
     "Fine-tune a copy of block node['l'] - 1 on the error it is judged by (Algorithm 1, line 7)."
     l, before, masks = node['l'] - 1, search_measure(self, node, k), search_child(self, node, k)['masks']
     old, held = self.blocks[l], eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
@@ -258,7 +269,8 @@ def tune_block(self:Search,     # Cached inputs and what was measured
             opt.zero_grad(); loss.backward(inputs=params); opt.step()
     better = search_measure(self, node, k) < before
     if held and better:
-        with torch.no_grad(): better = truediv(*map(sum, zip(*(_drift(self, b, masks[l], l) for b in range(len(self.tokens)))))) <= eps
+        with torch.no_grad():
+            better = truediv(*map(sum, zip(*(_drift(self, b, masks[l], l) for b in range(len(self.tokens)))))) <= eps
     if not better: _use(self, node, old)
     return search_measure(self, node, k)
 
@@ -285,7 +297,8 @@ def _load_state(self, path, settings):
     except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as e:
         refuse('checkpoint', path, 'a file written by a patch slimming search', f'Delete it to start anew. ({type(e).__name__})')
     differ = [k for k in settings if settings[k] != d['settings'].get(k)]
-    require(not differ, 'checkpoint', f'{path} of a search with another {", ".join(differ)}', 'the file of this very search', 'Delete it, or name another file.')
+    require(not differ, 'checkpoint', f'{path} of a search with another {", ".join(differ)}',
+            'the file of this very search', 'Delete it, or name another file.')
     self.tuned, node = d['tuned'], self.root
     for l in self.tuned:
         self.blocks[l] = copy.deepcopy(self.blocks[l])
@@ -305,7 +318,8 @@ def _try(self, node, k, eps, tune_epochs, lr):
 
 def _add_patches(self, node, eps, tune_epochs, lr):
     "Lines 4 to 9 for block node['l'] - 1: (patches kept, error)."
-    k = int(node['masks'][node['l']].sum()) - self.n_prefix        # what the block behind keeps, this one keeps
+    # what the block behind keeps, this one keeps
+    k = int(node['masks'][node['l']].sum()) - self.n_prefix
     error = _try(self, node, k, eps, tune_epochs, lr)
     while error > eps and k < self.n_patches:
         k = min(k + self.step, self.n_patches)
@@ -328,8 +342,11 @@ def search_run(self:Search,       # Cached inputs and what was measured
                )->Plan:           # With the weights of tuned blocks
     "Algorithm 1 for one eps: from the last block to the first, add patches until the error is small enough."
     _check_run(eps, tune_epochs, lr)
-    require(not self.tuned, 'Search', 'one whose blocks are tuned already', 'a new Search on the original weights')
-    if tune_epochs: self.root = {k: self.root[k] for k in ('l', 'masks', 'grams')} | dict(kids={})   # errors of dense blocks count no more
+    require(not self.tuned, 'Search', 'one whose blocks are tuned already',
+            'a new Search on the original weights')
+    if tune_epochs:
+        # errors of dense blocks count no more
+        self.root = {k: self.root[k] for k in ('l', 'masks', 'grams')} | dict(kids={})
     settings, node, errors = dict(self.about, eps=eps, tune_epochs=tune_epochs, lr=lr), self.root, []
     if checkpoint and Path(checkpoint).is_file(): node, errors = _load_state(self, checkpoint, settings)
     for _ in progress(range(node['l']), f'eps {eps:.3g}', unit='block'):
@@ -362,7 +379,8 @@ def budget_plan(s:Search,            # Cached inputs and what was measured
                 tolerance:float=.005,# Close enough to stop; a miss larger than this and than `tolerance_of(model)` is refused
                 rounds:int=12,       # At most so many values of eps
                 )->Plan:
-    "The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then bisect its logarithm."
+    """The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then
+    bisect its logarithm."""
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
     most = Plan('none', '', s.n_patches, s.n_prefix, [()]*len(s.blocks)).reduction(s.model, s.keys)
     miss = max(tolerance, tolerance_of(s.model))
@@ -380,7 +398,8 @@ def budget_plan(s:Search,            # Cached inputs and what was measured
         low, high = (eps, high) if gap < 0 else (low, eps)
         eps = math.sqrt(low*high) if low and high else eps*4 if gap < 0 else eps/4
     meet_budget(reduction, plans, miss, f'step={s.step} and keys={s.keys!r}')
-    return plans[min(plans, key=lambda saved: abs(saved - reduction))]   # the cost does not fall steadily with eps: the best of all
+    # the cost does not fall steadily with eps: the best of all
+    return plans[min(plans, key=lambda saved: abs(saved - reduction))]
 
 def for_budget(model,               # A timm VisionTransformer that reads its CLS token
                ds,                  # Calibration images: an `ImageSet`, another data set, or an iterable of batches
@@ -408,18 +427,21 @@ def _step(v):
 
 class PlanConfig(Looks):
     "Options of methods with one plan for all images."
-    keys: Literal[KEYS] = option('entering', "tokens whose keys and values a block computes: 'entering', 'all' or 'kept'",
+    keys: Literal[KEYS] = option('entering',
+                                 "tokens whose keys and values a block computes: 'entering', 'all' or 'kept'",
                                  "'entering', 'all' or 'kept'", 'KIND')
 
 class PatchSlimmingConfig(PlanConfig):
-    eps: Positive|None = option(None, 'tolerated relative error of each block', 'a positive relative error, e.g. 0.02', 'ERROR', dial=True)
+    eps: Positive|None = option(None, 'tolerated relative error of each block',
+                                'a positive relative error, e.g. 0.02', 'ERROR', dial=True)
     step: Annotated[float, Field(gt=0), AfterValidator(_step)]|None = option(
         None, 'patches that a pass of the search adds, or a share of them',
         'a share in (0, 1) or a whole number of patches, at least 1', 'N|SHARE', shown='10 of 196')
     tune_epochs: Annotated[int, Field(ge=0, le=10**6)] = option(
         0, 'with eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper',
         'a whole number, 0 or more, and at most a million', 'N')
-    lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0', 'RATE')
+    lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0',
+                               'RATE')
 
 @method('patch-slimming', 'keep the patches that deeper blocks still use (Tang et al., Algorithm 1)',
         'Tang et al., Patch Slimming for Efficient Vision Transformers, CVPR 2022', PALETTE['blue'])
@@ -427,7 +449,8 @@ class PatchSlimming(Method):
     config = PatchSlimmingConfig
 
     def check(self, c):
-        require(c.tune_epochs == 0 or c.reduction is None, 'tune_epochs', c.tune_epochs, '0 with a MAC budget',
+        require(c.tune_epochs == 0 or c.reduction is None, 'tune_epochs', c.tune_epochs,
+                '0 with a MAC budget',
                 'Fine-tuned blocks need a tolerated error: give eps.')
 
     def default(self, c): return c.eps or .02
@@ -435,7 +458,8 @@ class PatchSlimming(Method):
 
     def prepare(self, job):
         c = job.config
-        return Search(job.model, job.images, step=c.step, keys=c.keys, batch_size=c.batch_size or 16, device=job.device)
+        return Search(job.model, job.images, step=c.step, keys=c.keys, batch_size=c.batch_size or 16,
+                      device=job.device)
 
     def plan(self, job, search, eps):
         c = job.config
@@ -456,14 +480,17 @@ def time_search(images:int=256,    # Calibration images, from the embedded train
                 batch_size:int=16, # Images at once
                 side:int=224,      # Of the images, in pixels: 224 gives the 197 tokens of DeiT-S
                 device='cpu',      # Where to compute
-                )->dict:           # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps, tune_epochs and lr as JSON
+                # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps, tune_epochs and lr as JSON
+                )->dict:
     "Time one search on the course model at DeiT-S's shape."
     file = data_path('model', json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))['file'])
     model = create_vit(COURSE['model'], file, **dict(COURSE['kwargs'], img_size=side, patch_size=16))
     cal, start = calibration(embedded('train'), images), time.perf_counter()
     search, cached = Search(model, cal, batch_size=batch_size, device=device), time.perf_counter() - start
     plan = search.run(eps, tune_epochs, lr)
-    note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1), passes=search.passes, eps=eps, tune_epochs=tune_epochs, lr=lr,
+    note = dict(seconds=round(time.perf_counter() - start, 1), cached_after=round(cached, 1),
+                passes=search.passes, eps=eps, tune_epochs=tune_epochs, lr=lr,
                 mac_reduction=round(plan.reduction(model), 4))
-    return make_row('patch slimming search', f"{COURSE['model']} at {side} px", ds=cal, schedule=[len(k) for k in plan.keep], batch=batch_size,
+    return make_row('patch slimming search', f"{COURSE['model']} at {side} px", ds=cal,
+                    schedule=[len(k) for k in plan.keep], batch=batch_size,
                     dtype='fp32', device=pick_device(device).type, note=note)

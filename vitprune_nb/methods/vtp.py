@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import nn
 from torch.nn.utils import parametrize
 from ..errors import require
-from ..engine.channels import NORMS, SITES, ChannelPlan, choose, plain_weights, prunable_layers, slice_model
+from ..engine.channels import (NORMS, SITES, ChannelPlan, choose, plain_weights, prunable_layers,
+                                         slice_model)
 from ..engine.slim import Policy, SlimViT
 from .base import SHARED, Epochs, Method, Positive, Trains, Whole, method, option
 from ..viz import PALETTE
@@ -26,7 +27,8 @@ from ..train.trainer import TrainConfig, fit, pick_accelerator
 
 # %% ../../nbs/3_methods/12_channels.ipynb #c3e807d5
 class Gate(nn.Module):
-    "Multiplies each input channel of a Linear layer by a learned number (VTP, eq. 5), through the columns of its weight."
+    """Multiplies each input channel of a Linear layer by a learned number (VTP, eq. 5), through the columns
+    of its weight."""
     def __init__(self, n:int,       # Input channels
                  value:float=1.):   # Where every gate starts
         super().__init__()
@@ -39,7 +41,8 @@ def add_gates(model,         # A timm VisionTransformer; changed in place
     "Put a gate in front of the four Linear layers of each block; the logits do not change."
     require(value != 0 and math.isfinite(value), 'value', value, 'a number other than 0')
     for n, layer in prunable_layers(model).items():
-        require(not parametrize.is_parametrized(layer, 'weight'), 'model', f'one that has gates, at {n} for one', 'a model without gates')
+        require(not parametrize.is_parametrized(layer, 'weight'), 'model',
+                f'one that has gates, at {n} for one', 'a model without gates')
         with torch.no_grad(): layer.weight.div_(value)
         gate = Gate(layer.in_features, value).to(layer.weight)
         parametrize.register_parametrization(layer, 'weight', gate)
@@ -51,14 +54,16 @@ def gates(model # A model with gates, or a `SlimViT` around one
     "The gates by the layer they stand in front of."
     model = getattr(model, 'model', model)
     out = {n: l.parametrizations.weight[0].gate for n, l in prunable_layers(model).items() if parametrize.is_parametrized(l, 'weight')}
-    require(len(out) > 0, 'model', 'one without gates', 'a model after add_gates', 'If its gates are folded already, start again from the trained model.')
+    require(len(out) > 0, 'model', 'one without gates', 'a model after add_gates',
+            'If its gates are folded already, start again from the trained model.')
     return out
 
 # %% ../../nbs/3_methods/12_channels.ipynb #be0b3779
 def l1_penalty(l1:float # λ, 0 or more; the paper finds 1e-4 best
                ):       # A function of the model, for `objectives.penalty`
     "λ times the sum of all |gate| (VTP, section 2.2)."
-    require(isinstance(l1, Real) and math.isfinite(l1) and l1 >= 0, 'l1', l1, 'a number, 0 or more', 'The paper takes 1e-4.')
+    require(isinstance(l1, Real) and math.isfinite(l1) and l1 >= 0, 'l1', l1, 'a number, 0 or more',
+            'The paper takes 1e-4.')
     def of_gates(model): return l1*torch.cat([g for g in gates(model).values()]).abs().sum()
     return of_gates
 
@@ -66,7 +71,8 @@ def l1_penalty(l1:float # λ, 0 or more; the paper finds 1e-4 best
 @torch.no_grad()
 def fold_gates(model # A model with gates; changed in place
                ):    # The same model, without gates
-    "Multiply each gate into the weight behind it (erratum of VTP, eq. 6: surviving gates are not reset to 1)."
+    """Multiply each gate into the weight behind it (erratum of VTP, eq. 6: surviving gates are not reset to
+    1)."""
     gates(model)
     return plain_weights(model)
 
@@ -85,7 +91,8 @@ def importance(model,            # A model with gates
         norm = NORMS.get(f'{part}.{layer}') if rule == 'folded' else None
         s = g.detach().clone() if norm is None else g*model.get_submodule(f'{block}.{norm}').weight
         out[name] = s if rule == 'literal' else s.abs()
-        require(bool(torch.isfinite(s).all()), 'model', f'NaN or infinity in the gates of {name}', 'finite gates')
+        require(bool(torch.isfinite(s).all()), 'model', f'NaN or infinity in the gates of {name}',
+                'finite gates')
     return out
 
 # %% ../../nbs/3_methods/12_channels.ipynb #60918cd1
@@ -95,13 +102,15 @@ def harden(model,            # A model with gates; changed in place
            ):                # The same model
     "Close the gates outside the plan; the survivors keep their values."
     for name, g in gates(model).items():
-        require(plan.sizes.get(name) == len(g), 'plan', f'{plan.sizes.get(name)} channels for {name}', f'{len(g)}, those of this model', 'Make the plan from the importance of this model.')
+        require(plan.sizes.get(name) == len(g), 'plan',
+                f'{plan.sizes.get(name)} channels for {name}', f'{len(g)}, those of this model', 'Make the plan from the importance of this model.')
         closed = torch.ones(len(g), dtype=torch.bool).index_fill(0, torch.tensor(plan.keep[name]), False)
         g.masked_fill_(closed.to(g.device), 0)
     return model
 
 # %% ../../nbs/3_methods/12_channels.ipynb #d0803334
-PAPER = dict(epochs=100, batch_size=64, lr=6.25e-6, min_lr=1e-7, layer_decay=1., head_lr_scale=1., augment='deit', mixup=.8, cutmix=1., drop_path=.1)
+PAPER = dict(epochs=100, batch_size=64, lr=6.25e-6, min_lr=1e-7, layer_decay=1., head_lr_scale=1.,
+             augment='deit', mixup=.8, cutmix=1., drop_path=.1)
 
 def train_gates(model,           # A dense timm ViT; left as it is
                 train_set,       # Training images
@@ -121,12 +130,17 @@ def train_gates(model,           # A dense timm ViT; left as it is
 # %% ../../nbs/3_methods/12_channels.ipynb #b9dba972
 class VtpConfig(Trains):
     ratio: Annotated[float, Field(ge=0, lt=1)]|None = option(None, 'share of all channels to remove, in [0, 1)', 'a share in [0, 1)', 'SHARE', dial=True)
-    l1: Annotated[float, Field(ge=0)] = option(1e-4, 'weight of the penalty on the gates', 'a number, 0 or more', 'LAMBDA')
-    gate_start: Positive = option(1., 'where the gates start; small ones close within a short training', 'a number above 0', 'VALUE')
-    rule: Literal[RULES] = option('folded', "what is ranked: 'folded', 'gate' or 'literal'", "'folded', 'gate' or 'literal'", 'NAME')
-    multiple: Whole = option(1, 'round the channels of each layer to a multiple', 'a whole number, 1 or more', 'N')
+    l1: Annotated[float, Field(ge=0)] = option(1e-4, 'weight of the penalty on the gates',
+                                               'a number, 0 or more', 'LAMBDA')
+    gate_start: Positive = option(1., 'where the gates start; small ones close within a short training',
+                                  'a number above 0', 'VALUE')
+    rule: Literal[RULES] = option('folded', "what is ranked: 'folded', 'gate' or 'literal'",
+                                  "'folded', 'gate' or 'literal'", 'NAME')
+    multiple: Whole = option(1, 'round the channels of each layer to a multiple',
+                             'a whole number, 1 or more', 'N')
     whole_heads: bool = option(False, 'attention outputs go by whole heads', 'true or false')
-    sparse_epochs: Epochs = option(1., 'passes of training with gates; 100 in the paper; 0 ranks untrained ones',
+    sparse_epochs: Epochs = option(1.,
+                                   'passes of training with gates; 100 in the paper; 0 ranks untrained ones',
                                    'a number, 0 or more, and at most a million', 'EPOCHS')
 
 @method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)',
@@ -139,14 +153,19 @@ class Vtp(Method):
     def prepare(self, job): # -> a model with trained gates
         c = job.config
         gated = add_gates(copy.deepcopy(job.model), c.gate_start)
-        self.plan(job, gated, self.default(c) if c.reduction is None else 0.)      # refused now, not after the training
+        # refused now, not after the training
+        self.plan(job, gated, self.default(c) if c.reduction is None else 0.)
         if not c.sparse_epochs: return gated
-        recipe = dict(PAPER, epochs=c.sparse_epochs, lr=c.lr or 1e-4, batch_size=job.batch(64), seed=c.seed, dtype=c.dtype, save_every=50)
-        return train_gates(job.model, job.train_set, TrainConfig(**recipe), c.l1, c.gate_start, out=job.part(SHARED),
+        recipe = dict(PAPER, epochs=c.sparse_epochs, lr=c.lr or 1e-4, batch_size=job.batch(64), seed=c.seed,
+                      dtype=c.dtype, save_every=50)
+        return train_gates(job.model, job.train_set, TrainConfig(**recipe), c.l1, c.gate_start,
+                           out=job.part(SHARED),
                            accelerator=pick_accelerator(job.device))
 
     def plan(self, job, gated, ratio):
         c = job.config
-        return choose(importance(gated, c.rule), ratio, job.model.blocks[0].attn.num_heads, c.multiple, c.whole_heads)
+        return choose(importance(gated, c.rule), ratio, job.model.blocks[0].attn.num_heads, c.multiple,
+                      c.whole_heads)
 
-    def build(self, job, gated, plan, trained=None): return SlimViT(slice_model(gated, plan), Policy({}, 'vtp'))
+    def build(self, job, gated, plan, trained=None):
+        return SlimViT(slice_model(gated, plan), Policy({}, 'vtp'))

@@ -36,7 +36,8 @@ def with_pruner(model, ds:ImageSet, # As for `train_rounds`
     "Cosine labels at two given thresholds, with any variant of the pruner."
     pruner, _ = train_rounds(model, ds, cosine_threshold, score_threshold, rounds, keys, device, **fit)
     slim = SlimViT(model, cosine_policy(pruner, score_threshold, keys), 'packed').eval()
-    slim.info = dict(cosine_threshold=cosine_threshold, scale=pruner.scale, score_threshold=score_threshold, keys=keys, rounds=rounds)
+    slim.info = dict(cosine_threshold=cosine_threshold, scale=pruner.scale, score_threshold=score_threshold,
+                     keys=keys, rounds=rounds)
     return slim
 
 def cosine_rows(model,          # A timm VisionTransformer of standard blocks
@@ -47,7 +48,8 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
                 score_threshold:float=.5, # In (0, 1)
                 backbone:str='course', # For the rows
                 device='cpu',   # Where to compute
-                **fit)->list:   # Rows: dense, then cosine and random for each setting; `fit` goes to `with_pruner`
+                # Rows: dense, then cosine and random for each setting; `fit` goes to `with_pruner`
+                **fit)->list:
     """The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping of as
     many patches, which is a little cheaper: it has no pruner."""
     P = model.patch_embed.num_patches
@@ -183,7 +185,8 @@ class PaddedViT(nn.Module):
             keep = select(step, t, None if step.score is None else step.score(t))
             idx = keep.to(torch.int8).argsort(dim=1, descending=True,
                                               stable=True)[:,
-                                                           :int(keep.sum(1).max())]   # kept ones, then filling
+                                                           # kept ones, then filling
+                                                           :int(keep.sum(1).max())]
             real, wide = keep.gather(1, idx), idx[..., None].expand(-1, -1, x.shape[-1])
             q = x.gather(1, wide)
             if step.at == 'queries': new = q + attn_branch(block, x, xq=lambda xn: xn.gather(1, wide))
@@ -238,7 +241,8 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
                  repeats:int|None=None, # Timed rounds; None: 768 images' worth, but 3 to 24
                  device='cpu',    # Where to time
                  ways=('packed', 'padding', 'loop'), # What to time beside the dense model
-                 )->list:         # Rows of cosine_speed.csv; their schedule is the time reduction with its 95% interval
+                 # Rows of cosine_speed.csv; their schedule is the time reduction with its 95% interval
+                 )->list:
     """Dense, packed, padded and one image at a time, in turn in one process, with the pruner's own cost; peak
     memory is in the note."""
     require(len(ways) > 0 and set(ways) <= {'packed', 'padding', 'loop'}, 'ways', ways,
