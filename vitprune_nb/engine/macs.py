@@ -25,7 +25,7 @@ def _batches(model, images):
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
-              images=None, # (B, 3, H, W) or an `ImageSet`, where counts depend on the image; None: those remembered
+              images=None, # (B, 3, H, W) or an `ImageSet`, where counts depend on it; None: those remembered
               # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
               ):
     "How many tokens each block computes."

@@ -111,7 +111,8 @@ def same_grid(slim, # A `SlimViT`
     "Refuse another grid than the policy was made for; a policy without steps fits any."
     by = lambda g: '{} by {} patches'.format(*g)
     fits, own = not slim.policy.steps or tuple(grid) == slim.grid, f'{by(slim.grid)}, for which {slim.policy.name!r} was made'
-    require(fits, 'images', f'a grid of {by(grid)}', own, 'Resize the images, or prune again for the other size.')
+    require(fits, 'images', f'a grid of {by(grid)}', own,
+            'Resize the images, or prune again for the other size.')
 
 def _embed(slim, images):
     "(B, N, D) tokens that enter the first block."
@@ -129,7 +130,8 @@ def _embed(slim, images):
 # %% ../../nbs/2_engine/05_engine.ipynb #2254d8ba
 LOOSE = ('cls_token', 'dist_token', 'reg_token', 'pos_embed')    # timm's parameters that are in no layer
 TIMM = ('num_classes', 'in_chans', 'num_features', 'embed_dim', 'pretrained_cfg', 'patch_embed', 'norm_pre', 'norm', 'fc_norm',
-        'head', 'head_dist', *LOOSE)                             # what trainers and optimisers ask a timm model for
+        # what trainers and optimisers ask a timm model for
+        'head', 'head_dist', *LOOSE)
 
 def _without_model(named, prefix):
     "Names as the wrapped model has them."
@@ -138,7 +140,8 @@ def _without_model(named, prefix):
 
 def _timm_names(module, state, prefix, _):
     "model.blocks.0… -> blocks.0…, as in the model's own state_dict."
-    for k in [k for k in state if k.startswith(f'{prefix}model.')]: state[prefix + k[len(prefix) + 6:]] = state.pop(k)
+    for k in [k for k in state if k.startswith(f'{prefix}model.')]:
+        state[prefix + k[len(prefix) + 6:]] = state.pop(k)
 
 def _our_names(module, state, prefix, *_):
     "The way back, when loading; a name that has the prefix `model.` already is fine too."
@@ -147,7 +150,8 @@ def _our_names(module, state, prefix, *_):
 
 def _reported_names(module, keys):
     "Missing and unexpected names as in timm."
-    for names in (keys.missing_keys, keys.unexpected_keys): names[:] = [n.removeprefix('model.') for n in names]
+    for names in (keys.missing_keys, keys.unexpected_keys):
+        names[:] = [n.removeprefix('model.') for n in names]
 
 # %% ../../nbs/2_engine/05_engine.ipynb #cde1bf8b
 def _block_indices(n, indices):
@@ -285,11 +289,13 @@ class SlimViT(nn.Module):
         for key, name in self.static.items():
             self.register_buffer(name, torch.tensor(static[key], device=device), persistent=False)
 
-    def set_policy(self, policy:Policy): # With scorers of the policy that it was made with: no parameters come or go
+    # With scorers of the policy that it was made with: no parameters come or go
+    def set_policy(self, policy:Policy):
         "Follow another policy, one with other counts for example; returns self."
         require(isinstance(policy, Policy), 'policy', policy, 'a Policy')
         strange = {s.score for _, s in policy.each()} - {None, *self.scorers}
-        require(not strange, 'policy', f'other scorers, {", ".join(sorted(type(s).__name__ for s in strange))}',
+        require(not strange, 'policy',
+                f'other scorers, {", ".join(sorted(type(s).__name__ for s in strange))}',
                 'the scorers that the model was made with', 'Make a new SlimViT for others.')
         self._check(policy)
         before, self.policy = self.policy, policy
@@ -303,7 +309,8 @@ class SlimViT(nn.Module):
     def set_mode(self, mode:str):
         "Switch between 'mask', 'gather' and 'packed'; returns self."
         require(isinstance(mode, str) and mode in MODES, 'mode', mode, "'mask', 'gather' or 'packed'")
-        require(mode != 'gather' or not self.policy.ragged, 'mode', mode, "'packed' or 'mask' for a threshold",
+        require(mode != 'gather' or not self.policy.ragged, 'mode', mode,
+                "'packed' or 'mask' for a threshold",
                 'A threshold keeps another number of tokens in each image, and gather needs the same.')
         static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, mode)
         self.mode = mode
@@ -312,12 +319,14 @@ class SlimViT(nn.Module):
     # --- parameters
 
     def named_parameters(self, prefix:str='', recurse:bool=True, remove_duplicate:bool=True):
-        "Under timm's names, as in the state_dict; torch's exporter, which asks with remove_duplicate=False, gets the real paths."
+        """Under timm's names, as in the state_dict; torch's exporter, which asks with remove_duplicate=False,
+        gets the real paths."""
         named = super().named_parameters(prefix, recurse, remove_duplicate)
         return _without_model(named, prefix) if remove_duplicate else named
 
     def named_buffers(self, prefix:str='', recurse:bool=True, remove_duplicate:bool=True):
-        "Under timm's names, as in the state_dict; torch's exporter, which asks with remove_duplicate=False, gets the real paths."
+        """Under timm's names, as in the state_dict; torch's exporter, which asks with remove_duplicate=False,
+        gets the real paths."""
         named = super().named_buffers(prefix, recurse, remove_duplicate)
         return _without_model(named, prefix) if remove_duplicate else named
 
@@ -353,14 +362,16 @@ class SlimViT(nn.Module):
             computed = trace.computed(prefix + H*W)[..., prefix:].to(x.device)
             new = [computed[:, i] if flat else computed[:, i].unflatten(1, (H, W)) for i in take]
             out = dict(image_intermediates=maps, computed=new)
-            if prefix and return_prefix_tokens: out['image_intermediates_prefix'] = [t[:, :prefix] for t in tokens]
+            if prefix and return_prefix_tokens:
+                out['image_intermediates_prefix'] = [t[:, :prefix] for t in tokens]
             return out if intermediates_only else out | dict(image_features=self.backbone.norm(s.x))
         if prefix and return_prefix_tokens: maps = [(m, t[:, :prefix]) for m, t in zip(maps, tokens)]
         return maps if intermediates_only else (self.backbone.norm(s.x), maps)
 
     def get_intermediate_layers(self, x, n=1, reshape:bool=False, return_prefix_tokens:bool=False, norm:bool=False,
                                 attn_mask=None)->list:
-        "timm's method, for those who know it from DINO: `forward_intermediates` of the last `n` blocks, or of those listed."
+        """timm's method, for those who know it from DINO: `forward_intermediates` of the last `n` blocks, or
+        of those listed."""
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt='NCHW' if reshape else 'NLC',
                                           intermediates_only=True, attn_mask=attn_mask)
 
