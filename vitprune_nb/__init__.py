@@ -12,8 +12,9 @@ from importlib import import_module
 _HOMES = dict(prune='methods.base.prune', recover='methods.base.recover', METHODS='methods.base.METHODS',
               load='engine.store.load_pruned', save='engine.store.save_pruned', cost_of='engine.macs.cost_of',
               SlimViT='engine.slim.SlimViT', Policy='engine.policy.Policy', Step='engine.policy.Step',
-              course_model='vit.model.course_model', create_vit='vit.model.create_vit', evaluate='vit.model.evaluate',
-              load_data='data.load_data', export_onnx='deploy.export_onnx', VitpruneError='errors.VitpruneError')
+              course_model='vit.model.course_model', create_vit='vit.model.create_vit',
+              evaluate='vit.model.evaluate', load_data='data.load_data', export_onnx='deploy.export_onnx',
+              VitpruneError='errors.VitpruneError')
 
 def __getattr__(name:str):
     "One of the names of `_HOMES`, from the module that it stands in."

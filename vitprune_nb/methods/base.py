@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ..core import check_model, load_methods, pick_device
+from ..core import COLORS, check_model, load_methods, pick_device
 from ..data import calibration, check_set, data_config, eval_transform, match_classes
 from ..engine.macs import cost_of, counts_of, macs_of
 from ..engine.plan import weights_hash
@@ -26,7 +26,6 @@ from ..engine.store import load_pruned, save_pruned
 from ..errors import VitpruneError, refuse, require
 from ..files import read_json, write_atomic
 from ..train.trainer import TrainConfig, fit, frozen, pick_accelerator, same_random_after
-from ..viz import COLORS
 from ..vit.cost import meet_budget, tolerance_of
 from ..vit.model import standard_blocks
 

@@ -10,7 +10,7 @@ from ..engine.plan import random_plan, uniform_plan
 from .base import Method, method
 from .patch_slimming import PlanConfig, Search, budget_plan, put_to_work
 from .significance import significance
-from ..viz import PALETTE
+from ..core import PALETTE
 
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000008
 @method('uniform', 'the same patches in every block but the last, by the score of patch slimming',

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from ..core import fold_seed, pick_device, progress, set_seed
+from ..core import PALETTE, fold_seed, pick_device, progress, set_seed
 from ..errors import require
 from ..vit.cost import model_macs
 from ..data import ImageSet, data_config, eval_transform, loader
 from ..engine.slim import Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer
 from ..engine.macs import counts_of, macs_of
 from .base import Looks, Method, Share, method, option
-from ..viz import PALETTE
 from ..engine.policy import decision_macs
 from ..vit.redundancy import adjacent_similarity, norm_growth
 from ..train.trainer import same_random_after

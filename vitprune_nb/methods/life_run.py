@@ -18,7 +18,7 @@ from ..engine.slim import Scorer, SlimViT, Tokens
 from .base import Epochs, Method, Positive, Trains, method, option
 from .life import life_plan
 from ..train.trainer import Phase, TrainConfig, run_phases
-from ..viz import PALETTE
+from ..core import PALETTE
 
 # %% ../../nbs/3_methods/13b_life_run.ipynb #dbc75e49
 def two_stage(soft:SlimViT,       # Policy 'soft', mode 'mask'; trained in place

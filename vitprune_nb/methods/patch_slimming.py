@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #1a2683f9
 import torch
 from pydantic import AfterValidator, Field
-from ..core import data_path, fold_seed, pick_device, progress
+from ..core import PALETTE, data_path, fold_seed, pick_device, progress
 from ..errors import VitpruneError, at_least, is_number, is_whole, refuse, require
 from ..files import write_atomic
 from ..vit.cost import meet_budget, tolerance_of
@@ -27,7 +27,6 @@ from ..engine.plan import (KEYS, Plan, model_name, pick, ramp_plan, random_plan,
 from ..evidence.results import make_row
 from .base import Looks, Method, Positive, method, option
 from .significance import KINDS, Gram, attention_scores, read_tokens, value_energy
-from ..viz import PALETTE
 from ..vit.model import COURSE, attention_rows, capture, create_vit, standard_blocks
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #d29e34b7

@@ -21,7 +21,7 @@ from ..engine.channels import (NORMS, SITES, ChannelPlan, choose, plain_weights,
                                          slice_model)
 from ..engine.slim import Policy, SlimViT
 from .base import SHARED, Epochs, Method, Positive, Trains, Whole, method, option
-from ..viz import PALETTE
+from ..core import PALETTE
 from ..train.objectives import penalty, plus, supervised
 from ..train.trainer import TrainConfig, fit, pick_accelerator
 

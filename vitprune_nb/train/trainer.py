@@ -433,7 +433,8 @@ def trainer_state(tr:Trainer # Between two steps
                   )->dict:   # For `save_checkpoint`
     "Everything that the rest of the run depends on."
     return dict(step=tr.step, config=json.dumps(dataclasses.asdict(tr.cfg)), data=tr.batches.ds.digest,
-                objective=name_of(tr.objective), before_step=name_of(tr.before_step), model=tr.plain.state_dict(),
+                objective=name_of(tr.objective), before_step=name_of(tr.before_step),
+                model=tr.plain.state_dict(),
                 optimizer=tr.opt.state_dict(),
                 ema=tr.ema.module.state_dict() if tr.ema is not None else {},
                 recent=tr.recent, named=tr.named, busy=tr.busy, seconds=time.perf_counter() - tr.start)
@@ -512,7 +513,7 @@ def clean_stage(model:torch.nn.Module, # What the stage trains
                 ):
     """A stage of training within the `with` starts as it would from a file, with weights and buffers and
     without gradients, and hands on nothing else: what may train, the modules that drop paths and patches, the
-    policy, the teacher's mode and all generators are afterwards as before, also when it ends with an error."""
+    policy, the teacher's mode and all generators are then as before, even when it ends with an error."""
     may_train = [(p, p.requires_grad) for p in model.parameters()]
     drops = [(m, name, getattr(m, name)) for m in model.modules()
              for name in ('drop_path1', 'drop_path2', 'patch_drop') if hasattr(m, name)]
@@ -562,7 +563,7 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         accelerator=None,      # An `accelerate.Accelerator`; default: one for this machine
         callback=None,         # Called with the list of log rows after each new one
         workers:int=0,         # Processes that prepare images ahead; 0 prepares them in this one
-        before_step=None,      # Called with the model, its average, and the share of the run that is done, in [0, 1)
+        before_step=None,      # Called with the model, its average, and the share of the run that is done
         )->list:               # The rows of the log, dicts of numbers
     """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without
     gradients; a further `fit` of it gives what it would give after saving and loading."""
