@@ -14,8 +14,8 @@ from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.train.course import train_course
 from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
                                           supervised, token_mse)
-from vitprune_nb.train.trainer import (Log, Phase, TrainConfig, Trainer, fit, frozen, load_checkpoint, read_log, run_phases,
-                                       save_checkpoint)
+from vitprune_nb.train.trainer import (Log, Phase, TrainConfig, Trainer, fit, frozen, load_checkpoint, make_optimizer, read_log,
+                                       run_phases, save_checkpoint)
 from vitprune_nb.vit.model import create_vit
 
 SCRIPT = 'train_script.py'
@@ -380,6 +380,19 @@ def test_soft_decisions_of_the_engine_learn_a_share(tmp_path):
     assert {'classification', 'ratio', 'kl', 'token_mse'} <= set(rows[-1])
     assert abs(seen[-1][0] - .75) < .15 and abs(seen[-1][1] - .5) < .15, seen[::8]
     assert rows[-1]['ratio'] < rows[0]['ratio']/2
+
+
+@pytest.mark.parametrize('scale', [None, 100., 0.])
+def test_learned_scores_may_have_a_rate_of_their_own(scale):
+    slim = SlimViT(tiny_vit(), Policy({1: Step(score=SoftLinear(48), count=8)}), 'mask')
+    opt = make_optimizer(slim, TrainConfig(layer_decay=1., head_lr_scale=2., score_lr_scale=scale))
+    scale_of = {id(p): g.get('lr_scale', 1.) for g in opt.param_groups for p in g['params']}
+    names = {n: scale_of[id(p)] for n, p in slim.named_parameters()}
+    assert len(scale_of) == len(names) == sum(len(g['params']) for g in opt.param_groups)
+    scores = {v for n, v in names.items() if n.startswith('scorers')}
+    assert scores == {2. if scale is None else scale}
+    assert names['head.weight'] == 2. and names['blocks.0.attn.qkv.weight'] == 1.
+    with pytest.raises(VitpruneError, match='score_lr_scale: got -1'): TrainConfig(score_lr_scale=-1)
 
 
 def test_two_stages_of_life_regression_are_two_runs_with_one_half_frozen():

@@ -34,6 +34,7 @@ class TrainConfig:
     batch_size: int = 64         # images per optimiser step, over all processes together
     lr: float = 4e-4             # peak learning rate; block l of L learns at lr·layer_decay^(L+1-l)
     head_lr_scale: float = 2.5   # new parts (the head, learned scores) learn at lr times this
+    score_lr_scale: float|None = None # the same for learned scores alone; None: head_lr_scale
     layer_decay: float = 0.85    # in (0, 1]; 1: all blocks alike
     weight_decay: float = 0.05   # AdamW's; not on biases, norms, position embedding and class token
     warmup: float = 0.05         # share of all steps with a rising rate, in [0, 1)
@@ -67,6 +68,7 @@ class TrainConfig:
             ('layer_decay', lambda v: is_number(v) and 0 < v <= 1, 'a number in (0, 1]'),
             ('head_lr_scale weight_decay min_lr mixup cutmix clip_grad', lambda v: is_number(v) and v >= 0,
              'zero or a positive number'),
+            ('score_lr_scale', lambda v: v is None or is_number(v) and v >= 0, 'zero or a positive number, or None'),
             ('freeze', lambda v: is_whole(v) and v >= 0, 'zero or a positive integer'),
             ('distill', lambda v: is_number(v) and 0 <= v <= 1, 'a number in [0, 1]'),
             ('patch_drop', lambda v: isinstance(v, (list, tuple)) and all(map(share, v)),
@@ -92,7 +94,7 @@ def _fresh(model):
 
 # %% ../../nbs/6_reference/20_train.ipynb #198ac146
 def make_optimizer(model:torch.nn.Module, # A timm ViT or a SlimViT; with layer_decay 1 any module
-                   cfg:TrainConfig,       # lr, layer_decay, weight_decay, head_lr_scale
+                   cfg:TrainConfig,       # lr, layer_decay, weight_decay, head_lr_scale, score_lr_scale
                    )->torch.optim.AdamW:  # Groups carry an 'lr_scale' that timm's schedules multiply by
     "AdamW with timm's layer-wise learning-rate decay (BEiT, Bao et al., 2021), without frozen parameters."
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -104,10 +106,11 @@ def make_optimizer(model:torch.nn.Module, # A timm ViT or a SlimViT; with layer_
     if cfg.layer_decay < 1: groups = param_groups_layer_decay(vit, wd, skip, layer_decay=cfg.layer_decay)
     else: groups = param_groups_weight_decay(vit, wd, no_weight_decay_list=skip)
     groups += [dict(params=[p], weight_decay=wd if p.ndim > 1 else 0.) for p in outside if p.requires_grad]
-    new = {id(p) for p in head + outside}
+    scores = cfg.head_lr_scale if cfg.score_lr_scale is None else cfg.score_lr_scale
+    new = {id(p): cfg.head_lr_scale for p in head} | {id(p): scores for p in outside}
     old = [dict(g, params=[p for p in g['params'] if id(p) not in new]) for g in groups]
-    scaled = lambda g: g.get('lr_scale', 1.)*cfg.head_lr_scale
-    fast = [dict(g, params=[p for p in g['params'] if id(p) in new], lr_scale=scaled(g)) for g in groups]
+    fast = [dict(g, params=[p for p in g['params'] if new.get(id(p)) == scale], lr_scale=g.get('lr_scale', 1.)*scale)
+            for scale in dict.fromkeys(new.values()) for g in groups]
     groups = [g for g in old + fast if g['params']]
     require(len(groups) > 0, 'model', 'only frozen parameters', 'a model with something to train')
     return torch.optim.AdamW(groups, lr=cfg.lr)
