@@ -33,6 +33,7 @@ class Brightness(Scorer):
 class ToyConfig(Config):
     after: Annotated[int, Field(ge=1)] = option(1, 'block after which patches leave', 'a block number, 1 or more', 'N')
     share: Annotated[float, Field(gt=0, le=1)]|None = option(None, 'share of the patches that stay', 'a share in (0, 1]', 'SHARE', dial=True)
+    keep_rate: Annotated[float, Field(gt=0, le=1)] = option(.5, 'one number', 'a number in (0, 1]', 'SHARE')   # life's may be a list
 
 
 @pytest.fixture
@@ -68,14 +69,16 @@ def test_the_command_line_has_its_options_and_its_help(toy, capsys):
     assert main(['prune', '--help']) == 0
     said = ' '.join(capsys.readouterr().out.split())
     for words in ('toy keep the brightest patches', '--after N toy: block after which patches leave [default: 1]',
-                  '--share SHARE toy: share of the patches that stay, instead of --reduction'): assert words in said
+                  '--share SHARE toy: share of the patches that stay, instead of --reduction',
+                  'toy: one number'): assert words in said           # each method's own words for a name that they share
 
 
 @pytest.mark.parametrize('words, said', [
     ('--after 0', 'after: got 0; allowed: a block number, 1 or more.'),
     ('--share 2', 'share: got 2.0; allowed: a share in (0, 1].'),
     ('--share 0.5 --reduction 0.3', 'share: got 0.5; allowed: either reduction or share.'),
-    ('--eps 0.1', 'eps: got 0.1; allowed: nothing for toy, which does not read it. It reads reduction, seed, after, share.')])
+    ('--eps 0.1', 'eps: got 0.1; allowed: nothing for toy, which does not read it. It reads reduction, seed, after, share, keep_rate.'),
+    ('--keep-rate 0.5,0.7', 'keep_rate: got [0.5, 0.7]; allowed: a number in (0, 1].')])
 def test_what_it_refuses_is_said_in_its_words(toy, tmp_path, capsys, words, said):
     assert main(f'prune --method toy {words} --out {tmp_path/"o"}'.split()) == 2
     assert said in capsys.readouterr().err and not (tmp_path/'o').exists()
@@ -83,9 +86,9 @@ def test_what_it_refuses_is_said_in_its_words(toy, tmp_path, capsys, words, said
 
 def test_pruned_saved_evaluated_and_timed_from_the_command_line(toy, tmp_path, capsys):
     out = str(tmp_path/'o')
-    assert main(['prune', '--method', 'toy', '--reduction', '0.3', '--out', out, '--json']) == 0
+    assert main(['prune', '--method', 'toy', '--reduction', '0.3', '--keep-rate', '0.7', '--out', out, '--json']) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record['method'] == 'toy' and abs(record['reduction'] - .3) < .01 and 0 < record['share'] < 1
+    assert record['method'] == 'toy' and record['keep_rate'] == .7 and abs(record['reduction'] - .3) < .01 and 0 < record['share'] < 1
     for words in (['eval', out, '--limit', '40'], ['bench', out, '--batch', '2', '--repeats', '1', '--warmup', '1'], ['cost', out]):
         assert main([*words, '--json']) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])['model'] == out
@@ -126,7 +129,7 @@ after = 2
     bad = (tmp_path/'toy.toml').read_text().replace('after = 2', 'behind = 2')
     (tmp_path/'toy.toml').write_text(bad)
     assert main(['run', str(tmp_path/'toy.toml'), '--out', str(tmp_path/'run2')]) == 2
-    assert 'options.toy: got behind; allowed: after, share' in capsys.readouterr().err
+    assert 'options.toy: got behind; allowed: after, share, keep_rate' in capsys.readouterr().err
 
 
 def test_a_method_without_a_plan_says_so(images):

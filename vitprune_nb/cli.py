@@ -325,9 +325,13 @@ def option(name:str,   # An option of methods
            )->inspect.Parameter:
     "A typer option, None when it is not given; help, kind and default are the field's."
     field = max(users.values(), key=lambda f: len(f.description))
-    said, (kind, is_list) = field.json_schema_extra, kind_of(field.annotation)
+    kinds = [kind_of(f.annotation) for f in users.values()]
+    said, kind, is_list = field.json_schema_extra, kinds[0][0], any(several for _, several in kinds)
     default = field.default if len({repr(f.default) for f in users.values()}) == 1 else None
-    about = field.description if 2*len(users) > of else f'{", ".join(users)}: {field.description}'
+    said_by = {}
+    for m, f in users.items(): said_by.setdefault(f.description, []).append(m)
+    about = '; '.join(f'{", ".join(ms)}: {text}' for text, ms in said_by.items())
+    if 2*len(users) > of: about = field.description
     if said['dial']: about += ', instead of --reduction'
     shown = said['shown'] or ('' if default is None or kind is bool else f'{default:g}' if kind is not str else default)
     if name == 'reduction': shown = f'{BUDGET:g}, unless a dial of the method is given'
@@ -400,8 +404,8 @@ def prune_options(method:str,   # One of METHODS
     require(method in METHODS, 'method', method, ', '.join(METHODS))
     m = METHODS[method]
     for name, field in m.options.items():
-        kind, is_list = kind_of(field.annotation)
-        if is_list and name in given: given[name] = listed(given[name], kind, name)
+        kind, _ = kind_of(field.annotation)     # a list for another method is read as text
+        if kind is not str and isinstance(given.get(name), str): given[name] = listed(given[name], kind, name)
     if not {'reduction', *m.dials} & set(given): given['reduction'] = BUDGET
     read_options(method, given)
     return given
