@@ -9,7 +9,10 @@ pytest.importorskip('onnxruntime')
 from vitprune_nb import deploy
 from vitprune_nb.core import set_seed
 from vitprune_nb.errors import VitpruneError
+from vitprune_nb.engine.channels import choose, prunable_layers, slice_model
+from vitprune_nb.methods.life import life_plan
 from vitprune_nb.vit.cost import count_macs
+from vitprune_nb.engine.plan import ramp_plan
 from vitprune_nb.engine.slim import ClsAttention, NormScore, Policy, SlimViT, Step
 from vitprune_nb.vit.model import create_vit
 
@@ -20,7 +23,10 @@ def static():
     m = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
     with torch.no_grad():
         for p in m.parameters(): p.add_(.1*torch.randn_like(p))
-    return deploy.static_models(m)
+    scores = {n: torch.rand(l.in_features, generator=torch.Generator().manual_seed(i)) for i, (n, l) in enumerate(prunable_layers(m).items())}
+    cut, plan, life = slice_model(m, choose(scores, .4, 3)), ramp_plan(m, .4), life_plan(m, .7, (1, 2))
+    alive = lambda net: SlimViT(net, life.policy(life.score(48))).eval()
+    return {'dense': m, 'patch slimming': plan.slim(m), 'vtp': cut, 'life': alive(m), 'patch slimming + vtp': plan.slim(cut), 'life + vtp': alive(cut)}
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +104,6 @@ def test_the_file_knows_its_images_and_classes(static, images, tmp_path):
 
 
 def test_quantisation_finds_more_products_after_its_preprocessing(static, images, tmp_path):
-    from vitprune_nb.engine.plan import ramp_plan
     from vitprune_nb.vit.model import course_model
     net = course_model()
     left, gap = deploy.quantised(ramp_plan(net, .4).slim(net), tmp_path/'q.onnx', images)

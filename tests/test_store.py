@@ -430,3 +430,15 @@ def test_the_right_file_of_weights(folders, tmp_path):
         with pytest.raises(VitpruneError, match='weights that fit its config.json'): load_pruned(tmp_path/'m')
     file.unlink()
     with pytest.raises(VitpruneError, match='a pruned model, with model.safetensors in it'): load_pruned(tmp_path/'m')
+
+
+def test_tokens_and_channels_cut_together(tmp_path):
+    "A plan around cut channels: its positions are constants that no file holds."
+    from vitprune_nb.engine.channels import prunable_layers
+    from vitprune_nb.engine.plan import ramp_plan
+    m = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
+    scores = {n: torch.rand(l.in_features, generator=torch.Generator().manual_seed(0)) for n, l in prunable_layers(m).items()}
+    both = ramp_plan(m, .3).slim(slice_model(m, choose(scores, .4, 3))).eval()
+    back, x = load_pruned(save_pruned(both, tmp_path/'both')), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(): assert torch.equal(back(x), both(x))
+    assert not any(v.is_meta for v in back.buffers())
