@@ -17,6 +17,7 @@ from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.engine.plan import Plan, model_name, ramp_plan
 from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step
 from vitprune_nb.engine.channels import slice_model
+from vitprune_nb.vit.model import create_vit
 
 FIXTURES = ROOT/'tests/fixtures'
 SMALL = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5)

@@ -280,13 +280,11 @@ class SlimViT(nn.Module):
             require(fits, 'model', f'{type(self.model).__name__} without a class token',
                     f'a ViT with one, for the scorer {type(s.score).__name__} in block index {i}')
 
-    def _place(self):
+    def _place(self, device=None): # None: the default one, also while the weights are not there yet
         "Constant positions of static steps, as buffers."
         for name in self.static.values(): delattr(self, name)
         static = static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, self.mode)
         self.static = {key: 'static_{}_{}'.format(*key) for key in static}
-        device = next(self.model.parameters()).device
-        if device.type == 'meta': device = 'cpu'      # positions have values also where weights have none yet
         for key, name in self.static.items():
             self.register_buffer(name, torch.tensor(static[key], device=device), persistent=False)
 
@@ -304,7 +302,7 @@ class SlimViT(nn.Module):
         except VitpruneError:
             self.policy = before
             raise
-        self._place()
+        self._place(next(self.model.parameters()).device)
         return self
 
     def set_mode(self, mode:str):
