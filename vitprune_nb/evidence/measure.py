@@ -119,8 +119,8 @@ def bench(models:dict,       # {name: module or function of x}
     training = {n: m.training for n, m in modules.items()}
     for m in modules.values(): m.eval().to(device)
     try:
-        used = dtype if x.dtype == torch.float32 else 'fp32'
-        with num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, used):
+        cast = dtype if x.dtype == torch.float32 else 'fp32'
+        with num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, cast):
             times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock),
                                warmup, repeats)
     finally:
