@@ -442,3 +442,16 @@ def test_another_backbone_needs_only_an_adapter(model, images):
 
 def test_the_stem_costs_what_is_left_when_the_blocks_are_taken_off(model):
     assert TimmViT(model).stem_macs() == model_macs(model) - sum(block_macs(*[P + 1]*3, 48, 192) for _ in range(L))
+
+
+@pytest.mark.parametrize('kind', ['a plan', 'lives', 'no policy'])
+def test_torch_compile_sees_one_graph(kind):
+    from vitprune_nb.engine.plan import ramp_plan
+    from vitprune_nb.methods.life import life_plan
+    net = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10).eval()
+    lives = life_plan(net, .6, (1, 2))
+    slim = {'a plan': lambda: ramp_plan(net, .4).slim(net), 'lives': lambda: SlimViT(net, lives.policy(lives.score(48))),
+            'no policy': lambda: SlimViT(net)}[kind]().eval()
+    with torch.inference_mode(): found = torch._dynamo.explain(slim)(torch.randn(2, 3, 32, 32))
+    torch._dynamo.reset()
+    assert (found.graph_count, found.graph_break_count) == (1, 0), [str(b.reason)[:200] for b in found.break_reasons]
