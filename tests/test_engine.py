@@ -455,3 +455,15 @@ def test_torch_compile_sees_one_graph(kind):
     with torch.inference_mode(): found = torch._dynamo.explain(slim)(torch.randn(2, 3, 32, 32))
     torch._dynamo.reset()
     assert (found.graph_count, found.graph_break_count) == (1, 0), [str(b.reason)[:200] for b in found.break_reasons]
+
+
+def test_an_average_of_nobody_is_finite():
+    "Soft decisions may drop all patches of an image of a model that reads their mean."
+    class Nobody(NormScore):
+        def soft_keep(self, t, scores): return scores*0.
+    net = create_vit('vit_small_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=10,
+                     class_token=False, global_pool='avg')
+    slim = SlimViT(net, Policy({1: Step(score=Nobody(), count=4)}), 'mask').train()
+    logits = slim(torch.randn(2, 3, 32, 32))
+    logits.sum().backward()
+    assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)

@@ -94,7 +94,8 @@ class TimmViT:
         if present is None or m.global_pool == 'token': return m.forward_head(x, pre_logits=pre_logits)
         w = present.clone()
         if not m.pool_include_prefix: w[:, :self.n_prefix] = 0
-        x = m.head_drop(m.fc_norm((x*w[..., None]).sum(1)/w.sum(1, keepdim=True)))
+        total = w.sum(1, keepdim=True).clamp_min(1e-6)    # soft decisions may leave nobody
+        x = m.head_drop(m.fc_norm((x*w[..., None]).sum(1)/total))
         return x if pre_logits else m.head(x)
 
     def stem_macs(self)->float:
