@@ -68,7 +68,8 @@ class TrainConfig:
             ('layer_decay', lambda v: is_number(v) and 0 < v <= 1, 'a number in (0, 1]'),
             ('head_lr_scale weight_decay min_lr mixup cutmix clip_grad', lambda v: is_number(v) and v >= 0,
              'zero or a positive number'),
-            ('score_lr_scale', lambda v: v is None or is_number(v) and v >= 0, 'zero or a positive number, or None'),
+            ('score_lr_scale', lambda v: v is None or is_number(v) and v >= 0,
+             'zero or a positive number, or None'),
             ('freeze', lambda v: is_whole(v) and v >= 0, 'zero or a positive integer'),
             ('distill', lambda v: is_number(v) and 0 <= v <= 1, 'a number in [0, 1]'),
             ('patch_drop', lambda v: isinstance(v, (list, tuple)) and all(map(share, v)),
@@ -109,7 +110,9 @@ def make_optimizer(model:torch.nn.Module, # A timm ViT or a SlimViT; with layer_
     scores = cfg.head_lr_scale if cfg.score_lr_scale is None else cfg.score_lr_scale
     new = {id(p): cfg.head_lr_scale for p in head} | {id(p): scores for p in outside}
     old = [dict(g, params=[p for p in g['params'] if id(p) not in new]) for g in groups]
-    fast = [dict(g, params=[p for p in g['params'] if new.get(id(p)) == scale], lr_scale=g.get('lr_scale', 1.)*scale)
+    scaled = lambda g, scale: g.get('lr_scale', 1.)*scale
+    of = lambda g, scale: [p for p in g['params'] if new.get(id(p)) == scale]
+    fast = [dict(g, params=of(g, scale), lr_scale=scaled(g, scale))
             for scale in dict.fromkeys(new.values()) for g in groups]
     groups = [g for g in old + fast if g['params']]
     require(len(groups) > 0, 'model', 'only frozen parameters', 'a model with something to train')
