@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit', 'units',
            'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text', 'module_hash',
-           'imported', 'code_hashes', 'flat', 'fingerprint', 'hold_to', 'Ledger']
+           'imported', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, json, os, re
@@ -310,13 +310,19 @@ def flat(d:dict, prefix='')->dict: # {'a': {'b': 1}} -> {'a.b': 1}
 # %% ../nbs/6_reference/25b_experiment.ipynb #99650bb6
 GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'results', 'workers')
 
+def method_modules(names)->list: # Of METHODS; -> e.g. ['methods.life_run']
+    "Modules in which methods are defined; of one that is not in this package, a cell of a lesson for one, all of them."
+    found = [type(METHODS[n]).__module__.partition('vitprune_nb.')[2] for n in names]
+    return found if all(found) else [type(m).__module__.partition('vitprune_nb.')[2] for m in METHODS.values()]
+
 def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
                 )->dict:      # JSON-able
     "Everything that rows of one file must agree in."
     own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
     files = {k: sha256(getattr(e, k)) if getattr(e, k) else '' for k in ('weights', 'dense')}
-    return json.loads(json.dumps(dict(own, **files, **found, code=code_hashes(['run', *(type(METHODS[m]).__module__.partition('.')[2] for m in e.methods)]))))
+    code = code_hashes(['run', *method_modules(e.methods)])
+    return json.loads(json.dumps(dict(own, **files, **found, code=code)))
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #a06c6fb3
 def _read_object(file # That a run wrote
