@@ -311,9 +311,10 @@ def flat(d:dict, prefix='')->dict: # {'a': {'b': 1}} -> {'a.b': 1}
 GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'results', 'workers')
 
 def method_modules(names)->list: # Of METHODS; -> e.g. ['methods.life_run']
-    "Modules in which methods are defined; of one that is not in this package, a cell of a lesson for one, all of them."
-    found = [type(METHODS[n]).__module__.partition('vitprune_nb.')[2] for n in names]
-    return found if all(found) else [type(m).__module__.partition('vitprune_nb.')[2] for m in METHODS.values()]
+    "Modules in which methods are defined; all of them, when one is defined elsewhere, in a cell of a lesson for one."
+    module = lambda m: type(m).__module__.partition('vitprune_nb.')[2]
+    found = [module(METHODS[n]) for n in names]
+    return found if all(found) else [module(m) for m in METHODS.values()]
 
 def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
