@@ -8,7 +8,7 @@ __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'app
            'imported', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
-import ast, contextlib, dataclasses, difflib, hashlib, json, os, re
+import ast, contextlib, dataclasses, difflib, hashlib, importlib, json, os, pkgutil, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -314,7 +314,8 @@ def method_modules(names)->list: # Of METHODS; -> e.g. ['methods.life_run']
     "Modules in which methods are defined; all of them, when one is defined elsewhere, in a cell of a lesson for one."
     module = lambda m: type(m).__module__.partition('vitprune_nb.')[2]
     found = [module(METHODS[n]) for n in names]
-    return found if all(found) else [module(m) for m in METHODS.values()]
+    room = importlib.import_module('vitprune_nb.methods').__path__
+    return found if all(found) else [f'methods.{m.name}' for m in pkgutil.iter_modules(room)]
 
 def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
