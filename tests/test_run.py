@@ -136,7 +136,7 @@ def short(config):
 
 
 @pytest.mark.parametrize('change, words', [
-    ('methods=lief', 'methods: got lief; allowed: patch-slimming, .* Did you mean life?'),
+    ('methods=lief', 'methods: got lief; allowed: attention, .* Did you mean life?'),
     ('reductions=1.0', 'reductions: got 1.0; allowed: shares in'),
     ('reductions=[]', 'reductions: got .*; allowed: a list with at least one entry'),
     ('tset_images=5', 'config: got tset_images; .* Did you mean test_images?'),
@@ -189,10 +189,13 @@ def test_changed_code_is_refused_unless_accepted(short, tmp_path):
     run_config(short, out=tmp_path/'out')
     file = tmp_path/'out/settings.json'
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(dict(settings, code=dict(settings['code'], plan='0123456789ab'))))
-    with pytest.raises(VitpruneError, match='Changed since: plan. .* --accept-code'): run_config(short, out=tmp_path/'out')
+    file.write_text(json.dumps(dict(settings, code=dict(settings['code'], **{'engine.plan': '0123456789ab'}))))
+    with pytest.raises(VitpruneError, match='Changed since: engine.plan. .* --accept-code'): run_config(short, out=tmp_path/'out')
     again = run_config(short, out=tmp_path/'out', accept_code=True)
-    assert len(again['rows']) == 3 and json.loads(file.read_text())['before'][0]['code']['plan'] == '0123456789ab'
+    assert len(again['rows']) == 3 and json.loads(file.read_text())['before'][0]['code']['engine.plan'] == '0123456789ab'
+    gone = dict(settings, code=dict(settings['code'], surgery='0123456789ab'))
+    file.write_text(json.dumps(gone))
+    with pytest.raises(VitpruneError, match='Changed since: surgery. '): run_config(short, out=tmp_path/'out')     # a module that is no more
 
 
 def test_a_method_with_other_options_is_done_again_and_nothing_else(short, tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit', 'units',
            'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text', 'module_hash',
-           'imported', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to', 'Ledger']
+           'imported', 'module_file', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, importlib, json, os, pkgutil, re
@@ -284,15 +284,20 @@ def imported(source:str, # Python code of a module of this package
     return found
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #5d93e5a3
+def module_file(name:str # e.g. 'engine.slim'
+                )->Path:
+    "Where a module of this package stands, or would stand."
+    import vitprune_nb
+    return Path(vitprune_nb.__file__).parent.joinpath(*name.split('.')).with_suffix('.py')
+
 def code_hashes(roots=('run',), # Where to begin
                 without=('viz', 'evidence.report'), # Modules that decide no number
                 )->dict:          # {module: hash}
     "The modules of this package that decide a number, found by following their imports."
-    import vitprune_nb
-    folder, todo, out = Path(vitprune_nb.__file__).parent, list(roots), {}
+    todo, out = list(roots), {}
     while todo:
         name = todo.pop()
-        file = folder.joinpath(*name.split('.')).with_suffix('.py')
+        file = module_file(name)
         if name in out or name in without or not file.is_file(): continue
         source = file.read_text(encoding='utf-8')
         out[name] = module_hash(source)
@@ -345,9 +350,9 @@ def hold_to(file,                  # settings.json of a run; made when missing
     if file.is_file():
         old = _read_object(file)
         before = old.pop('before', [])
-        new = dict(new,
-                   # a method that was added brings modules along
-                   code={**old.get('code', {}), **new['code']})
+        # a method that was added brings modules along; one that is no more counts as a change
+        there = {k: v for k, v in old.get('code', {}).items() if module_file(k).is_file()}
+        new = dict(new, code={**there, **new['code']})
         a, b = flat(old), flat(new)
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         code = [k.removeprefix('code.') for k in changed if k.startswith('code.')]
