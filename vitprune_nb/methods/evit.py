@@ -16,7 +16,8 @@ from ..engine.fates import Fate, register_fate
 from ..engine.policy import ClsAttention, Policy, Step
 from ..engine.slim import SlimViT
 from ..errors import require
-from .base import Epochs, Method, Trains, method, option
+from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
+                                      method, option)
 from ..train.trainer import TrainConfig
 
 # %% ../../nbs/3_methods/16_evit.ipynb #16e0000b
@@ -91,20 +92,17 @@ def evit_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `T
     paper = dict(layer_decay=1., head_lr_scale=1., weight_decay=1e-6, warmup=0., min_lr=lr/10)
     return TrainConfig(**{**paper, **changes}, lr=lr)
 
-_Rate = Annotated[float, Field(gt=0, le=1)]
-_Number = Annotated[int, Field(ge=1)]
-
 class EvitConfig(Trains):
-    keep_rate: _Rate|None = option(
+    keep_rate: Rate|None = option(
         None, 'share of the tokens that stay at a stage, in (0, 1]', 'a number in (0, 1]', 'SHARE',
         dial=True, shown='0.7')
-    stages: _Number|Annotated[list[_Number], Field(min_length=1)]|None = option(
-        None, 'blocks in which tokens leave', 'block numbers from 1 on, rising, e.g. 4, 7, 10', 'N,N,…',
+    stages: BlockNumbers|None = option(
+        None, 'blocks in which tokens leave', RISING, 'N,N,…',
         shown='4,7,10 of 12')
     fuse: bool = option(
         True, 'fuse what leaves into one token; otherwise it is removed', 'true or false', 'BOOL')
     finetune_epochs: Epochs = option(
-        1., 'passes over the training images', 'a number, 0 or more, and at most a million', 'EPOCHS')
+        1., 'passes over the training images', PASSES, 'EPOCHS')
     warmup_share: Annotated[float, Field(ge=0, le=1)] = option(
         .37, 'share of the training in which the keep rate falls from 1', 'a share in [0, 1]', 'SHARE')
 

@@ -20,7 +20,7 @@ from ..errors import require
 from ..engine.channels import (NORMS, SITES, ChannelPlan, choose, plain_weights, prunable_layers,
                                          slice_model)
 from ..engine.slim import Policy, SlimViT
-from .base import SHARED, Epochs, Method, Positive, Trains, Whole, method, option
+from .base import PASSES, SHARED, Epochs, Method, Positive, Trains, Whole, method, option
 from ..core import PALETTE
 from ..train.objectives import penalty, plus, supervised
 from ..train.trainer import TrainConfig, fit, pick_accelerator
@@ -141,7 +141,7 @@ class VtpConfig(Trains):
     whole_heads: bool = option(False, 'attention outputs go by whole heads', 'true or false')
     sparse_epochs: Epochs = option(1.,
                                    'passes of training with gates; 100 in the paper; 0 ranks untrained ones',
-                                   'a number, 0 or more, and at most a million', 'EPOCHS')
+                                   PASSES, 'EPOCHS')
 
 @method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)',
         'Zhu et al., Vision Transformer Pruning, KDD workshop 2021', PALETTE['vermillion'])
