@@ -15,7 +15,7 @@ from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.engine.macs import cost_of
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.engine.plan import Plan, model_name, ramp_plan
-from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, Step
+from vitprune_nb.engine.policy import NormScore, Policy, RandomScore, SCORERS, Step
 from vitprune_nb.engine.channels import slice_model
 from vitprune_nb.vit.model import create_vit
 
@@ -264,6 +264,16 @@ def test_class_names_are_kept_and_matched(tmp_path):
     some.targets = np.asarray([{1: 0, 3: 1}[t] for t in some.targets])
     full = ds.subset([i for i, t in enumerate(ds.targets) if t in (1, 3)])
     assert evaluate(model, some)['correct'] == evaluate(model, full)['correct']
+
+
+@pytest.mark.parametrize('whose', ['the lesson', 'the package'])
+def test_a_lesson_that_defines_a_scorer_again_stops_no_one_from_saving(tmp_path, monkeypatch, whose):
+    "Either class may be in the register, and either in the model: in a notebook, and in every process that ran one."
+    again = type('NormScore', (NormScore,), dict(__module__='__main__'))
+    monkeypatch.setitem(SCORERS, 'norm', again if whose == 'the lesson' else NormScore)
+    model = SlimViT(make(), Policy({1: Step(score=(NormScore if whose == 'the lesson' else again)(), count=7)}))
+    x = pixels(model)
+    assert torch.equal(load_pruned(save_pruned(model, tmp_path/'m'))(x), model(x))
 
 
 def test_other_class_names_are_refused(tmp_path):

@@ -236,9 +236,9 @@ def _plan_of(file, vit)->Plan:
 
 # %% ../../nbs/2_engine/05b_store.ipynb #7e3adeb6
 def _same_class(m, n)->bool:
-    "One class; or one of a lesson's own and the one that it exports."
+    "One class; or a lesson's own and the one that it exports, whichever of them the register holds."
     a, b = type(m), type(n)
-    return a is b or (a.__module__ == '__main__' and a.__qualname__ == b.__qualname__)
+    return a is b or ('__main__' in (a.__module__, b.__module__) and a.__qualname__ == b.__qualname__)
 
 IGNORED = ('training', 'num_classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')   # no part of the function
 
