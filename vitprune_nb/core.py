@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'COLORS', 'check_seed', 'set_seed', 'fold_seed', 'check_model', 'pick_device', 'cpu_name', 'git_commit',
-           'environment', 'fast_dtype', 'autocast', 'progress', 'repo_root', 'data_path', 'load_methods']
+           'environment', 'fast_dtype', 'products_are_faster', 'written_out', 'autocast', 'progress', 'repo_root',
+           'data_path', 'load_methods']
 
 # %% ../nbs/6_reference/00_core.ipynb #f336f3ef
 import contextlib, functools, importlib, os, pkgutil, platform, random, subprocess, sys
@@ -100,16 +101,41 @@ def fast_dtype(device='cpu' # The device that computes
     native = device.type == 'cpu' and 'AVX512' in cpu and (has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported'))
     return torch.bfloat16 if native else torch.float32
 
+
+# %% ../nbs/6_reference/00_core.ipynb #c4a10002
+def products_are_faster(device, # The device that computes
+                        dtype,  # torch.float32 or torch.bfloat16
+                        )->bool:
+    "Is attention, written out as products, faster than PyTorch's fused kernel?"
+    return torch.device(device).type == 'cpu' and dtype == torch.bfloat16
+
+@contextlib.contextmanager
+def written_out(*models # ViTs with timm's attention layers; of anything else nothing changes
+                ):
+    "A context in which their attention layers compute the map, its softmax and its product with the values one by one."
+    found = (m for model in models if isinstance(model, torch.nn.Module) for m in model.modules())
+    layers = [(m, m.scale) for m in found if getattr(m, 'fused_attn', False) and hasattr(m, 'head_dim')]
+    for m, _ in layers: m.fused_attn, m.scale = False, m.head_dim**-.5   # the scale of the fused kernel
+    try: yield
+    finally:
+        for m, scale in layers: m.fused_attn, m.scale = True, scale
+
+@contextlib.contextmanager
+def _both(cast, models):
+    with cast, written_out(*models): yield
+
 def autocast(device='cpu',              # The device that computes
-             dtype:str|torch.dtype='auto' # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
-             ):
+             dtype:str|torch.dtype='auto', # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
+             *models):                  # What runs in it; its attention takes the faster kernel (`products_are_faster`)
     "A context in which matrix products run in `dtype`; float32 means no autocast at all."
     device = pick_device(device)
     names = dict(auto=fast_dtype(device), fp32=torch.float32, bf16=torch.bfloat16)
     if isinstance(dtype, str): dtype = names.get(dtype, dtype)
     require(isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16), 'dtype', dtype,
             "'auto', 'fp32' or 'bf16'")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+    return _both(cast, models) if products_are_faster(device, dtype) else cast
+
 
 # %% ../nbs/6_reference/00_core.ipynb #602ce555
 def progress(iterable=None, # Anything to loop over; None for a bar that is moved with `.update()`

@@ -61,7 +61,7 @@ def attention_map(attn, # timm's Attention
                   key_weight=None, # as for `attend`
                   ):    # (…, H, Nq, Nkv): rows that sum to 1
     "Softmax written out, each key's exponential times its weight."
-    logits = q @ k.transpose(-1, -2)*attn.scale
+    logits = q*attn.scale @ k.transpose(-1, -2)
     if bias is not None:
         logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias
     if key_weight is None: return logits.softmax(-1)

@@ -155,8 +155,7 @@ class SlicedAttention(Attention):
     "timm's attention for a `SlicedQKV` (VTP, section 2.2), without the copy that joins q, k and v."
     def forward(self, x,   # (B, N, channels that `qkv` reads)
                 attn_mask=None, is_causal=False): # As in timm; returns (B, N, D)
-        if is_causal or not self.fused_attn:   # unfused, `attn_drop` is called, and may be watched
-            return super().forward(x, attn_mask, **(dict(is_causal=True) if is_causal else {}))   # timm before 1.0.26 has no is_causal
+        if is_causal: return super().forward(x, attn_mask, is_causal=True)
         return attend(self, x, x, attn_mask)
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #8e045e0e

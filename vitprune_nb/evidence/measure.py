@@ -13,7 +13,7 @@ import contextlib, os, time
 import numpy as np
 import scipy
 import torch
-from ..core import autocast, check_seed, fast_dtype, pick_device, progress
+from ..core import autocast, check_seed, fast_dtype, pick_device, products_are_faster, progress, written_out
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #6b0cc881
@@ -119,8 +119,10 @@ def bench(models:dict,       # {name: module or function of x}
     training = {n: m.training for n, m in modules.items()}
     for m in modules.values(): m.eval().to(device)
     try:
-        cast = dtype if x.dtype == torch.float32 else 'fp32'
-        with num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, cast):
+        cast, nets = dtype if x.dtype == torch.float32 else 'fp32', list(modules.values())
+        by_hand = nets if products_are_faster(device, x.dtype) else []
+        with (num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, cast, *nets),
+              written_out(*by_hand)):
             times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock),
                                warmup, repeats)
     finally:

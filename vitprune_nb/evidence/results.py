@@ -316,7 +316,7 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
     model.eval().to(device)
-    with autocast(device, dtype):
+    with autocast(device, dtype, model):
         right = [classes_of(logits_of(model, x.to(device))) == y
                  for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
     model.train(was_training)

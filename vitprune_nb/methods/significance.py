@@ -12,7 +12,7 @@ import contextlib, itertools, math
 
 # %% ../../nbs/3_methods/10_significance.ipynb #801018ba
 import torch
-from ..core import fold_seed, pick_device, progress
+from ..core import fold_seed, pick_device, progress, written_out
 from ..errors import require
 from ..data import ImageSet, check_set, data_config, eval_transform, loader
 from ..vit.model import Captured, standard_blocks
@@ -187,18 +187,15 @@ def capture_once(model # A timm VisionTransformer of standard blocks
                  ):    # Yields a `Captured`
     "Like `vit.capture`, for when every map is needed: attention runs unfused, and its own softmax is what is kept."
     cap, blocks, handles = Captured(), standard_blocks(model), []
-    old = [(b.attn, b.attn.fused_attn, b.attn.scale) for b in blocks]
     def on_start(_, args): cap.clear(); cap.tokens.append(args[0])
     def on_end(_, args, out): cap.tokens.append(out)
     try:
         handles += [blocks[0].register_forward_pre_hook(on_start)]
         for b in blocks:
-            if b.attn.fused_attn: b.attn.fused_attn, b.attn.scale = False, b.attn.head_dim**-.5   # the scale that the fused kernel uses
             handles += [b.attn.attn_drop.register_forward_pre_hook(lambda _, args: cap.attention.append(args[0])), b.register_forward_hook(on_end)]
-        yield cap
+        with written_out(model): yield cap
     finally:
         for h in handles: h.remove()
-        for attn, fused, scale in old: attn.fused_attn, attn.scale = fused, scale
 
 # %% ../../nbs/3_methods/10_significance.ipynb #ea84f1d7
 def capture_scores(cap,       # A filled `Captured`

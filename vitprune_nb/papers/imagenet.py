@@ -233,7 +233,7 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
     "What the head sees of each image: the CLS token after the last norm."
     device = pick_device(device)
     net.eval().to(device)
-    with autocast(device, dtype):
+    with autocast(device, dtype, net):
         parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu()
                  for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
     return torch.cat(parts)

@@ -152,7 +152,7 @@ def one_block_answers(s:Subject,  # Model and images
     whole."""
     right, n = {k: [] for k in ('dense', *cases)}, len(standard_blocks(s.model))
     for t, _ in cases.values(): require(0 <= t < n, 'block', t, f'a block index, 0 to {n - 1}')
-    with autocast(s.device, s.dtype), capture(s.model, attention=False) as cap:
+    with autocast(s.device, s.dtype, s.model), capture(s.model, attention=False) as cap:
         for x, y in progress(loader(s.ds, s.batch_size), 'one block', unit='batch'):
             right['dense'].append(classes_of(s.model(x.to(s.device))) == y)
             tokens = list(cap.tokens)                     # blocks that run below do not disturb these

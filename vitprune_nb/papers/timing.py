@@ -232,11 +232,11 @@ def _apart(session):
 def _peak(net, x, case):
     "Bytes, or None where the device cannot tell."
     if pick_device(case.device).type not in ('cpu', 'cuda'): return None
-    with autocast(case.device, case.dtype): return peak_memory(lambda: net(x), case.device)
+    with autocast(case.device, case.dtype, net): return peak_memory(lambda: net(x), case.device)
 
 def _faults(net, x, case):
     if pick_device(case.device).type != 'cpu': return None
-    with autocast(case.device, case.dtype), torch.inference_mode(): return page_faults(lambda: net(x))
+    with autocast(case.device, case.dtype, net), torch.inference_mode(): return page_faults(lambda: net(x))
 
 # %% ../../nbs/4_evidence/32_timing.ipynb #46cffd6a
 def time_case(case:Case,      # What to time

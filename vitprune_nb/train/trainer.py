@@ -376,9 +376,9 @@ class Trainer:
     def see(self, images, labels)->Seen:
         "One forward pass of the model, and one of the teacher: what the objective is called with."
         x, mixed = (images, None) if self.mix is None else self.mix(images, labels)
-        place, decisions = dict(device=self.acc.device, dtype=self.cfg.dtype), []
+        place, decisions = (self.acc.device, self.cfg.dtype), []
         watched = {'tokens', 'decisions'} & set(self.needs) and _records(self.plain)
-        with _outputs(_vit(self.plain), 'tokens' in self.needs) as tokens, autocast(**place):
+        with _outputs(_vit(self.plain), 'tokens' in self.needs) as tokens, autocast(*place, self.plain):
             output = self.model(x, **(dict(record=decisions) if watched else {}))
         seen = Seen(x, labels, output, self.plain, self.cfg, mixed, decisions=decisions, step=self.step,
                     progress=self.step/self.batches.steps, epoch=self.step/self.batches.per_epoch)
@@ -387,7 +387,7 @@ class Trainer:
         if tokens and in_place: seen.present = _present(decisions, tokens[-1].shape[1])
         if self.teacher is None: return seen
         asked = 'teacher_tokens' in self.needs
-        with torch.no_grad(), _outputs(_vit(self.teacher), asked) as tokens, autocast(**place):
+        with torch.no_grad(), _outputs(_vit(self.teacher), asked) as tokens, autocast(*place, self.teacher):
             seen.teacher_logits = self.teacher(x).float()
         if tokens: seen.teacher_tokens = tokens[-1].float()
         return seen

@@ -422,7 +422,7 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
     was_training = model.training
     model.eval().to(device)
     correct, start = 0, time.perf_counter()
-    with autocast(device, dtype):
+    with autocast(device, dtype, model):
         for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
             correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
     model.train(was_training)

@@ -70,7 +70,7 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     rows, first = [], 0
     model.eval().to(device)
-    with autocast(device, dtype), capture(model, attention=False) as cap:
+    with autocast(device, dtype, model), capture(model, attention=False) as cap:
         for x, _ in progress(loader(ds, batch_size), 'similarity', unit='batch'):
             model(x.to(device))
             means = _layer_means(cap.tokens, model.num_prefix_tokens)
