@@ -65,11 +65,14 @@ def engine_block():
     "What share of the saved MACs becomes saved time, from data/results/engine.csv."
     from vitprune_nb.evidence.results import markdown_table, read_rows
     rows = read_rows(ROWS.with_name('engine.csv'))
-    dense = next(r for r in rows if r['method'] == 'dense')
-    saved = lambda r, key: 1 - r[key]/dense[key]
-    columns = {'mode': 'method', 'MACs saved': lambda r: f"{saved(r, 'macs'):.1%}", 'time saved': lambda r: f"{saved(r, 'latency_ms'):.1%}",
-               'time saved / MACs saved': lambda r: f"{saved(r, 'latency_ms')/saved(r, 'macs'):.2f}", 'speed-up': lambda r: f"{dense['latency_ms']/r['latency_ms']:.2f}"}
-    return markdown_table([r for r in rows if r is not dense], columns) + f'\n\nBatch {dense["batch"]}, {dense["dtype"]}, {dense["threads"]} threads, {dense["device_name"]}.'
+    dense = {r['dtype']: r for r in rows if r['method'] == 'dense'}
+    ratio = lambda r, key: r[key]/dense[r['dtype']][key]
+    columns = {'mode': 'method', 'dtype': 'dtype', 'MACs saved': lambda r: f"{1 - ratio(r, 'macs'):.1%}",
+               'time saved': lambda r: f"{1 - ratio(r, 'latency_ms'):.1%}",
+               'time saved / MACs saved': lambda r: f"{(1 - ratio(r, 'latency_ms'))/(1 - ratio(r, 'macs')):.2f}",
+               'speed-up': lambda r: f"{1/ratio(r, 'latency_ms'):.2f}"}
+    table, first = markdown_table([r for r in rows if r['method'] != 'dense'], columns), rows[0]
+    return f'{table}\n\nBatch {first["batch"]}, {first["threads"]} threads, {first["device_name"]}.'
 
 
 def _with_note(row): return dict(row, **row['note'])
