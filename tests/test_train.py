@@ -199,10 +199,10 @@ class TermByTerm(Trainer):
     def losses(self, x, y):
         mix, criterion = loss_and_targets(self.cfg, self.plain.num_classes)
         x, target = (x, y) if mix is None else mix(x, y)
-        with autocast(self.acc.device, self.cfg.dtype): logits = self.model(x)
+        with autocast(self.acc.device, self.cfg.dtype, self.model): logits = self.model(x)
         loss = criterion(logits.float(), target)
         if self.teacher is not None:
-            with torch.no_grad(), autocast(self.acc.device, self.cfg.dtype): t = self.teacher(x)
+            with torch.no_grad(), autocast(self.acc.device, self.cfg.dtype, self.teacher): t = self.teacher(x)
             loss = (1 - self.cfg.distill)*loss + self.cfg.distill*distillation(logits.float(), t.float(), self.cfg.temperature)
         return dict(loss=loss if self.extra_loss is None else loss + self.extra_loss(self.plain))
 
