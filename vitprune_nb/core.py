@@ -98,7 +98,8 @@ def fast_dtype(device='cpu' # The device that computes
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, 'cpu') else ''
     has = lambda f: bool(getattr(torch.cpu, f, lambda: False)())
-    native = device.type == 'cpu' and 'AVX512' in cpu and (has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported'))
+    multiplies = has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported')
+    native = device.type == 'cpu' and 'AVX512' in cpu and multiplies
     return torch.bfloat16 if native else torch.float32
 
 
@@ -112,7 +113,7 @@ def products_are_faster(device, # The device that computes
 @contextlib.contextmanager
 def written_out(*models # ViTs with timm's attention layers; of anything else nothing changes
                 ):
-    "A context in which their attention layers compute the map, its softmax and its product with the values one by one."
+    "A context in which their attention layers compute the map, its softmax and the product with the values."
     found = (m for model in models if isinstance(model, torch.nn.Module) for m in model.modules())
     layers = [(m, m.scale) for m in found if getattr(m, 'fused_attn', False) and hasattr(m, 'head_dim')]
     for m, _ in layers: m.fused_attn, m.scale = False, m.head_dim**-.5   # the scale of the fused kernel
@@ -126,7 +127,7 @@ def _both(cast, models):
 
 def autocast(device='cpu',              # The device that computes
              dtype:str|torch.dtype='auto', # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
-             *models):                  # What runs in it; its attention takes the faster kernel (`products_are_faster`)
+             *models):                  # What runs in it, with the kernel that is faster (`products_are_faster`)
     "A context in which matrix products run in `dtype`; float32 means no autocast at all."
     device = pick_device(device)
     names = dict(auto=fast_dtype(device), fp32=torch.float32, bf16=torch.bfloat16)

@@ -13,7 +13,8 @@ import contextlib, os, time
 import numpy as np
 import scipy
 import torch
-from ..core import autocast, check_seed, fast_dtype, pick_device, products_are_faster, progress, written_out
+from ..core import (autocast, check_seed, fast_dtype, pick_device, products_are_faster, progress,
+                              written_out)
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #6b0cc881
