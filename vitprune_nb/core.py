@@ -127,7 +127,7 @@ def _both(cast, models):
 
 def autocast(device='cpu',              # The device that computes
              dtype:str|torch.dtype='auto', # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
-             *models):                  # What runs in it, with the kernel that is faster (`products_are_faster`)
+             *models):                  # What runs in it, with the faster kernel (`products_are_faster`)
     "A context in which matrix products run in `dtype`; float32 means no autocast at all."
     device = pick_device(device)
     names = dict(auto=fast_dtype(device), fp32=torch.float32, bf16=torch.bfloat16)
