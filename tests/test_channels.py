@@ -261,7 +261,7 @@ def test_tables_from_an_image_folder(tmp_path):
     "ImageNet-100 in small: some of the classes of an ImageFolder tree, trained with the paper's augmentation, pruned at two rates, fine-tuned."
     from vitprune_nb.papers.channel_tables import channel_table, paper_run
     from vitprune_nb.data import class_subset, load_data
-    from vitprune_nb.train.trainer import TrainConfig
+    from vitprune_nb.train.recipe import TrainConfig
     images_folder(tmp_path/'tree')
     train, test = (class_subset(load_data(tmp_path/'tree', s), 10) for s in ('train', 'test'))
     assert [len(train.classes), len(train), len(test)] == [10, 40, 40]

@@ -14,7 +14,8 @@ from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods.base import METHODS, prune
 from vitprune_nb.methods.dynamicvit import (KeepPredictor, dynamic_objective, dynamic_policy, dynamic_recipe, make_predictors,
                                             quarter_stages, stage_counts)
-from vitprune_nb.train.trainer import Trainer, make_optimizer
+from vitprune_nb.train.recipe import make_optimizer
+from vitprune_nb.train.trainer import Trainer
 from vitprune_nb.vit.model import create_vit
 
 QUICK = dict(keep_rate=.5, predictor_epochs=.1, joint_epochs=.1, batch_size=16, dtype='fp32')

@@ -391,7 +391,8 @@ def test_two_in_one_folder(tmp_path, toml, capsys, case):
 
 def small_training(out):
     from vitprune_nb.data import calibration, embedded
-    from vitprune_nb.train.trainer import TrainConfig, fit
+    from vitprune_nb.train.recipe import TrainConfig
+    from vitprune_nb.train.trainer import fit
     from vitprune_nb.vit.model import create_vit
     model = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=10)
     return fit(model, calibration(embedded('train'), 10), TrainConfig(epochs=1, batch_size=10, dtype='fp32'), out=out)

@@ -13,13 +13,14 @@ from vitprune_nb.errors import VitpruneError
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.evidence.dense import train_dense
 from vitprune_nb.train.objectives import penalty, plus, supervised
-from vitprune_nb.train.trainer import frozen
+from vitprune_nb.train.recipe import frozen
 from vitprune_nb.methods.life import life_plan
 from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.methods.base import prune, recover
 from vitprune_nb.engine.channels import choose, slice_model
-from vitprune_nb.train.trainer import TrainConfig, Trainer, fit, load_checkpoint, pick_accelerator
+from vitprune_nb.train.recipe import TrainConfig
+from vitprune_nb.train.trainer import Trainer, fit, load_checkpoint, pick_accelerator
 from vitprune_nb.vit.model import create_vit
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -14,8 +14,8 @@ from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.train.course import train_course
 from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
                                           supervised, token_mse)
-from vitprune_nb.train.trainer import (Log, Phase, TrainConfig, Trainer, fit, frozen, load_checkpoint, make_optimizer, read_log,
-                                       run_phases, save_checkpoint)
+from vitprune_nb.train.recipe import TrainConfig, frozen, make_optimizer
+from vitprune_nb.train.trainer import Log, Phase, Trainer, fit, load_checkpoint, read_log, run_phases, save_checkpoint
 from vitprune_nb.vit.model import create_vit
 
 SCRIPT = 'train_script.py'

@@ -12,7 +12,8 @@ from vitprune_nb.core import set_seed
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.engine.policy import ClsAttention, Policy, Step
 from vitprune_nb.engine.slim import SlimViT
-from vitprune_nb.train.trainer import TrainConfig, fit
+from vitprune_nb.train.recipe import TrainConfig
+from vitprune_nb.train.trainer import fit
 from vitprune_nb.vit.model import create_vit
 
 RANDOM = dict(epochs=4, batch_size=16, lr=2e-3, augment='light', mixup=.8, cutmix=1., patch_drop=(.5, 0), drop_path=.1, ema=.9, clip_grad=.5,

@@ -22,7 +22,7 @@ from .errors import is_number, path_of, refuse, require
 from .files import check_output, sha256, sweep, write_atomic, writing
 from .methods.base import METHODS, read_options, training_epochs
 from .evidence.results import append_rows, read_rows, typed_row
-from .train.trainer import TrainConfig
+from .train.recipe import TrainConfig
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #d8bef6fb
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ from .engine.macs import cost_of
 from .engine.store import load_pruned, save_pruned
 from .evidence.report import read_pairs, write_report
 from .evidence.results import answers, make_row, paired_difference
-from .train.trainer import Batches, TrainConfig, fit, pick_accelerator
+from .train.recipe import Batches, TrainConfig
+from .train.trainer import fit, pick_accelerator
 from .vit.model import COURSE, course_model, create_vit, find_weights, load_weights, model_kwargs, wilson_interval
 
 # %% ../nbs/6_reference/26_run.ipynb #e579a189

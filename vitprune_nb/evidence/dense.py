@@ -17,7 +17,8 @@ from ..vit.cost import model_macs, model_params
 from ..data import calibration, load_data
 from .measure import dtype_name
 from .results import answers, append_rows, make_row, paired_difference, read_rows
-from ..train.trainer import TrainConfig, fit, pick_accelerator
+from ..train.recipe import TrainConfig
+from ..train.trainer import fit, pick_accelerator
 from ..vit.model import create_vit, load_weights, wilson_interval
 
 # %% ../../nbs/6_reference/29_dense.ipynb #046ddaf4

@@ -25,7 +25,8 @@ from ..engine.slim import SlimViT, freeze_choices
 from ..engine.store import load_pruned, save_pruned
 from ..errors import VitpruneError, refuse, require
 from ..files import read_json, write_atomic
-from ..train.trainer import TrainConfig, fit, frozen, pick_accelerator, same_random_after
+from ..train.recipe import TrainConfig, frozen
+from ..train.trainer import fit, pick_accelerator, same_random_after
 from ..vit.cost import meet_budget, tolerance_of
 from ..vit.model import standard_blocks
 

@@ -21,7 +21,7 @@ from ..errors import is_whole, require
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
                                       method, option)
 from ..train.objectives import kl_to_teacher, plus, ratio_loss, supervised, token_mse
-from ..train.trainer import TrainConfig
+from ..train.recipe import TrainConfig
 
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150000c
 @register_scorer('dynamicvit')

@@ -18,7 +18,7 @@ from ..engine.slim import SlimViT
 from ..errors import require
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
                                       method, option)
-from ..train.trainer import TrainConfig
+from ..train.recipe import TrainConfig
 
 # %% ../../nbs/3_methods/16_evit.ipynb #16e0000b
 @register_fate('attention_sum')

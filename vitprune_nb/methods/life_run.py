@@ -17,7 +17,8 @@ from ..engine.slim import Scorer, SlimViT, Tokens
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Positive, Rate, Trains,
                                       method, option)
 from .life import life_plan
-from ..train.trainer import Phase, TrainConfig, run_phases
+from ..train.recipe import TrainConfig
+from ..train.trainer import Phase, run_phases
 from ..core import PALETTE
 
 # %% ../../nbs/3_methods/13b_life_run.ipynb #dbc75e49

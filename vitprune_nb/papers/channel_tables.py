@@ -24,7 +24,8 @@ from ..evidence.measure import bench, time_reduction
 from ..engine.plan import weights_hash
 from ..evidence.results import append_rows, make_row, read_rows, settings
 from ..engine.channels import padding_macs, plan_cost, slice_model, widths_cost
-from ..train.trainer import TrainConfig, fit
+from ..train.recipe import TrainConfig
+from ..train.trainer import fit
 from ..vit.model import course_model, create_vit, evaluate
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #0227a28f

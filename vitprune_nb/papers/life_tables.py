@@ -18,7 +18,7 @@ from ..errors import require
 from ..files import write_atomic
 from ..engine.slim import SlimViT
 from ..methods.life import LifeScore, life_plan
-from ..train.trainer import frozen
+from ..train.recipe import frozen
 from ..methods.life_run import life_recipe
 from ..engine.macs import macs_of
 from ..methods.base import prune

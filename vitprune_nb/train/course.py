@@ -17,7 +17,8 @@ from ..core import environment, set_seed
 from ..errors import require
 from ..files import MARK, check_ours, check_output, claim, only_one, sha256, sweep, write_atomic
 from ..data import calibration, data_config, eval_transform, load_data
-from .trainer import Log, TrainConfig, fit, load_checkpoint, pick_accelerator, read_log
+from .recipe import TrainConfig
+from .trainer import Log, fit, load_checkpoint, pick_accelerator, read_log
 from ..vit.model import COURSE, create_vit, evaluate
 
 # %% ../../nbs/6_reference/20b_course.ipynb #dcae5859
