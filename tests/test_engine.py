@@ -274,6 +274,16 @@ def test_policies_with_views_agree(model, images, at, needs):
     check_policy(model, Policy({1: Step(at, score=Sees(needs), threshold=cut), 3: Step(at, 'idle', score=Sees(needs), threshold=cut)}), images)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('at', POINTS)
+def test_a_scorer_is_handed_the_block_that_it_decides_for(model, images, at):
+    for mode in MODES:
+        score = Sees('keys')
+        steps = {1: Step(at, 'idle', score=score, count=9), 2: Step(at, 'fuse' if at != 'queries' else 'remove', score=score, count=5), 3: Step(at, score=score, count=2)}
+        SlimViT(model, Policy(steps), mode).eval()(images)
+        assert [t.block for t in score.saw] == [1, 2, 3] and all(t.layer is model.blocks[t.block] for t in score.saw), mode
+
+
 def test_views_that_cannot_be_had_are_refused(model):
     with pytest.raises(VitpruneError, match="'middle' for the scorer Sees"): SlimViT(model, Policy({0: Step(score=Sees('keys'), count=3)}))
     with pytest.raises(VitpruneError, match='needs: got .*rows'): SlimViT(model, Policy({1: Step(score=Sees(('rows',)), count=3)}))

@@ -44,13 +44,15 @@ class Stream:
         self.kept = None       # (B, n): product of all soft decisions
         self.views = {}        # {name: (B, n, …)} of the attention that was computed last
         self.look = ()         # names of views that the block's attention shall show
+        self.layer = None      # the block that is run
         self.frozen = None     # (B, N, D) last values of halted tokens, and (B, N) which they are
 
     def tokens(self, i):
         "What a scorer sees in block i."
         cls, keys, sums = (self.views.get(name) for name in ('cls_row', 'keys', 'column_sums'))
         cls, keys = (None if v is None else v.transpose(1, 2) for v in (cls, keys))
-        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, cls, keys, sums, self.kept)
+        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, cls, keys, sums, self.kept,
+                      self.layer)
 
     def there(self): return torch.ones_like(self.pos, dtype=torch.bool) if self.present is None else self.present
 
@@ -219,7 +221,7 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
     s = MODES[mode](x, n_prefix, sized, training and mode == 'mask', static, trace, least, record, shared_orders(steps))
     if layers is not None: layers.start(x)
     for i, block in enumerate(blocks):
-        s.look, s.next = views_at(steps, i), steps_of(steps, i + 1)
+        s.look, s.next, s.layer = views_at(steps, i), steps_of(steps, i + 1), block
         _run_block(s, i, block, steps_of(steps, i))
         if layers is not None: layers.add(s)
     return s.result()
@@ -480,6 +482,7 @@ class Packed(Sparse):
     def padded(self):
         "The same tokens as a stream of mode 'mask'."
         v, n = self.view, torch.tensor(self.lens, device=self.x.device)
+        v.layer = self.layer
         v.x, v.pos, v.size = (_pad(t, self.lens, fill) for t, fill in ((self.x, 0), (self.pos, -2), (self.size, 0)))
         v.views = {name: _pad(t, self.lens, 0) for name, t in self.views.items()}
         equal = len(set(self.lens)) == 1

@@ -104,6 +104,7 @@ class Tokens:
     keys: torch.Tensor|None = None        # (B, H, n, d), likewise
     column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads, likewise
     kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1
+    layer: nn.Module|None = None          # the block itself, for scorers that ask what its own weights would do
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #7186c384
@@ -123,6 +124,10 @@ class Scorer(nn.Module):
         """Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix tokens; `needs` is
         not among them."""
         return 0.
+
+    def macs_in(self, layer, n:float, n_prefix:int=1)->float:
+        "The same in the block `layer`, for a scorer that computes with the block's own weights."
+        return self.macs(n, block_widths(layer).out, n_prefix)
 
     def key_weight(self, t:Tokens):
         """In training, in mode 'mask': (B, n) weights that multiply exp(logit) of each key in this block, with gradient.
@@ -347,7 +352,7 @@ def decision_macs(policy:Policy,  # What decides
         if not some: n = used[1]
         for s in some:
             if s.at != 'before': n = used[1]
-            if s.score is not None: total += s.score.macs(n - n_prefix, w.out, n_prefix)
+            if s.score is not None: total += s.score.macs_in(blocks[i], n - n_prefix, n_prefix)
             total += s.fate.macs(n, w.out)
             n = s.fate.after(s.at, used, n)
         if views_at(policy.steps, i) & {'cls_row', 'column_sums'} == {'cls_row'}: total += used[1]*w.qk
