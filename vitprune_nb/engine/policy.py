@@ -104,7 +104,7 @@ class Tokens:
     keys: torch.Tensor|None = None        # (B, H, n, d), likewise
     column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads, likewise
     kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1
-    layer: nn.Module|None = None          # the block itself, for scorers that ask what its own weights would do
+    layer: nn.Module|None = None          # the block itself, for scorers that use its weights
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #7186c384
