@@ -161,7 +161,7 @@ def test_a_score_that_nobody_knows(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('needs', [('cls_row',), ('keys',), ('column_sums',), ('cls_row', 'keys'), ('cls_row', 'column_sums')])
+@pytest.mark.parametrize('needs', [('cls_row',), ('keys',), ('values',), ('column_sums',), ('cls_row', 'keys'), ('cls_row', 'column_sums')])
 @pytest.mark.parametrize('first', ['before', 'queries', 'middle'])
 def test_views_cost_what_is_counted(name, needs, first):
     "In the middle of a block from its own attention, before a block from the one before; shared where two steps want the same."

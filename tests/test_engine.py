@@ -224,13 +224,14 @@ class Sees(Scorer):
     def forward(self, t):
         self.saw.append(t)
         if t.cls_row is not None: return t.cls_row.mean(1)
-        return t.column_sums if t.column_sums is not None else t.keys.norm(dim=-1).mean(1)
+        if t.column_sums is not None: return t.column_sums
+        return (t.keys if t.values is None else t.values).norm(dim=-1).mean(1)
 
 
 def first_images(t, n):
     "Views of the first image at the places of its tokens: {view: (n, …)}."
     there = t.present[0] if t.present is not None else torch.ones_like(t.pos[0], dtype=torch.bool)
-    views = dict(cls_row=t.cls_row[0].mT, keys=t.keys[0].transpose(0, 1), column_sums=t.column_sums[0])
+    views = dict(cls_row=t.cls_row[0].mT, keys=t.keys[0].transpose(0, 1), values=t.values[0].transpose(0, 1), column_sums=t.column_sums[0])
     some = there & (t.pos[0] >= 0)
     return {k: v.new_zeros(n, *v.shape[1:]).index_put((t.pos[0][some],), v[some]) for k, v in views.items()}
 
@@ -245,7 +246,7 @@ def test_views_are_the_same_in_all_modes(name, at, early, where, images):
     net, seen = kind(name), {}
     n = net.num_prefix_tokens + P
     for mode in MODES:
-        score = Sees(('cls_row', 'keys', 'column_sums'))
+        score = Sees(('cls_row', 'keys', 'values', 'column_sums'))
         SlimViT(net, Policy({1: Step(at, early, keep=(1, 4, 9, 12, 14)), 2: Step(where, score=score, count=2)}), mode).eval()(images)
         seen[mode] = first_images(score.saw[0], n)
     for mode in ('gather', 'packed'):
@@ -264,7 +265,7 @@ def test_views_of_a_dense_block_are_those_of_its_map(model, images, at):
         torch.testing.assert_close(score.saw[0].column_sums, rows.mean(1).sum(1), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('needs', ['cls_row', ('keys',), ('column_sums', 'keys')])
+@pytest.mark.parametrize('needs', ['cls_row', ('keys',), 'values', ('column_sums', 'keys')])
 @pytest.mark.parametrize('at', POINTS)
 def test_policies_with_views_agree(model, images, at, needs):
     check_policy(model, Policy({1: Step(at, 'fuse', score=Sees(needs), count=9), 2: Step(at, 'merge', score=Sees(needs), count=5), 3: Step(at, score=Sees(needs), count=2)}), images)

@@ -71,7 +71,7 @@ def attention_map(attn, # timm's Attention
 
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #6e7b2032
-VIEWS = ('cls_row', 'keys', 'column_sums')
+VIEWS = ('cls_row', 'keys', 'values', 'column_sums')
 
 class Views:
     "What scorers see of an attention: filled in while it is computed, without another projection."
@@ -84,12 +84,11 @@ class Views:
         "Is the map of all queries needed?"
         return 'column_sums' in self.names
 
-    def read(self, attn, q, k, bias=None, # as for `attention_map`
+    def read(self, attn, q, k, v, bias=None, # as for `attention_map`
              rows=None, # the map, where it is known
-             )->dict:   # token by token: `cls_row` (…, Nkv, H), `keys` (…, Nkv, H, d), `column_sums` (…, Nkv)
+             )->dict:   # token by token: `cls_row` (…, Nkv, H), `keys` and `values` (…, Nkv, H, d), `column_sums` (…, Nkv)
         "What is seen, by name."
-        out = {}
-        if 'keys' in self.names: out['keys'] = k.transpose(-2, -3)
+        out = {name: t.transpose(-2, -3) for name, t in (('keys', k), ('values', v)) if name in self.names}
         if 'cls_row' in self.names:
             first = attention_map(attn, q[..., :1, :], k, bias) if rows is None else rows
             out['cls_row'] = first[..., 0, :].transpose(-1, -2)
@@ -116,7 +115,7 @@ def attend(attn,            # timm's Attention
     else:
         rows = attention_map(attn, q, k, bias, key_weight)
         out = attn.attn_drop(rows) @ v                                       # `attn_drop` sees the map, as in timm
-    if views: views.seen = views.read(attn, q, k, bias, rows)
+    if views: views.seen = views.read(attn, q, k, v, bias, rows)
     return _finish(attn, out.transpose(-2, -3).flatten(-2), xq)
 
 def spare_self(kept # (B, n) in [0, 1]: how much of each token is left
@@ -233,7 +232,7 @@ def ragged_attention(attn, # timm's Attention
         if not views: return _image_attention(q, k, v, bias, attn.scale)
         added = None if bias is None else bias[0]
         rows = attention_map(attn, q, k, added) if views.whole else None
-        seen.append(views.read(attn, q, k, added, rows))
+        seen.append(views.read(attn, q, k, v, added, rows))
         return _image_attention(q, k, v, bias, attn.scale) if rows is None else (rows @ v).transpose(0, 1)
     each = (image(*parts) for parts in zip(q, k, v.split(kvlens, 1), bias, strict=True))   # (n, H, d)
     if torch.is_grad_enabled(): joined = torch.cat(list(each))

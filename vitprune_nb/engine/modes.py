@@ -49,10 +49,8 @@ class Stream:
 
     def tokens(self, i):
         "What a scorer sees in block i."
-        cls, keys, sums = (self.views.get(name) for name in ('cls_row', 'keys', 'column_sums'))
-        cls, keys = (None if v is None else v.transpose(1, 2) for v in (cls, keys))
-        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, cls, keys, sums, self.kept,
-                      self.layer)
+        views = {name: v if name == 'column_sums' else v.transpose(1, 2) for name, v in self.views.items()}
+        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, kept=self.kept, layer=self.layer, **views)
 
     def there(self): return torch.ones_like(self.pos, dtype=torch.bool) if self.present is None else self.present
 
@@ -276,7 +274,9 @@ class Mask(Stream):
         self.views = {}
         out = attn_branch(block, self.x, bias=bias, key_weight=weight, views=views)
         if views: self.views = views.seen
-        if keys is not None and 'keys' in self.views: self.views['keys'] = self.views['keys']*keys[..., None, None]
+        if keys is not None:
+            absent = {name: self.views[name]*keys[..., None, None] for name in ('keys', 'values') if name in self.views}
+            self.views = self.views | absent
         return out
 
     def run(self, i, block, steps):

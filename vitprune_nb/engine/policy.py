@@ -102,6 +102,7 @@ class Tokens:
     memory: dict               # lives for one forward pass; scorers may leave notes for later blocks
     cls_row: torch.Tensor|None = None     # (B, H, n) attention of CLS, for scorers whose `needs` name it
     keys: torch.Tensor|None = None        # (B, H, n, d), likewise
+    values: torch.Tensor|None = None      # (B, H, n, d), likewise
     column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads, likewise
     kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1
     layer: nn.Module|None = None          # the block itself, for scorers that use its weights
