@@ -23,9 +23,9 @@ def error_bound(attn:list,    # Maps (H, N, N) of the blocks behind the loss, in
                 masks,        # (blocks, N), 1 for the tokens that each of them computes
                 lost,         # (N,) lengths of what pruning took from the tokens before
                 lipschitz:float=1., # C of what stands behind the heads
-                own:float=0., # What a computed token keeps of its own difference: 0 without shortcut, 1 with one
+                own:float=0., # What a computed token keeps of its own: 0 without shortcut, 1 with one
                 )->torch.Tensor: # (N,) float64: no token behind the last block differs by more
-    "Lengths taken through the blocks: patch slimming's equations 7 to 9 for several heads and any Lipschitz block."
+    "Equations 7 to 9 of patch slimming, for unlike heads and any Lipschitz block."
     e = torch.as_tensor(lost).double()
     for P, w, m in zip(attn, gains, masks, strict=True):
         reach = lipschitz*torch.einsum('h,hij,j->i', w.double(), P.double(), e)
