@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT/'vitprune_nb'
 FLOORS = [['errors'], ['files'], ['core'], ['data', 'viz'], ['vit'], ['engine'], ['train'], ['evidence'], ['methods'],
-          ['experiment', 'deploy', 'demo', 'papers'], ['run'], ['cli']]   # from the ground up
+          ['experiment', 'deploy', 'demo', 'gallery', 'papers'], ['run'], ['cli']]   # from the ground up
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FAMILY = dict(significance='patch_slimming', baselines='patch_slimming', life_run='life')   # files that belong to another one's method
 

@@ -17,7 +17,7 @@ from .core import data_path
 from .data import data_config, eval_transform, open_image
 from .engine.macs import macs_of
 from .engine.slim import SlimViT
-from .errors import refuse, require
+from .errors import is_number, refuse, require
 from .methods.evit import EvitPlan, evit_stages
 from .vit.cost import model_macs
 from .viz import as_image, show_image, show_kept, style
@@ -54,6 +54,7 @@ def look(model,          # A timm ViT with a class token; it stays as it is
          )->Look:
     "Prune as EViT does, without any training, and look at one picture."
     slim = SlimViT(model)
+    require(is_number(keep_rate) and 0 < keep_rate <= 1, 'keep_rate', keep_rate, 'a number in (0, 1]')
     plan = EvitPlan(math.prod(slim.grid), keep_rate, evit_stages(len(model.blocks)))
     slim = SlimViT(model, plan.policy(score)).eval()
     x = eval_transform(data_config(model))(photo(image))[None].to(next(model.parameters()).device)
@@ -139,5 +140,4 @@ def show_gallery(model, # A timm ViT with a class token, at 224 px, say
         x = eval_transform(data_config(model))(im)[None].to(next(model.parameters()).device)
         with torch.inference_mode(): groups = groups_of(slim, x)[0, -1, slim.backbone.n_prefix:]
         show_image(paint_groups(im, groups), f'{len(groups.unique())} groups', row[4])
-    figure.tight_layout()
     return figure
