@@ -87,7 +87,8 @@ def execute(path, slow=False):
     for c in nb.cells:
         if c.cell_type == 'code' and FLAGGED.search(c.source) and not (slow and SLOW.search(c.source)): c.metadata['tags'] = ['flagged']
     NotebookClient(nb, timeout=None if slow else 900, kernel_name='python3', resources=dict(metadata=dict(path=path.parent)),
-                   skip_cells_with_tag='flagged', coalesce_streams=True).execute()
+                   skip_cells_with_tag='flagged', coalesce_streams=True,
+                   store_widget_state=False).execute()
     for c in nb.cells:
         c.metadata.pop('tags', None)
         if 'outputs' in c: c.outputs = [o for o in c.outputs if o.output_type != 'stream' or o.text.strip()]   # a bar leaves blanks where it was

@@ -43,7 +43,8 @@ def test_pictures_of_all_shapes(tmp_path):
 
 def test_a_picture_of_ones_own_is_on_the_menu(tmp_path):
     Image.new('RGB', (50, 50), 'red').save(tmp_path/'mine.png')
-    (rate, which), seen = (box := explore(vit(), tmp_path/'mine.png')).children[0].children, box.children[1]
+    controls, seen = explore(vit(), tmp_path/'mine.png').children
+    which = controls.children[1]
     assert which.options[-1] == ('yours', tmp_path/'mine.png') and which.value == tmp_path/'mine.png'
     mine = seen.value
     which.value = 'cat'

@@ -59,7 +59,8 @@ def look(model,          # A timm ViT with a class token; it stays as it is
     slim = SlimViT(model, plan.policy(score)).eval()
     x = eval_transform(data_config(model))(photo(image))[None].to(next(model.parameters()).device)
     with torch.inference_mode(): kept, logits = slim.kept(x)[0], slim(x)[0]
-    return Look(kept.cpu(), logits.float().cpu(), macs_of(slim)/model_macs(model), tuple(b - 1 for b in plan.stages))
+    places = tuple(b - 1 for b in plan.stages)
+    return Look(kept.cpu(), logits.float().cpu(), macs_of(slim)/model_macs(model), places)
 
 # %% ../nbs/6_reference/28_gallery.ipynb #9a11000d
 @style()
@@ -93,8 +94,9 @@ def explore(model,    # As for `look`
             ):        # A widget: a slider, a menu and the picture
     "`show_look` behind a slider, in JupyterLab."
     try: import ipywidgets as W
-    except ImportError: refuse('explore', 'an environment without ipywidgets', 'one with it', 'pip install ipywidgets')
-    photo(image)                                         # what is no picture is refused before anything is drawn
+    except ImportError:
+        refuse('explore', 'an environment without ipywidgets', 'one with it', 'pip install ipywidgets')
+    photo(image)                              # what is no picture is refused before anything is drawn
     rate = W.FloatSlider(.5, min=.1, max=1., step=.05, description='keep rate', continuous_update=False)
     names = [(n, n) for n in PHOTOS] + ([] if image in PHOTOS else [('yours', image)])
     which = W.Dropdown(options=names, value=image, description='picture')
@@ -111,7 +113,8 @@ def paint_groups(image,  # As the model saw it: as `viz.as_image` takes it
     "Each group in its mean colour, with a dark line where groups meet."
     im, groups = as_image(image), torch.as_tensor(groups).cpu().numpy()
     side, (height, width) = math.isqrt(groups.size), im.shape[:2]
-    require(groups.ndim == 1 and side*side == groups.size, 'groups', f'shape {groups.shape}', 'one value a patch of a square grid')
+    require(groups.ndim == 1 and side*side == groups.size, 'groups', f'shape {groups.shape}',
+            'one value a patch of a square grid')
     grid = groups.reshape(side, side)[np.arange(height)[:, None]*side//height, np.arange(width)*side//width]
     out = np.zeros_like(im)
     for g in np.unique(grid): out[grid == g] = im[grid == g].mean(0)
@@ -123,7 +126,7 @@ def paint_groups(image,  # As the model saw it: as `viz.as_image` takes it
 # %% ../nbs/6_reference/28_gallery.ipynb #9a110017
 @style()
 def show_gallery(model, # A timm ViT with a class token, at 224 px, say
-                 merging=None, # A SlimViT that merges, and `groups`: (slim, function of (slim, images) -> (B, L, N)); None: no such column
+                 merging=None, # (SlimViT that merges, function of it and images -> (B, L, N) groups) or None
                  keep_rate:float=.5, # As for `look`
                  photos=PHOTOS, # As `photo` takes them
                  ):     # The figure
@@ -134,7 +137,8 @@ def show_gallery(model, # A timm ViT with a class token, at 224 px, say
     for row, name in zip(rows, photos):
         im, found = photo(name), look(model, name, keep_rate)
         show_kept(im, found.kept, layers=found.places, axes=row[:4], title='photograph')
-        for ax, place in zip(row[1:], found.places): ax.set_title(f'{found.kept[place].sum()} of {found.kept.shape[1]}')
+        for ax, place in zip(row[1:], found.places):
+            ax.set_title(f'{found.kept[place].sum()} of {found.kept.shape[1]}')
         if merging is None: continue
         slim, groups_of = merging
         x = eval_transform(data_config(model))(im)[None].to(next(model.parameters()).device)

@@ -114,7 +114,7 @@ def attend(attn,            # timm's Attention
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.scale, dropout_p=p)
     else:
         rows = attention_map(attn, q, k, bias, key_weight)
-        out = attn.attn_drop(rows) @ v                                       # `attn_drop` sees the map, as in timm
+        out = attn.attn_drop(rows) @ v      # `attn_drop` sees the map, as in timm
     if views: views.seen = views.read(attn, q, k, v, bias, rows)
     return _finish(attn, out.transpose(-2, -3).flatten(-2), xq)
 

@@ -200,7 +200,7 @@ def readout(model # A timm VisionTransformer that reads its CLS token or average
 @contextlib.contextmanager
 def capture_once(model # A timm VisionTransformer of standard blocks
                  ):    # Yields a `Captured`
-    "Like `vit.capture`, for when every map is needed: attention runs unfused, and its own softmax is what is kept."
+    "Like `vit.capture`, for when every map is needed: attention is written out, and its own softmax is kept."
     cap, blocks, handles = Captured(), standard_blocks(model), []
     def on_start(_, args): cap.clear(); cap.tokens.append(args[0])
     def on_end(_, args, out): cap.tokens.append(out)
