@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from vitprune_nb.cli import main
 from vitprune_nb.data import embedded
+from vitprune_nb.deploy import OnnxModel, export_onnx, logit_gap
 from vitprune_nb.engine.fates import fate_of
 from vitprune_nb.engine.macs import macs_of
 from vitprune_nb.engine.policy import NormScore, Policy, Step
@@ -243,6 +244,13 @@ def test_a_budget_a_file_and_a_recovery(few, tmp_path, reduction, representative
     fates = {s.fate for _, s in back.policy.each()}
     assert fates == {fate_of('represented' if representative else 'idle')} and len(back.scorers) == 2
     assert len(recover(slim, few, 1, batch_size=10, dtype='fp32')) == 1
+
+
+@pytest.mark.parametrize('representative', [False, True])
+def test_it_is_exported_as_it_is(tmp_path, representative):
+    slim = SlimViT(vit(), EvoPlan(64, .5, 6, (3, 5), representative).policy()).eval()
+    exported = OnnxModel(export_onnx(slim, tmp_path/'m.onnx', images(), dynamic=True))
+    assert logit_gap(exported, slim, images(5, seed=1)) < 1e-4
 
 
 def test_killed_while_it_chooses_it_ends_with_the_same_weights(few, tmp_path, monkeypatch):
