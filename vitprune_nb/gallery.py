@@ -77,7 +77,7 @@ def show_look(model,  # As for `look`
         require(len(classes) == len(found.logits), 'classes', f'{len(classes)} names', f'{len(found.logits)}')
         share, best = found.logits.softmax(0).max(0)
         said += f'; {share:.0%} {classes[best]}'
-    axes[0].figure.suptitle(said, y=1.04)
+    axes[0].figure.suptitle(said, y=1.14)
     return axes[0].figure
 
 # %% ../nbs/6_reference/28_gallery.ipynb #9a110010
