@@ -86,7 +86,8 @@ class Views:
 
     def read(self, attn, q, k, v, bias=None, # as for `attention_map`
              rows=None, # the map, where it is known
-             )->dict:   # token by token: `cls_row` (…, Nkv, H), `keys` and `values` (…, Nkv, H, d), `column_sums` (…, Nkv)
+             # token by token: `cls_row` (…, Nkv, H), `keys` and `values` (…, Nkv, H, d), `column_sums` (…, Nkv)
+             )->dict:
         "What is seen, by name."
         out = {name: t.transpose(-2, -3) for name, t in (('keys', k), ('values', v)) if name in self.names}
         if 'cls_row' in self.names:
