@@ -27,7 +27,14 @@ def error_bound(attn:list,    # Maps (H, N, N) of the blocks behind the loss, in
                 )->torch.Tensor: # (N,) float64: no token behind the last block differs by more
     "Equations 7 to 9 of patch slimming, for unlike heads and any Lipschitz block."
     e = torch.as_tensor(lost).double()
-    for P, w, m in zip(attn, gains, masks, strict=True):
+    require(e.ndim == 1 and bool(((e >= 0) & e.isfinite()).all()), 'lost', lost, 'lengths (N,), finite and none below 0')
+    require(len(attn) == len(gains) == len(masks), 'attn, gains, masks',
+            f'{len(attn)}, {len(gains)} and {len(masks)} blocks', 'equally many of each')
+    require(lipschitz >= 0 and own >= 0, 'lipschitz, own', (lipschitz, own), 'numbers, 0 or more')
+    for P, w, m in zip(attn, gains, masks):
+        H, N = len(w), len(e)
+        require(P.shape == (H, N, N), 'attn', f'maps {tuple(P.shape)}', f'(H, N, N) = ({H}, {N}, {N})')
+        require(len(m) == N, 'masks', f'{len(m)} tokens', f'{N}, as many as lengths')
         reach = lipschitz*torch.einsum('h,hij,j->i', w.double(), P.double(), e)
         e = torch.where(torch.as_tensor(m).bool(), own*e + reach, e if own else torch.zeros_like(e))
     return e

@@ -92,6 +92,7 @@ def head_gains(model # A timm VisionTransformer of standard blocks
     "The spectral norm of each head's W^hv W^ho (patch slimming, eq. 4), with the gain of the norm before it."
     out, R = [], lambda m: torch.linalg.qr(m).R
     for b in standard_blocks(model):
+        require(b.norm1.weight is not None, 'model', 'norms without gains', 'LayerNorms that have them')
         project = b.attn.proj.weight.detach().double().unflatten(1, (b.attn.num_heads, -1)).transpose(0, 1)
         rows = b.attn.qkv.weight.detach()[-b.attn.proj.in_features:]*b.norm1.weight.detach()
         value = rows.double().unflatten(0, (b.attn.num_heads, -1))                  # (H, d, D)
@@ -103,6 +104,8 @@ def bound_scores(attn:list,   # L attention maps (B, H, N, N)
                  gains:list,  # From `head_gains`
                  )->torch.Tensor: # (B, L, N) float64
     "The square of `significance.error_bound` when one token loses its update; shortcuts yes, MLPs no."
+    require(len(attn) == len(gains) == len(tokens) - 1, 'attn, tokens, gains',
+            f'{len(attn)}, {len(tokens)} and {len(gains)}', 'L maps, L + 1 tokens and L gains')
     reach, out = torch.zeros(tokens[0].shape[:2], dtype=torch.float64), []
     reach[:, 0] = 1
     for P, w, z, after in zip(attn[::-1], gains[::-1], tokens[-2::-1], tokens[:0:-1]):
