@@ -124,6 +124,7 @@ def test_odd_scores():
         assert draw(torch.tensor([[0., 1., 0.]]), yes, 5, how).tolist() == [[False, True, False]]
         assert draw(torch.tensor([[0., .4, .6]]), torch.tensor([[True, False, False]]), 5, how).tolist() == [[True, False, False]]
         assert not draw(torch.tensor([[.5, .5]]), torch.zeros(1, 2, dtype=torch.bool), 5, how).any()
+    with pytest.raises(VitpruneError, match='sampling: got near'): draw(torch.tensor([[.5, .5]]), yes[:, :2], 5, 'near')
 
 
 def test_no_image_depends_on_its_batch():

@@ -192,6 +192,12 @@ def test_a_scorer_without_partners_is_refused():
     for bad in (0, True, 1.5, 'x', None):
         with pytest.raises(VitpruneError, match='head_dim'): KeySimilarity(bad)
     with pytest.raises(VitpruneError, match='proportional'): MergeMatched('no')
+    for bad in ([-1], [1.5], ['8'], [8, None]):
+        with pytest.raises(VitpruneError, match='wanted: got'): tome_policy(vit(), bad)
+    with pytest.raises(VitpruneError, match='slim: got'): merge_groups(slim_of_norms(), images())
+
+
+def slim_of_norms(): return SlimViT(vit(), Policy({1: Step('middle', score=NormScore(), count=40)}))
 
 
 @pytest.mark.parametrize('given, said', [

@@ -48,6 +48,7 @@ def draw(scores,       # (B, n), adds up to 1 over the candidates
     "The candidates on whose part of the cumulated scores, in ascending order, a point falls (section 3.2)."
     ranked, order = scores.masked_fill(~candidates, -1.).sort(dim=1, stable=True)   # no candidates come first
     here, mass = ranked >= 0, ranked.clamp_min(0).cumsum(1)
+    require(sampling in ('exact', 'official'), 'sampling', sampling, "'exact' or 'official'")
     ends, points = (_parts if sampling == 'exact' else _official_parts)(mass, here, samples)
     last = torch.full_like(ends[:, -1:], math.inf)
     hit = torch.searchsorted(torch.cat([ends[:, :-1], last], 1).contiguous(), points.contiguous())

@@ -42,6 +42,8 @@ def merge_counts(n_tokens:int, # N, prefix included
                  wanted,       # tokens to merge away, block by block
                  )->list:      # those that can be
     "At most half of the tokens that are no prefix leave in a block."
+    whole = all(is_whole(r) and r >= 0 for r in wanted)
+    require(whole, 'wanted', wanted, 'whole numbers, 0 or more, one for each block')
     out = []
     for r in wanted:
         out.append(min(r, (n_tokens - n_prefix)//2))
@@ -144,6 +146,9 @@ def merge_groups(slim,   # A SlimViT with a policy of `tome_policy`
                  images, # (B, 3, H, W)
                  )->torch.Tensor: # (B, L, N): position of the token that each original token is part of
     "Who has become part of whom after each block."
+    merges = all(s.fate == 'tome' for _, s in slim.policy.each())
+    given = f'one with the policy {slim.policy.name!r}'
+    require(merges, 'slim', given, 'one that merges, with a policy of tome_policy(…)')
     record, partners, mode = [], [], slim.mode
     look = lambda module, args, out: partners.append(args[0].memory['tome'].partner)
     hooks = [s.register_forward_hook(look) for s in slim.scorers]
