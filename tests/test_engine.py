@@ -265,6 +265,35 @@ def test_views_of_a_dense_block_are_those_of_its_map(model, images, at):
         torch.testing.assert_close(score.saw[0].column_sums, rows.mean(1).sum(1), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_column_sums_count_each_query_as_much_as_it_is_kept(model, images):
+    "After a soft decision; at 0 and 1 they are those of the hard choice."
+    class Soft(Scorer):
+        def forward(self, t): return kept
+        def soft_keep(self, t, scores): return kept
+    def sums(training, count):
+        score = Sees('column_sums')
+        slim = SlimViT(model, Policy({0: Step(score=Soft(), count=count), 1: Step('middle', score=score, count=2)}), 'mask')
+        slim.train(training)(images)
+        return score.saw[0].column_sums
+    kept = torch.rand(3, P + 1, generator=torch.Generator().manual_seed(2))
+    kept[:, 0] = 1
+    x, own = embed(model, images), torch.eye(P + 1, dtype=torch.bool)
+    for block in model.blocks[:2]:
+        a = block.attn
+        q, k, v = a.qkv(block.norm1(x)).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        e = (q @ k.mT*a.scale).exp()*torch.where(own, 1., kept[:, None, None])
+        rows = e/e.sum(-1, keepdim=True)
+        want = torch.einsum('bhij,bi->bj', rows, kept)/a.num_heads
+        x = x + a.proj((rows @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(sums(True, P), want, atol=1e-5, rtol=1e-4)
+    kept = (kept > .5).float()
+    kept[:, 0], kept[:, 1:], n = 1, (kept[:, 1:].argsort(1).argsort(1) >= P - 9).float(), 9
+    there = kept.bool()
+    torch.testing.assert_close(sums(True, P)[there], sums(False, n)[there], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize('needs', ['cls_row', ('keys',), 'values', ('column_sums', 'keys')])
 @pytest.mark.parametrize('at', POINTS)
 def test_policies_with_views_agree(model, images, at, needs):

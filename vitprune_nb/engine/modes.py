@@ -269,7 +269,8 @@ class Mask(Stream):
         self.x = x if active is None else torch.where(active[..., None], x, self.x)
 
     def attention(self, i, block, steps, keys, asked):
-        views = Views(self.look, asked) if self.look else None
+        counts = asked if self.kept is None else asked*self.kept           # each query as much as it is kept
+        views = Views(self.look, counts) if self.look else None
         bias, weight = key_bias(self.size, keys, self.x.dtype), self.key_weight(i, steps)
         self.views = {}
         out = attn_branch(block, self.x, bias=bias, key_weight=weight, views=views)
