@@ -76,7 +76,7 @@ VIEWS = ('cls_row', 'keys', 'values', 'column_sums')
 class Views:
     "What scorers see of an attention: filled in while it is computed, without another projection."
     def __init__(self, names=(),  # Out of `VIEWS`
-                 asked=None):     # (B, Nq) bool or in [0, 1]: how much each query counts for `column_sums`; None: fully
+                 asked=None):     # (B, Nq) bool or in [0, 1]: weight of each query in `column_sums`; None: 1
         self.names, self.asked, self.seen = frozenset(names), asked, {}
 
     @property
