@@ -1,5 +1,5 @@
 "PoWER where a notebook does not look: other ViTs, soft against hard, its losses, files, a run that is killed."
-import json
+import itertools, json
 
 import pytest
 import torch
@@ -208,12 +208,13 @@ def test_without_a_penalty_everything_stays(few):
     assert METHODS['power'].prepare(job).min() > .99
 
 
-def test_killed_it_ends_with_the_same_weights(few, tmp_path, monkeypatch):
+@pytest.mark.parametrize('step', [52, 57])                        # in the search, after its checkpoint; and in retraining
+def test_killed_it_ends_with_the_same_weights(few, tmp_path, monkeypatch, step):
     how = dict(search_epochs=11, finetune_epochs=1, batch_size=10, dtype='fp32')
     whole = prune('power', vit(depth=4), few, **how)
-    real = Trainer.one_step
+    real, steps = Trainer.one_step, itertools.count()
     def dies(tr):
-        if tr.step == 52: raise KeyboardInterrupt
+        if next(steps) == step: raise KeyboardInterrupt
         return real(tr)
     monkeypatch.setattr(Trainer, 'one_step', dies)
     with pytest.raises(KeyboardInterrupt): prune('power', vit(depth=4), few, work=tmp_path/'w', **how)
