@@ -136,7 +136,7 @@ def short(config):
 
 
 @pytest.mark.parametrize('change, words', [
-    ('methods=lief', 'methods: got lief; allowed: attention, .* Did you mean life?'),
+    ('methods=lief', 'methods: got lief; allowed: .*attention, .* Did you mean life?'),
     ('reductions=1.0', 'reductions: got 1.0; allowed: shares in'),
     ('reductions=[]', 'reductions: got .*; allowed: a list with at least one entry'),
     ('tset_images=5', 'config: got tset_images; .* Did you mean test_images?'),
