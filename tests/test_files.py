@@ -1,14 +1,15 @@
 """What is the user's stays as it is: other people's files, permissions, full disks, links, and two processes in one folder."""
-import errno, hashlib, os, shutil, stat, subprocess, sys
+import errno, hashlib, json, os, shutil, stat, subprocess, sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, clean_env
 
 from vitprune_nb import cli, files
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.files import (MARK, append_text, check_output, claim, is_ours, only_one, publish,
-                               remove, sign, sweep, write_atomic, write_folder_atomic)
+                               remove, sha256, sign, sweep, write_atomic, write_folder_atomic)
 from vitprune_nb.experiment import Experiment, Ledger, read_experiment
 from vitprune_nb.engine.store import load_pruned
 from vitprune_nb.run import run_config
@@ -512,3 +513,24 @@ def test_a_kill_while_a_folder_is_removed_leaves_no_half_of_it_under_its_name(tm
 
 
 def killed(): raise KeyboardInterrupt
+
+
+def test_a_plan_never_replaces_weights_that_are_no_plans(tmp_path):
+    from safetensors.torch import save_file
+    from vitprune_nb.engine.plan import Plan
+    plan = Plan('uniform', 'vit_tiny_patch16_224', 4, 1, [[0, 1], [0]], weights={'a': torch.ones(2)})
+    save_file({'mine': torch.zeros(3)}, tmp_path/'model.safetensors')
+    before = (tmp_path/'model.safetensors').read_bytes()
+    for name in ('model.json', 'model', 'model.txt', 'model.safetensors'):
+        with pytest.raises(VitpruneError, match='path'): plan.save(tmp_path/name)
+    assert [p.name for p in tmp_path.iterdir()] == ['model.safetensors'] and (tmp_path/'model.safetensors').read_bytes() == before
+    plan.save(tmp_path/'plan.json')
+    plan.weights['a'] += 1
+    plan.save(tmp_path/'plan.json')
+    assert Plan.load(tmp_path/'plan.json').weights['a'].tolist() == [2, 2]
+    save_file({'a': torch.full((2,), 3.)}, tmp_path/'old.safetensors')      # as plans were saved before they were marked
+    old = json.loads((tmp_path/'plan.json').read_text(encoding='utf-8'))
+    old['weights'] = dict(file='old.safetensors', sha256=sha256(tmp_path/'old.safetensors'))
+    (tmp_path/'old.json').write_text(json.dumps(old), encoding='utf-8')
+    plan.save(tmp_path/'old.json')
+    assert Plan.load(tmp_path/'old.json').weights['a'].tolist() == [2, 2]
