@@ -144,7 +144,7 @@ Plan.check, Plan.slim, Plan.reduction = plan_check, plan_slim, plan_reduction
 PLAN_MARK = {'vitprune': 'weights of a plan'}   # in the metadata of a plan's .safetensors file
 
 def _is_ours(file, path):
-    "Did `save_plan` write this .safetensors file: is it marked, or does the plan at `path` name it with its hash?"
+    "Did `save_plan` write this .safetensors file: is it marked, or named with its hash in the plan at `path`?"
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, 'pt') as f:
@@ -156,8 +156,8 @@ def _is_ours(file, path):
 def save_plan(plan:Plan, # Which patches each block keeps
               path       # A .json file
               ):
-    """Write a plan as JSON, atomically; fine-tuned weights go to a .safetensors file of the same name, which must be free
-    or another plan's."""
+    """Write a plan as JSON, atomically; fine-tuned weights go to a .safetensors file of the same name, which
+    must be free or another plan's."""
     d = dict(format='vitprune plan 1', **{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)})
     if plan.grid is None: del d['grid']
     if plan.weights:
