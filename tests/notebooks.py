@@ -26,7 +26,8 @@ def environment(workers):
     "Threads shared out among the workers, no display, the embedded data, and this environment's commands first."
     env = {k: v for k, v in os.environ.items() if not k.startswith('VITPRUNE_')}
     threads = str(max(1, (os.cpu_count() or 1)//max(1, workers)))
-    return dict(env, OMP_NUM_THREADS=threads, MPLBACKEND='agg', PATH=f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}')
+    # unbuffered: a line that waits in a buffer looks like a notebook that stands still
+    return dict(env, OMP_NUM_THREADS=threads, MPLBACKEND='agg', PYTHONUNBUFFERED='1', PATH=f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}')
 
 
 def lines_of(proc, stall):

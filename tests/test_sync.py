@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import failures, notebooks, read_cells, run_all
+from notebooks import environment, failures, notebooks, read_cells, run_all
 
 NOTEBOOKS = notebooks()
 SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
@@ -89,6 +89,13 @@ def test_notebooks_may_take_long_in_all_but_not_stand_still(capfd, monkeypatch):
     capfd.readouterr()
     assert run_all(says(*three, then='time.sleep(600)'), 3, stall=1) == 1
     assert 'none began or ended for 1 s' in capfd.readouterr().err
+
+
+def test_what_a_notebook_run_says_is_heard_at_once():
+    "In a pipe Python keeps some 8,000 characters back, dozens of notebooks: they would seem to stand still."
+    code = 'import os; print("- Completed a", end=""); os._exit(0)'       # nothing is flushed at the end
+    said = subprocess.run([sys.executable, '-c', code], env=environment(1), capture_output=True, text=True)
+    assert said.stdout == '- Completed a'
 
 
 def test_there_are_notebooks():
