@@ -91,8 +91,9 @@ def test_notebooks_may_take_long_in_all_but_not_stand_still(capfd, monkeypatch):
     assert 'none began or ended for 1 s' in capfd.readouterr().err
 
 
-def test_what_a_notebook_run_says_is_heard_at_once():
+def test_what_a_notebook_run_says_is_heard_at_once(monkeypatch):
     "In a pipe Python keeps some 8,000 characters back, dozens of notebooks: they would seem to stand still."
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
     code = 'import os; print("- Completed a", end=""); os._exit(0)'       # nothing is flushed at the end
     said = subprocess.run([sys.executable, '-c', code], env=environment(1), capture_output=True, text=True)
     assert said.stdout == '- Completed a'
