@@ -1,5 +1,5 @@
 """Whole experiments that are really killed, shared by two processes, and refused."""
-import json, random, socket, subprocess, sys
+import json, random, subprocess, sys
 
 import numpy as np, pytest
 from conftest import ONE_THREAD, ROOT
@@ -117,8 +117,7 @@ def test_two_processes_give_the_rows_of_one(config, tmp_path):
     one = run_config(config, out=tmp_path/'one', changes=['time_batch=0'])
     file = tmp_path/'two.toml'
     file.write_text(config.read_text().replace('time_batch = 4', 'time_batch = 0'))
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    script('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', SCRIPT, file, tmp_path/'two')
+    script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', SCRIPT, file, tmp_path/'two')
     two = read_rows(tmp_path/'two/results.csv')
     assert [(r['method'], r['recovery'], r['images']) for r in two] == [(r['method'], r['recovery'], r['images']) for r in one['rows']]
     for a, b in zip(one['rows'], two):       # two halves of a batch add up in another order

@@ -1,5 +1,5 @@
 """What a notebook cannot show: runs that are really killed, two processes in place of one, and the course recipe from end to end."""
-import os, random, signal, socket, subprocess, sys
+import os, random, signal, subprocess, sys
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, start
@@ -112,8 +112,7 @@ def test_another_policy_is_what_a_new_model_would_be(mode):
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}', str(ROOT/'tests'/SCRIPT),
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT/'tests'/SCRIPT),
                     'plain', str(tmp_path/'two')], env=ONE_THREAD, check=True, timeout=300, capture_output=True)
     model, rows = run('plain', tmp_path/'one')
     assert apart(torch.load(tmp_path/'two/final.pt', weights_only=True), model.state_dict()) < 1e-5
