@@ -53,9 +53,8 @@ def look(model,          # A timm ViT with a class token; it stays as it is
          score=None,     # A scorer; None: the attention of CLS
          )->Look:
     "Prune as EViT does, without any training, and look at one picture."
-    slim = SlimViT(model)
     require(is_number(keep_rate) and 0 < keep_rate <= 1, 'keep_rate', keep_rate, 'a number in (0, 1]')
-    plan = EvitPlan(math.prod(slim.grid), keep_rate, evit_stages(len(model.blocks)))
+    plan = EvitPlan(math.prod(SlimViT(model).grid), keep_rate, evit_stages(len(model.blocks)))
     slim = SlimViT(model, plan.policy(score)).eval()
     x = eval_transform(data_config(model))(photo(image))[None].to(next(model.parameters()).device)
     with torch.inference_mode(): kept, logits = slim.kept(x)[0], slim(x)[0]
