@@ -154,6 +154,21 @@ class Job:
         n = len(self.train_set)
         return self.config.batch_size or max(1, min(own, n - n % 2))
 
+    def settings(self, batch_size:int)->dict: # fields of `TrainConfig`
+        "What every stage of training takes from the options, and how often it saves."
+        return dict(batch_size=batch_size, seed=self.config.seed, dtype=self.config.dtype, save_every=50)
+
+    def blocks(self, name:str,     # option, of type `BlockNumbers`
+               default:tuple,      # where it is None
+               least:int=1,        # the first number that is allowed
+               )->tuple:           # rising block numbers, 1-based
+        "The blocks that an option names; refused unless they rise and the model has them."
+        given, L = getattr(self.config, name), len(self.model.blocks)
+        blocks = tuple(default if given is None else [given] if isinstance(given, int) else given)
+        rising = list(blocks) == sorted(set(blocks)) and least <= blocks[0] and blocks[-1] <= L
+        require(rising, name, given, f'rising block numbers from {least} to {L}')
+        return blocks
+
     def train(self, model, recipe:TrainConfig, name:str, frozen_parts=(), **kw)->list:
         "Train with the course's trainer, its state in a part of the work folder."
         with frozen(*frozen_parts):

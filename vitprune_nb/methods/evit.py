@@ -115,11 +115,7 @@ class Evit(Method):
     def default(self, c): return .7 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> block numbers
-        L, given = len(job.model.blocks), job.config.stages
-        stages = evit_stages(L) if given is None else (given,) if isinstance(given, int) else tuple(given)
-        rising = list(stages) == sorted(set(stages)) and stages[-1] <= L
-        require(rising, 'stages', given, f'rising block numbers from 1 to {L}')
-        return stages
+        return job.blocks('stages', evit_stages(len(job.model.blocks)))
 
     def plan(self, job, stages, rate):
         grid = SlimViT(job.model).grid
@@ -129,8 +125,7 @@ class Evit(Method):
         "Cross-entropy, while the keep rate falls from 1 to that of the plan."
         c = job.config
         if not c.finetune_epochs: return
-        same = dict(batch_size=job.batch(64), seed=c.seed, dtype=c.dtype, save_every=50)
-        recipe = evit_recipe(c.lr or 2e-5, epochs=c.finetune_epochs, **same)
+        recipe = evit_recipe(c.lr or 2e-5, epochs=c.finetune_epochs, **job.settings(job.batch(64)))
         warm_up = keep_rate_warmup(plan, c.warmup_share)
         job.train(SlimViT(job.model, plan.policy()), recipe, 'finetune', before_step=warm_up)
 

@@ -168,12 +168,9 @@ class Evo(Method):
     def default(self, c): return .5 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> block numbers
-        L, given = len(job.model.blocks), job.config.stages
+        L = len(job.model.blocks)
         require(L > 1, 'model', 'one with a single block', 'two blocks or more, for CLS has to look first')
-        stages = evo_stages(L) if given is None else (given,) if isinstance(given, int) else tuple(given)
-        rising = list(stages) == sorted(set(stages)) and 2 <= stages[0] and stages[-1] <= L
-        require(rising, 'stages', given, f'rising block numbers from 2 to {L}')
-        return stages
+        return job.blocks('stages', evo_stages(L), least=2)
 
     def plan(self, job, stages, rate):
         n_patches = math.prod(own_grid(job.model))
@@ -185,8 +182,7 @@ class Evo(Method):
         c = job.config
         if not c.finetune_epochs: return
         slim, objective, switch = SlimViT(job.model, plan.policy()), None, None
-        same = dict(batch_size=job.batch(64), seed=c.seed, dtype=c.dtype, save_every=50)
-        recipe = evo_recipe(c.lr or 2e-5, epochs=c.finetune_epochs, **same)
+        recipe = evo_recipe(c.lr or 2e-5, epochs=c.finetune_epochs, **job.settings(job.batch(64)))
         if plan.count < plan.patches:
             switch = blocks_then_stages(plan, c.block_share)
             if c.second_weight:

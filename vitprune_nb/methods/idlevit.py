@@ -185,8 +185,7 @@ class Idle(Method):
         c = job.config
         if not c.finetune_epochs: return
         slim = SlimViT(job.model, plan.policy(), 'mask')
-        same = dict(batch_size=job.batch(64), seed=c.seed, dtype=c.dtype, save_every=50)
-        recipe = idle_recipe(c.lr or 4e-5, epochs=c.finetune_epochs, **same)
+        recipe = idle_recipe(c.lr or 4e-5, epochs=c.finetune_epochs, **job.settings(job.batch(64)))
         with normed_inputs(slim) as inputs:
             losses, teacher = [supervised], None
             if c.cut_weight and slim.policy.steps: losses.append(token_cut(inputs, c.cut_weight))

@@ -86,7 +86,7 @@ class Life(Method):
         c, score = job.config, self._score(job, plan)
         soft = SlimViT(job.model, plan.policy(score, 'soft'), 'mask')
         size = job.batch(life_batch(len(job.train_set), c.predictor_epochs or c.backbone_epochs))
-        same = dict(batch_size=size, seed=c.seed, dtype=c.dtype, save_every=50)
+        same = job.settings(size)
         if c.predictor_epochs: job.train(soft, life_recipe(1e-3, epochs=c.predictor_epochs, **same),
                                          'predictor', [job.model])
         if c.backbone_epochs: job.train(soft, life_recipe(c.lr or 1e-5, epochs=c.backbone_epochs, **same),

@@ -137,9 +137,7 @@ class Power(Method):
     def at(self, turned): return (1 - turned)/max(turned, 1e-9)     # 0.5 is scale 1
 
     def _recipe(self, job, size, epochs, lr, **changes):
-        c = job.config
-        same = dict(batch_size=size, seed=c.seed, dtype=c.dtype, save_every=50)
-        return power_recipe(lr, epochs=epochs, **same, **changes)
+        return power_recipe(lr, epochs=epochs, **job.settings(size), **changes)
 
     def prepare(self, job): # -> (L, N) retention, found while the network learns to live with it
         "The search: network and r by cross-entropy and the penalty."
