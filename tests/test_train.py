@@ -191,6 +191,19 @@ def test_course_recipe_end_to_end(tmp_path):
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
 
 
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_checkpointed_gradients_are_those_that_are_kept(dtype):
+    "The backward pass computes the blocks again: with the kernel of the forward pass."
+    ends = []
+    for checkpointed in (False, True):
+        model = tiny_vit()
+        model.set_grad_checkpointing(checkpointed)
+        tr = Trainer(model, train_set(), TrainConfig(**dict(RANDOM, dtype=dtype, patch_drop=(), drop_path=0.)))
+        ends.append(([tr.one_step() for _ in range(2)], model.state_dict()))
+    (losses, weights), (again, others) = ends
+    assert losses == pytest.approx(again, abs=1e-6) and apart(weights, others) < 1e-6
+
+
 class TermByTerm(Trainer):
     "The loss as it was computed before there were objectives, one term after the other."
     extra_loss = None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'COLORS', 'check_seed', 'set_seed', 'fold_seed', 'check_model', 'pick_device', 'cpu_name', 'git_commit',
-           'environment', 'fast_dtype', 'products_are_faster', 'written_out', 'autocast', 'progress', 'repo_root',
-           'data_path', 'load_methods']
+           'environment', 'fast_dtype', 'products_are_faster', 'written_out', 'fast_attention', 'autocast', 'progress',
+           'repo_root', 'data_path', 'load_methods']
 
 # %% ../nbs/6_reference/00_core.ipynb #f336f3ef
 import contextlib, functools, importlib, os, pkgutil, platform, random, subprocess, sys
@@ -115,27 +115,39 @@ def written_out(*models # ViTs with timm's attention layers; of anything else no
                 ):
     "A context in which their attention layers compute the map, its softmax and the product with the values."
     found = (m for model in models if isinstance(model, torch.nn.Module) for m in model.modules())
-    layers = [(m, m.scale) for m in found if getattr(m, 'fused_attn', False) and hasattr(m, 'head_dim')]
+    layers = [(m, m.scale) for m in found
+              if getattr(m, 'fused_attn', False) and hasattr(m, 'head_dim') and hasattr(m, 'scale')]
     for m, _ in layers: m.fused_attn, m.scale = False, m.head_dim**-.5   # the scale of the fused kernel
     try: yield
     finally:
         for m, scale in layers: m.fused_attn, m.scale = True, scale
 
-@contextlib.contextmanager
-def _both(cast, models):
-    with cast, written_out(*models): yield
-
-def autocast(device='cpu',              # The device that computes
-             dtype:str|torch.dtype='auto', # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
-             *models):                  # What runs in it, with the faster kernel (`products_are_faster`)
-    "A context in which matrix products run in `dtype`; float32 means no autocast at all."
+def _place(device, dtype): # -> (torch.device, torch.dtype)
     device = pick_device(device)
     names = dict(auto=fast_dtype(device), fp32=torch.float32, bf16=torch.bfloat16)
     if isinstance(dtype, str): dtype = names.get(dtype, dtype)
     require(isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16), 'dtype', dtype,
             "'auto', 'fp32' or 'bf16'")
+    return device, dtype
+
+def fast_attention(device,   # The device that computes
+                   dtype,    # As `autocast` takes it
+                   *models): # As for `written_out`
+    """The choice of the kernel alone, as `autocast` makes it: for a backward pass, which computes blocks again
+    where gradients are checkpointed."""
+    return written_out(*models) if products_are_faster(*_place(device, dtype)) else contextlib.nullcontext()
+
+@contextlib.contextmanager
+def _both(cast, kernel):
+    with cast, kernel: yield
+
+def autocast(device='cpu',              # The device that computes
+             dtype:str|torch.dtype='auto', # 'auto' (`fast_dtype`), 'fp32' or 'bf16'
+             *models):                  # What runs in it, with the faster kernel (`products_are_faster`)
+    "A context in which matrix products run in `dtype`; float32 means no autocast at all."
+    device, dtype = _place(device, dtype)
     cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
-    return _both(cast, models) if products_are_faster(device, dtype) else cast
+    return _both(cast, fast_attention(device, dtype, *models))
 
 
 # %% ../nbs/6_reference/00_core.ipynb #602ce555

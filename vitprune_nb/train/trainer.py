@@ -14,7 +14,7 @@ from pathlib import Path
 # %% ../../nbs/6_reference/20_train.ipynb #b523b70f
 import numpy as np
 import torch
-from ..core import (autocast, check_model, environment, fold_seed, pick_device,
+from ..core import (autocast, check_model, environment, fast_attention, fold_seed, pick_device,
                               progress, set_seed)
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import append_text, check_output, claim, only_one, sweep, write_atomic
@@ -222,9 +222,10 @@ class Trainer:
             for m in dict.fromkeys((self.plain, self.best_model())):
                 self.before_step(m, self.step/self.batches.steps)
         self.sched.step_update(self.step)
-        losses = self.losses(x, y)
-        loss = total(losses)
-        self.opt.zero_grad(); self.acc.backward(loss)
+        with fast_attention(self.acc.device, cfg.dtype, self.plain):      # checkpointed blocks run again
+            losses = self.losses(x, y)
+            loss = total(losses)
+            self.opt.zero_grad(); self.acc.backward(loss)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = self.acc.clip_grad_norm_(trained, cfg.clip_grad or math.inf).item()
         every = torch.stack([loss.detach(), *(v.detach().to(loss) for v in losses.values())])
