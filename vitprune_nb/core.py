@@ -70,12 +70,13 @@ def cpu_name()->str: # e.g. 'Intel(R) Xeon(R) Processor @ 2.50GHz'
 def git_commit()->str:
     "The commit of the running code."
     def git(*a):
-        return subprocess.run(['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path.cwd()), *a],
-                                       capture_output=True, text=True, timeout=10)
+        here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
+        return subprocess.run(['git', '-C', str(here), *a], capture_output=True, text=True, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         head = git('rev-parse', '--short=10', 'HEAD')
         if head.returncode == 0:
-            return head.stdout.strip() + ('+' if git('diff', '--quiet', 'HEAD', '--', '*.py').returncode else '')
+            changed = git('diff', '--quiet', 'HEAD', '--', '*.py').returncode
+            return head.stdout.strip() + ('+' if changed else '')
     return ''
 
 # %% ../nbs/6_reference/00_core.ipynb #08096203
@@ -133,8 +134,8 @@ def _place(device, dtype): # -> (torch.device, torch.dtype)
 def fast_attention(device,   # The device that computes
                    dtype,    # As `autocast` takes it
                    *models): # As for `written_out`
-    """The choice of the kernel alone, as `autocast` makes it: for a backward pass, which computes blocks again
-    where gradients are checkpointed."""
+    """The choice of the kernel alone, as `autocast` makes it: for a backward pass, which computes blocks
+    again where gradients are checkpointed."""
     return written_out(*models) if products_are_faster(*_place(device, dtype)) else contextlib.nullcontext()
 
 @contextlib.contextmanager
