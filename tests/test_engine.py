@@ -4,6 +4,7 @@ import dataclasses, itertools, json, random, subprocess, sys
 import pytest
 import torch
 
+from vitprune_nb.engine.fates import Fate
 from vitprune_nb.engine.modes import MODES
 from vitprune_nb.engine.policy import POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step
 from vitprune_nb.engine.slim import BACKBONES, SlimViT, TimmViT, check_policy
@@ -507,3 +508,35 @@ def test_an_average_of_nobody_is_finite():
     logits = slim(torch.randn(2, 3, 32, 32))
     logits.sum().backward()
     assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('freezes', [False, True])
+def test_a_fate_has_the_last_word_before_the_head_reads(model, images, mode, freezes):
+    seen = []
+
+    class Turned(Fate):
+        "Once, after the last block, the sign of CLS is turned."
+        ends, kind = True, 'turned'
+        def __init__(self): self.freezes = self.acts = freezes
+        def meet(self, s, keep, drop, scores): s.freeze(drop)
+        def end(self, s):
+            seen.append((s.x.shape, len(s.memory)))
+            s.x = torch.cat([-s.x[:, :1], s.x[:, 1:]], 1)
+
+    class Notes(NormScore):
+        def forward(self, t):
+            t.memory[t.block] = True
+            return super().forward(t)
+
+    def run(fate): return SlimViT(model, Policy({i: Step(fate=fate(), score=score, count=9 - i) for i in (1, 2, 3)}), mode).eval()
+    score = Notes()
+    with torch.no_grad():
+        plain = run(lambda: 'remove')
+        s = plain._stream(images)
+        want = model.head(model.norm(-s.x[:, 0]))
+        got = run(Turned)(images)
+        gone = SlimViT(model, Policy({1: Step(fate=Turned(), score=score, count=P)}), mode).eval()(images)      # nobody is
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(got, plain(images), atol=1e-3)
+    assert seen[0] == ((3, P + 1 if freezes or mode == 'mask' else 7, 48), 3)
+    assert seen[1] == ((3, P + 1, 48), 1) and torch.isfinite(gone).all()

@@ -29,6 +29,7 @@ class Fate:
     freezes = False     # the last values of those who left are part of the output
     lost = True         # nothing is left of them that a head could average
     acts = False        # `meet` does something
+    ends = False        # `end` does something
 
     def config(self)->dict: return {}    # what `__init__` needs to rebuild it
 
@@ -40,6 +41,11 @@ class Fate:
     def restore(self, entered, left):
         """After the block, for tokens that stay: what is added to those that were passed by. From the token
         that joined, as it entered and as it left the block, (B, 1, D); None: nothing."""
+
+    def end(self, s):
+        """After the last block, once for all steps of this fate. `s.x` (B, n, D) is what the head is to read,
+        before the last norm; prefix tokens come first, and with `freezes` all tokens stand at their places.
+        `s.memory` has what scorers noted. May change x."""
 
     @property
     def just_leave(self)->bool:

@@ -198,6 +198,12 @@ def _run_block(s, i, block, steps):
         return s.x
     s.x = call(block, forward, s.x)
 
+def _ended(s, steps):
+    "Fates that have something to say in the end say it."
+    last = [step.fate for _, step in _all(steps) if step.fate.ends]
+    for fate in (dict.fromkeys(last) if last else ()): fate.end(s)
+    return s
+
 def run_blocks(x,      # (B, N, D) tokens that enter the first block
                blocks, # timm's Blocks
                steps:dict,  # {block index: Step, or a tuple of Steps}, as in a Policy
@@ -222,7 +228,7 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
         s.look, s.next, s.layer = views_at(steps, i), steps_of(steps, i + 1), block
         _run_block(s, i, block, steps_of(steps, i))
         if layers is not None: layers.add(s)
-    return s.result()
+    return _ended(s.result(), steps)
 
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #40b05eec
