@@ -4,7 +4,7 @@ python tests/notebooks.py          as tests (nbdev_test); exit code 1 when one f
 python tests/notebooks.py --keep [NAME …]   in a kernel, top to bottom, outputs kept and execution counts dropped
 python tests/notebooks.py --record [NAME …]   the same for the notebooks with slow cells, and those cells too: the rows of data/results/ are measured again
 """
-import json, os, re, signal, subprocess, sys, time
+import functools, json, os, re, signal, subprocess, symtable, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +78,37 @@ def failures(lines, tail=8):
 
 FLAGGED = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags
 SLOW = re.compile(r'^#\s*\|\s*slow\b', re.M)
+
+
+def runnable(path):
+    "The code cells of a notebook that a test may run."
+    return [s for kind, s in read_cells(path) if kind == 'code' and not s.lstrip().startswith('%') and not FLAGGED.search(s)]
+
+
+@functools.cache
+def names(source):
+    "The names that a cell binds, and those that it looks for elsewhere."
+    def used(table):
+        own = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table.get_type() == 'module')}
+        return own.union(*map(used, table.get_children()))
+    table = symtable.symtable(source, 'cell', 'exec')
+    binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    return binds, used(table) - binds
+
+
+def needed(cells, wanted):
+    "The cells without which `wanted`, a set of names, would lack something, in their order."
+    said, chosen, wanted = [names(c) for c in cells], set(), set(wanted)
+    while more := {i for i, (binds, _) in enumerate(said) if binds & wanted} - chosen:
+        chosen |= more
+        wanted = set().union(*(said[i][1] for i in more))
+    return [cells[i] for i in sorted(chosen)]
+
+
+def run_cells(cells, have):
+    "Run them in the namespace `have`, and return it."
+    for c in cells: exec(compile(c, '<cell>', 'exec'), have)
+    return have
 
 
 def execute(path, slow=False):
