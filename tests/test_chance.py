@@ -1,0 +1,48 @@
+"""Chance beside every method: as many tokens and channels at the same places, drawn at random."""
+import pytest, torch
+
+from vitprune_nb.core import set_seed
+from vitprune_nb.data import data_config, embedded, eval_transform
+from vitprune_nb.engine.macs import counts_of
+from vitprune_nb.engine.store import load_pruned, save_pruned
+from vitprune_nb.methods.base import METHODS, prune
+from vitprune_nb.methods.baselines import chance_of
+from vitprune_nb.vit.model import create_vit
+
+POOL = embedded('train').subset(range(0, 5000, 60))
+
+
+@pytest.fixture(scope='module')
+def model():
+    set_seed(0)
+    return create_vit('deit_tiny_patch16_224', img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=2, num_classes=10).eval()
+
+
+@pytest.fixture(scope='module')
+def images(model):
+    ready = POOL.but(transform=eval_transform(data_config(model)))
+    return torch.stack([ready[i][0] for i in range(12)])
+
+
+@pytest.mark.parametrize('name', list(METHODS))
+def test_chance_has_the_counts_of_its_method_and_none_of_its_choices(name, model, images, tmp_path):
+    untrained = {k: 0 for k in METHODS[name].own if k.endswith('_epochs')}
+    looks = dict(calibration=16) if 'calibration' in METHODS[name].options else {}
+    theirs = prune(name, model, POOL, reduction=.3, **untrained, **looks)
+    blind = chance_of(theirs, model, seed=1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    save_pruned(blind, tmp_path/'blind')
+    again = load_pruned(tmp_path/'blind')
+    with torch.no_grad(): assert torch.allclose(again(images), blind(images), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    if not theirs.policy.steps:
+        assert blind.model.channels['shapes'] == theirs.model.channels['shapes']
+        return
+    ours, other = (m.set_mode('mask').kept(images) for m in (theirs, blind))
+    assert not torch.equal(ours, other)
+    if theirs.policy.ragged:
+        first = min(theirs.policy.steps)
+        assert torch.equal(ours[:, first].sum(-1), other[:, first].sum(-1))
+    else: assert counts_of(blind) == counts_of(theirs)
+    drawn = chance_of(theirs, model, seed=2).set_mode('mask').kept(images)
+    assert not torch.equal(drawn, other), 'another seed draws other tokens'
