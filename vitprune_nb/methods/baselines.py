@@ -77,7 +77,8 @@ def chance_policy(policy:Policy, # Of any method
     "The same places and counts, and random choices; a step whose tokens stay draws for its own block."
     def blind(i, s):
         draw = seed + 1000*(i + 1) if s.fate.stays else seed
-        fate = 'idle' if s.fate.stays else s.fate if s.fate.freezes else 'remove'
+        reads = s.fate.freezes or s.fate.ends           # the head reads what it has put aside
+        fate = 'idle' if s.fate.stays else s.fate if reads else 'remove'
         if s.ragged:
             dealt = Shuffled(copy.deepcopy(s.score), draw)
             return Step(s.at, fate, score=dealt, threshold=s.threshold)
