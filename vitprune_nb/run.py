@@ -133,8 +133,9 @@ def together(acc,   # From `processes`
     return result
 
 # %% ../nbs/6_reference/26_run.ipynb #641b82a4
-KEPT = ('settings.json', 'log.jsonl', 'dense.safetensors', 'rows', 'answers', 'models', 'work')   # what a run makes in its folder …
-REPORT = ('report.md', 'accuracy_macs.png')                                                       # … and what it makes anew each time
+# what a run makes in its folder, and what it makes anew each time
+KEPT = ('settings.json', 'log.jsonl', 'dense.safetensors', 'rows', 'answers', 'models', 'work', 'teacher')
+REPORT = ('report.md', 'accuracy_macs.png')
 
 @dataclasses.dataclass
 class Run:

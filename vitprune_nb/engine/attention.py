@@ -239,7 +239,8 @@ def ragged_attention(attn, # timm's Attention
         added = None if bias is None else bias[0]
         rows = attention_map(attn, q, k, added) if views.whole else None
         seen.append(views.read(attn, q, k, v, added, rows))
-        return _image_attention(q, k, v, bias, logit_scale(attn)) if rows is None else (rows @ v).transpose(0, 1)
+        if rows is not None: return (rows @ v).transpose(0, 1)
+        return _image_attention(q, k, v, bias, logit_scale(attn))
     each = (image(*parts) for parts in zip(q, k, v.split(kvlens, 1), bias, strict=True))   # (n, H, d)
     if torch.is_grad_enabled(): joined = torch.cat(list(each))
     else:
