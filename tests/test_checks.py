@@ -613,6 +613,10 @@ case('20_train', 'check_stay_close(stay_close)',
      '''def wrong(model, strength):                                                   # weight decay
     return lambda m: strength*sum(p.square().sum() for p in m.parameters())''',
      'lambda model, strength: right(model, -strength)')
+case('20c_teacher', 'check_imagenet(bytes_and_share)',
+     '(1251*1024*4, .4)',                                                             # one logit for each image
+     '(1_281_167*1000*4, .4)', '(right[0], .25)')                                     # the last batch; the share beside a dense student
+case('20c_teacher', 'check_fields(fields)', "right - {'dtype'}", "right | {'lr'}", "{'seed', 'batch_size'}")
 case('20a_objectives', 'check_ponder(ponder)',
      '''def wrong(weight):                                                            # CLS as well
     @looks_at('decisions')
