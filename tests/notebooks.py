@@ -93,7 +93,8 @@ def names(source):
         return own.union(*map(used, table.get_children()))
     table = symtable.symtable(source, 'cell', 'exec')
     binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    return binds, used(table) - binds
+    # a method that is added to a class belongs to it
+    return binds | set(re.findall(r'^@patch\b.*\ndef \w+\(self:\s*(\w+)', source, re.M)), used(table) - binds
 
 
 def needed(cells, wanted):

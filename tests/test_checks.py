@@ -403,6 +403,29 @@ case('19b_idlevit', 'check_share(ClsShare)',
      '''class wrong(right):                                                           # no keys on the bill
     def macs_in(self, layer, n, n_prefix=1): return ClsLogits().macs_in(layer, n, n_prefix)''')
 
+case('20_avit', 'check_depth(common_depth)',
+     'lambda model, macs: len(model.blocks)*macs/macs_of(model)',                     # stem and head as well
+     'lambda model, macs: right(model, macs) + 1',
+     'lambda model, macs: round(right(model, macs))')
+case('20_avit', 'check_threshold(Threshold)',
+     '''class wrong(HaltingScore):                                                    # the method's own rule
+    def __init__(self, gamma, beta, reads, theta): super().__init__(gamma, beta, reads)''',
+     '''class wrong(right):                                                           # a block late
+    def owns(self, t, at, rest): return torch.where(rest > 1 - self.theta, rest - self.gives(t.x), torch.zeros_like(rest))''',
+     '''class wrong(right):                                                           # the other side of it
+    def __init__(self, gamma, beta, reads, theta): super().__init__(gamma, beta, reads, 1 - theta)''')
+case('20b_iared', 'check_penalty(penalty_for)',
+     'lambda share, accuracy: accuracy/(1 - accuracy)',                               # whatever is kept
+     'lambda share, accuracy: accuracy*(1 - share)**2/(1 - accuracy)',
+     'lambda share, accuracy: (1 - accuracy)/accuracy/(1 - share**2)')
+case('20b_iared', 'check_token(TokenInterpreter)',
+     '''class wrong(right):                                                           # CLS asks after all
+    def asks(self, t): return t.x[:, 0]''',
+     '''class wrong(right):                                                           # starts with nothing
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))''')
+
 case('25_methods', 'check_first(First)',
      'Uniform',
      '''class wrong(right):                                                           # the bottom of the image
