@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit', 'units',
-           'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text', 'module_hash',
-           'imported', 'module_file', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to', 'Ledger']
+           'recovery', 'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text',
+           'module_hash', 'imported', 'module_file', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to',
+           'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, importlib, json, os, pkgutil, re
@@ -42,6 +43,8 @@ class Experiment:
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
+    # so many training images stay out of training and stand in for the test images, so that no choice is made on those
+    held_out: int = 0
     methods: tuple = ('patch-slimming',) # names of vitprune_nb.methods.base.METHODS
     reductions: tuple = (.2, .35, .45) # shares of MACs to save, each in (0, 1)
     seeds: tuple = (0,)            # each method is run with each of them
@@ -51,7 +54,12 @@ class Experiment:
     train: dict = dataclasses.field(default_factory=dict)
     # [recover]: fine-tuning after pruning, fields of TrainConfig
     recover: dict = dataclasses.field(default_factory=dict)
+    # passes over the training images that a row may spend in all: recovery gets what the method's own training
+    # leaves; 0: [recover] says how many it gets
+    training: float = 0.
     control: bool = False          # give the dense model the same recovery, as a control
+    chance: bool = False           # beside each method its chance: as many tokens and channels, at random
+    chance_recovered: tuple = ()   # the reductions at which chance gets the recovery, too
     batch_size: int = 64           # images at once, in evaluation
     dtype: str = 'fp32'            # of evaluation and timing: 'fp32', 'bf16' or 'auto'
     device: str = 'auto'           # 'auto', 'cpu', 'cuda' or 'mps'
@@ -67,11 +75,12 @@ def _check_types(e):
     for f in dataclasses.fields(Experiment):
         value, default = getattr(e, f.name), f.default if f.default is not dataclasses.MISSING else {}
         if isinstance(default, tuple):
-            require(isinstance(value, (list, tuple)) and len(value) > 0, f.name, value,
-                    'a list with at least one entry')
+            some = len(value) > 0 or not default if isinstance(value, (list, tuple)) else False
+            require(some, f.name, value, 'a list with at least one entry')
             require(len(set(map(str, value))) == len(value), f.name, list(value),
                     'a list without repetitions')
             object.__setattr__(e, f.name, tuple(value))
+        elif isinstance(default, float): require(is_number(value), f.name, value, 'a number')
         else: require(type(value) is type(default), f.name, value,
                       dict(str='text', int='an integer', bool='true or false',
                            dict='a table')[type(default).__name__])
@@ -87,10 +96,15 @@ def _known(keys, allowed, where):
 def _check_values(e):
     for r in e.reductions: require(is_number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
     for s in e.seeds: check_seed(s, 'seeds')
-    for k in 'classes train_images test_images time_batch'.split():
+    for r in e.chance_recovered:
+        require(e.chance and r in e.reductions, 'chance_recovered', r, 'some of the reductions, beside chance = true')
+    for k in 'classes train_images test_images held_out time_batch'.split():
         require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
     for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k),
                                                        'a positive integer')
+    require(0 <= e.training <= 1e6, 'training', e.training, 'a number of passes from 0 to a million')
+    require(not e.training or e.recover and 'epochs' not in e.recover, 'recover', e.recover,
+            'a recipe without epochs beside training', 'Recovery gets the passes that are left.')
     require(1 <= e.repeats <= 10**6, 'repeats', e.repeats, 'an integer from 1 to a million')
     require(0 <= e.workers <= 256, 'workers', e.workers, 'a number of processes from 0 to 256')
     require(e.dtype in ('fp32', 'bf16', 'auto'), 'dtype', e.dtype, "'fp32', 'bf16' or 'auto'")
@@ -115,7 +129,10 @@ def _check_recipes(e):
         require(table.get(dial) is None, f'options.{m}.{dial}', table.get(dial),
                 'no value of its own, for a run turns this dial until each of its reductions is met',
                 f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
-    for m in {**dict.fromkeys(e.methods), **e.options}: read_options(m, method_options(e, m, e.reductions[0]))
+    for m in {**dict.fromkeys(e.methods), **e.options}:
+        own = training_epochs(*read_options(m, method_options(e, m, e.reductions[0])))
+        require(not e.training or own <= e.training, f'options.{m}', f'{own:g} passes of its own training',
+                f'at most {e.training:g}, what a row may spend')
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #0f7b8fb9
 def method_options(e, method:str, reduction:float)->dict: # One of METHODS; share of MACs
@@ -177,28 +194,48 @@ def read_experiment(path,       # A TOML file
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #9a98b191
 class Unit(NamedTuple):
-    "One model of an experiment: a method at a budget with a seed."
+    "One model of an experiment: a method at a budget with a seed, or its chance."
     method: str      # 'dense', or one of METHODS
     reduction: float # Share of MACs to save
     seed: int        # Of everything random in it
+    chance: bool = False # The method's places and counts, and random choices
 
     @property
+    def name(self): return f'chance of {self.method}' if self.chance else self.method
+    @property
     def key(self):
-        return self.method if self.method == 'dense' else f'{self.method}-{self.reduction:g}-s{self.seed}'
+        name = self.name.replace(' ', '-')
+        return name if self.method == 'dense' else f'{name}-{self.reduction:g}-s{self.seed}'
     def __str__(self):
-        return self.method if self.method == 'dense' else f'{self.method} {100*self.reduction:g}%' + (f' seed {self.seed}' if self.seed else '')
+        if self.method == 'dense': return self.name
+        return f'{self.name} {100*self.reduction:g}%' + (f' seed {self.seed}' if self.seed else '')
 
 def units(e:Experiment # What shall be done
           )->list:     # The dense model first
     "The models of an experiment, in the order in which they are made."
-    return [Unit('dense', 0., e.seeds[0])] + [Unit(m, float(r), s) for r in e.reductions for s in e.seeds for m in e.methods]
+    every = [Unit(m, float(r), s, c) for r in e.reductions for s in e.seeds for m in e.methods
+             for c in ([False, True] if e.chance else [False])]
+    return [Unit('dense', 0., e.seeds[0])] + every
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #6cf667fe
+def recovery(e:Experiment, # What shall be done
+             unit:Unit,    # One of its models
+             )->dict:      # Fields of TrainConfig; {}: none
+    "The recipe by which a model is fine-tuned after pruning."
+    is_dense = unit.method == 'dense'
+    skipped = is_dense and not e.control or unit.chance and unit.reduction not in e.chance_recovered
+    if not e.recover or skipped: return {}
+    if not e.training: return dict(e.recover)
+    trains = not (is_dense or unit.chance)
+    own = training_epochs(*read_options(unit.method, method_options(e, unit.method, unit.reduction))) if trains else 0.
+    left = round(e.training - own, 9)
+    return dict(e.recover, epochs=left) if left > 0 else {}
+
 def stages(e:Experiment, # What shall be done
            unit:Unit,    # One of its models
            )->list:      # 'none' and, where there is recovery, 'recovered'
     "The rows that a unit leaves."
-    return ['none'] + ['recovered']*bool(e.recover and (unit.method != 'dense' or e.control))
+    return ['none'] + ['recovered']*bool(recovery(e, unit))
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #5a88ed9f
 def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
@@ -214,7 +251,7 @@ def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
 # %% ../nbs/6_reference/25b_experiment.ipynb #5902b539
 def method_passes(e:Experiment, unit:Unit, n_train:int)->float: # As for `unit_passes`
     "A rough guess of what making a pruned model takes, before any recovery."
-    if unit.method == 'dense': return 0.
+    if unit.method == 'dense' or unit.chance: return 0.
     m, config = read_options(unit.method, method_options(e, unit.method, unit.reduction))
     is_lent = m.shares and unit.reduction != e.reductions[0]
     return 3*n_train*training_epochs(m, config)*(not is_lent) + 20*getattr(config, 'calibration', 0)
@@ -229,7 +266,8 @@ def unit_passes(e:Experiment, # What shall be done
     keep, is_dense = 1 - unit.reduction, unit.method == 'dense'
     making = training_passes(e.train, n_train) if is_dense and not e.dense else method_passes(e, unit, n_train)
     timing = 0 if not e.time_batch else (1 + keep)*e.time_batch*(e.repeats + 2)
-    after = training_passes(e.recover, n_train, keep) + n_test*keep if len(stages(e, unit)) > 1 else 0
+    recipe = recovery(e, unit)
+    after = training_passes(recipe, n_train, keep) + n_test*keep if recipe else 0
     return making + n_test*keep + timing + after
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #53d7df0a
@@ -313,7 +351,8 @@ def flat(d:dict, prefix='')->dict: # {'a': {'b': 1}} -> {'a.b': 1}
     return out
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #99650bb6
-GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'results', 'workers')
+GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'chance', 'chance_recovered', 'results',
+         'workers')
 
 def method_modules(names)->list: # Of METHODS; -> e.g. ['methods.life_run']
     "Modules in which methods are defined; all of them, when one is defined elsewhere, in a cell of a lesson for one."
@@ -398,11 +437,13 @@ class Ledger:
         self.sync()
 
     def drop(self, method:str): # All its rows
-        "Forget the rows of a method, in the CSV first; after a kill in between the restart brings them back."
-        gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] == method]
+        """Forget the rows of a method and of its chance, in the CSV first; after a kill in between the restart
+        brings them back."""
+        theirs = (method, f'chance of {method}')
+        gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] in theirs]
         if not gone: return
         with write_atomic(self.csv) as tmp:
-            append_rows(tmp, [r for r in read_rows(self.csv) if r['method'] != method])
+            append_rows(tmp, [r for r in read_rows(self.csv) if r['method'] not in theirs])
         for f in gone: f.unlink()
 
     def missing(self)->list:

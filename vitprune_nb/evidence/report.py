@@ -112,7 +112,8 @@ def leaders(rows:list,       # Of one run
           frozenset((q['a'], q['b']))): q['p_value'] for q in pairs}
     groups = {}
     for r in one_run(rows):
-        if r['method'] != 'dense': groups.setdefault((target(r), r['seed'], stage(r)), []).append(r)
+        rival = r['method'] != 'dense' and not r['method'].startswith('chance of ')
+        if rival: groups.setdefault((target(r), r['seed'], stage(r)), []).append(r)
     out = []
     for key in sorted(groups, key=lambda k: (k[0], STAGES.index(k[2]), k[1])):
         first, *rest = sorted(groups[key], key=lambda r: -r['top1'])

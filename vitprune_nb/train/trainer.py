@@ -166,6 +166,9 @@ class Trainer:
         self.objective, self.before_step = objective or supervised, before_step
         self.needs = check_objective(self.objective, model, cfg, teacher)
         self.cfg, self.acc, self.plain, self.workers = cfg, accelerator or pick_accelerator(), model, workers
+        remembers = hasattr(teacher, 'at')       # a `RememberedTeacher`
+        require(not remembers or train_set.transform is None, 'train_set', 'images with a transform',
+                'images without a transform of their own, for a teacher that remembers')
         if train_set.transform is None:
             train_set = train_set.but(transform=train_transform(data_config(vit_of(model)), cfg.augment))
         self.batches = Batches(train_set, cfg, self.acc.process_index, self.acc.num_processes)
@@ -175,6 +178,8 @@ class Trainer:
         self.sched = make_scheduler(self.opt, cfg, self.batches.steps)
         self.ema = ModelEmaV3(model, decay=cfg.ema) if cfg.ema else None
         self.teacher = teacher.eval().to(self.acc.device) if teacher is not None else None
+        if remembers: teacher.open(self.batches, data_config(vit_of(model)))
+        self.ask = teacher.at if remembers else lambda step, x: teacher(x).float()
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
         self.step, self.stream, self.start = 0, None, time.perf_counter()
         self.recent, self.named, self.busy = [], {}, 0.   # since the last row of the log: losses, and seconds
@@ -196,7 +201,7 @@ class Trainer:
         if self.teacher is None: return seen
         asked = 'teacher_tokens' in self.needs
         with torch.no_grad(), _outputs(vit_of(self.teacher), asked) as tokens, autocast(*place, self.teacher):
-            seen.teacher_logits = self.teacher(x).float()
+            seen.teacher_logits = self.ask(self.step, x)
         if tokens: seen.teacher_tokens = tokens[-1].float()
         return seen
 
