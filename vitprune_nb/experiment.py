@@ -43,7 +43,7 @@ class Experiment:
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
-    # so many training images stay out of training and stand in for the test images, so that no choice is made on those
+    # so many training images stay out of training and stand in for the test images: no choice is made on those
     held_out: int = 0
     methods: tuple = ('patch-slimming',) # names of vitprune_nb.methods.base.METHODS
     reductions: tuple = (.2, .35, .45) # shares of MACs to save, each in (0, 1)
@@ -54,8 +54,8 @@ class Experiment:
     train: dict = dataclasses.field(default_factory=dict)
     # [recover]: fine-tuning after pruning, fields of TrainConfig
     recover: dict = dataclasses.field(default_factory=dict)
-    # passes over the training images that a row may spend in all: recovery gets what the method's own training
-    # leaves; 0: [recover] says how many it gets
+    # passes over the training images that a row may spend in all: recovery gets what the method's own
+    # training leaves; 0: [recover] says how many it gets
     training: float = 0.
     control: bool = False          # give the dense model the same recovery, as a control
     chance: bool = False           # beside each method its chance: as many tokens and channels, at random
@@ -97,7 +97,8 @@ def _check_values(e):
     for r in e.reductions: require(is_number(r) and 0 < r < 1, 'reductions', r, 'shares in (0, 1), e.g. 0.45')
     for s in e.seeds: check_seed(s, 'seeds')
     for r in e.chance_recovered:
-        require(e.chance and r in e.reductions, 'chance_recovered', r, 'some of the reductions, beside chance = true')
+        known = e.chance and r in e.reductions
+        require(known, 'chance_recovered', r, 'some of the reductions, beside chance = true')
     for k in 'classes train_images test_images held_out time_batch'.split():
         require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
     for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k),
@@ -226,9 +227,10 @@ def recovery(e:Experiment, # What shall be done
     skipped = is_dense and not e.control or unit.chance and unit.reduction not in e.chance_recovered
     if not e.recover or skipped: return {}
     if not e.training: return dict(e.recover)
-    trains = not (is_dense or unit.chance)
-    own = training_epochs(*read_options(unit.method, method_options(e, unit.method, unit.reduction))) if trains else 0.
-    left = round(e.training - own, 9)
+    left = e.training
+    if not (is_dense or unit.chance):
+        options = method_options(e, unit.method, unit.reduction)
+        left = round(left - training_epochs(*read_options(unit.method, options)), 9)
     return dict(e.recover, epochs=left) if left > 0 else {}
 
 def stages(e:Experiment, # What shall be done
@@ -437,8 +439,8 @@ class Ledger:
         self.sync()
 
     def drop(self, method:str): # All its rows
-        """Forget the rows of a method and of its chance, in the CSV first; after a kill in between the restart
-        brings them back."""
+        """Forget the rows of a method and of its chance, in the CSV first; after a kill in between the
+        restart brings them back."""
         theirs = (method, f'chance of {method}')
         gone = [f for f, r in zip(self.files(), self.rows(), strict=True) if r['method'] in theirs]
         if not gone: return

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .core import environment, set_seed
-from .errors import VitpruneError, require
+from .errors import VitpruneError, is_number, require
 from .files import (append_text, check_ours, check_output, claim, made_in, only_one, remove,
                                sha256, sweep, temporary_path, write_atomic, write_folder_atomic)
 from .vit.cost import model_macs
@@ -290,7 +290,8 @@ def timed(run:Run, model, unit:Unit)->tuple: # (what `bench` says, what the note
 def recovery_text(recipe:dict # From `recovery`
                   )->str:     # e.g. 'epochs 0.5, lr 0.0001', or 'none'
     "What a row says about its recovery."
-    return ', '.join(f'{k} {v}' for k, v in sorted(recipe.items(), key=lambda i: i[0] != 'epochs')) or 'none'
+    said = {k: f'{v:g}' if is_number(v) else v for k, v in recipe.items()}
+    return ', '.join(f'{k} {v}' for k, v in sorted(said.items(), key=lambda i: i[0] != 'epochs')) or 'none'
 
 # %% ../nbs/6_reference/26_run.ipynb #079ecb39
 TIMED = 'latency_ms latency_low latency_high throughput throughput_low throughput_high batch repeats dtype threads device'.split()

@@ -54,7 +54,8 @@ class Shuffled(Scorer):
     def __init__(self, score,   # A `Scorer`, or the dict that `config` keeps of one
                  seed:int=0):   # Of the order
         super().__init__()
-        self.score = score if isinstance(score, Scorer) else Step.from_dict(dict(threshold=0., score=score)).score
+        if isinstance(score, dict): score = Step.from_dict(dict(threshold=0., score=score)).score
+        self.score = score
         self.lot, self.needs = RandomScore(seed), self.score.needs
 
     def config(self):
@@ -73,17 +74,19 @@ def chance_policy(policy:Policy, # Of any method
                   n_patches:int, # Of the dense model
                   seed:int=0,    # Of the draw
                   )->Policy:     # As many tokens in each block
-    "The same places and counts, and random choices; those of a step whose tokens stay are drawn for its block."
+    "The same places and counts, and random choices; a step whose tokens stay draws for its own block."
     def blind(i, s):
         draw = seed + 1000*(i + 1) if s.fate.stays else seed
         fate = 'idle' if s.fate.stays else s.fate if s.fate.freezes else 'remove'
-        if s.ragged: return Step(s.at, fate, score=Shuffled(copy.deepcopy(s.score), draw), threshold=s.threshold)
+        if s.ragged:
+            dealt = Shuffled(copy.deepcopy(s.score), draw)
+            return Step(s.at, fate, score=dealt, threshold=s.threshold)
         count = min(s.patches + s.fate.joins, n_patches)
         return Step(s.at, fate, score=RandomScore(draw), count=count)
     return Policy({i: tuple(blind(i, s) for s in steps_of(policy.steps, i)) for i in policy.steps}, 'chance')
 
 def chance_channels(model,      # A dense timm ViT
-                    shapes:list,# What is left of each block: `channels['shapes']` of the ViT that a method cut
+                    shapes:list,# What is left of each block: `channels['shapes']` of a ViT that was cut
                     seed:int=0, # Of the draw
                     )->ChannelPlan: # As many channels at each place
     "Random channels, of attention outputs in as many heads, each with one at least."
@@ -96,7 +99,7 @@ def chance_channels(model,      # A dense timm ViT
         lot.scatter_(1, lot.argmax(1, keepdim=True), 2.)               # the first of each head is in
         best = lot.flatten().argsort(descending=True)[:s['values']]
         value = (heads[:, None]*d + torch.arange(d)).flatten()[best]
-        dense = (b.attn.qkv.in_features, b.attn.proj.in_features, b.mlp.fc1.in_features, b.mlp.fc2.in_features)
+        dense = tuple(b.get_submodule(site).in_features for site in SITES)
         kept = (draw(dense[0], s['attn_in']), value, draw(dense[2], s['mlp_in']), draw(dense[3], s['hidden']))
         for site, n, k in zip(SITES, dense, kept, strict=True):
             keep[f'blocks.{i}.{site}'], sizes[f'blocks.{i}.{site}'] = sorted(k.tolist()), n
@@ -106,10 +109,11 @@ def chance_channels(model,      # A dense timm ViT
 def chance_of(pruned,     # A `SlimViT`, from `prune`
               dense,      # The model that it was made from; left as it is
               seed:int=0, # Of the draw
-              )->SlimViT: # As many tokens and channels at the same places, with the weights of the dense model
+              )->SlimViT: # As many tokens and channels at the same places; the weights of `dense`
     "What a pruned model would be if its method chose at random."
     steps, cut = pruned.policy.steps, getattr(pruned.model, 'channels', None)
     require(steps or cut, 'pruned', 'a model from which nothing was pruned', 'a pruned one')
-    model = copy.deepcopy(dense) if cut is None else slice_model(dense, chance_channels(dense, cut['shapes'], seed))
+    if cut is None: model = copy.deepcopy(dense)
+    else: model = slice_model(dense, chance_channels(dense, cut['shapes'], seed))
     n_patches = pruned.n_tokens - pruned.num_prefix_tokens
     return SlimViT(model, chance_policy(pruned.policy, n_patches, seed), pruned.mode).eval()

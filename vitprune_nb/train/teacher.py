@@ -7,7 +7,6 @@ __all__ = ['RememberedTeacher']
 
 # %% ../../nbs/6_reference/20c_teacher.ipynb #20d00004
 import hashlib, json, os
-from pathlib import Path
 
 # %% ../../nbs/6_reference/20c_teacher.ipynb #20d00005
 import torch
@@ -29,8 +28,9 @@ class RememberedTeacher(torch.nn.Module):
              config:dict):   # `data_config` of the student: how it is shown an image
         "Find, make or extend the table of this recipe on these images."
         c = batches.cfg
-        decides = dict(teacher=weights_hash(self.dense), data=batches.ds.digest, rank=batches.rank, world=batches.world,
-                       images=config, **{k: getattr(c, k) for k in ('seed', 'batch_size', 'augment', 'mixup', 'cutmix', 'dtype')})
+        decides = {k: getattr(c, k) for k in ('seed', 'batch_size', 'augment', 'mixup', 'cutmix', 'dtype')}
+        decides |= dict(teacher=weights_hash(self.dense), images=config, data=batches.ds.digest,
+                        rank=batches.rank, world=batches.world)
         key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
         file, shape = self.folder/f'{key}.f32', (batches.steps, c.batch_size//batches.world, self.num_classes)
         row = 4*shape[1]*shape[2]
