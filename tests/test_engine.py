@@ -507,3 +507,19 @@ def test_an_average_of_nobody_is_finite():
     logits = slim(torch.randn(2, 3, 32, 32))
     logits.sum().backward()
     assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_scale_changed_by_hand_counts_where_timm_reads_it(images, fused):
+    "timm's fused kernel does not look at attn.scale, its written-out attention does; keep everything is the plain model."
+    torch.manual_seed(0)
+    net = create_vit('deit_tiny_patch16_224', **SMALL)
+    plain = net(images)
+    for block in net.blocks: block.attn.fused_attn, block.attn.scale = fused, 9.
+    assert torch.allclose(net(images), plain, atol=1e-5) == fused
+    rules = dict(dense=Policy({}), cls=Policy({1: Step('middle', score=ClsAttention(), count=P)}),
+                 ragged=Policy({1: Step('middle', score=ClsAttention(), threshold=-1.)}))
+    for name, policy in rules.items():
+        for mode in ('mask', 'packed') if policy.ragged else ('mask', 'gather', 'packed'):
+            assert torch.allclose(SlimViT(net, policy, mode)(images), net(images), atol=1e-5), (name, mode)
