@@ -359,9 +359,11 @@ def pair_rows(run:Run)->list: # Dicts with keys PAIRS; the difference is top-1 o
     right = {k: np.load(run.out/'answers'/f'{k}.npy') for k in run.ledger.keys()}
     done = [(u, s, right[f'{u.key}-{s}']) for u in units(run.e) for s in ('none', 'recovered') if f'{u.key}-{s}' in right]
     out, dense = [], next((r for u, s, r in done if u.method == 'dense'), None)
+    control = next((r for u, s, r in done if u.method == 'dense' and s == 'recovered'), None)
     for i, (u, s, r) in enumerate(done):
         alike = [(v, q) for v, t, q in done[:i] if (v.reduction, v.seed, t) == (u.reduction, u.seed, s)]
         rivals = [(v.name, q) for v, q in alike if v.method == u.method or not (u.chance or v.chance)]
+        if u.method != 'dense' and s == 'recovered': rivals = [('dense control', control), *rivals]
         for name, q in ([('dense', dense)] if u.method != 'dense' or s != 'none' else []) + rivals:
             if q is not None: out.append(dict(a=name, b=u.name, reduction=u.reduction, seed=u.seed, recovery=s, images=len(r), **paired_difference(q, r)))
     return out
