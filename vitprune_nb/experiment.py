@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETS', 'GROWS', 'Experiment', 'method_options', 'parse_change', 'apply_change', 'read_experiment', 'Unit', 'units',
-           'recovery', 'stages', 'training_passes', 'method_passes', 'unit_passes', 'in_time', 'plan_text',
-           'module_hash', 'imported', 'module_file', 'code_hashes', 'flat', 'method_modules', 'fingerprint', 'hold_to',
-           'Ledger']
+           'recovery', 'stages', 'schedule', 'training_passes', 'method_passes', 'stage_passes', 'unit_passes',
+           'in_time', 'plan_text', 'module_hash', 'imported', 'module_file', 'code_hashes', 'flat', 'method_modules',
+           'fingerprint', 'hold_to', 'Ledger']
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #c7364107
 import ast, contextlib, dataclasses, difflib, hashlib, importlib, json, os, pkgutil, re
@@ -239,6 +239,17 @@ def stages(e:Experiment, # What shall be done
     "The rows that a unit leaves."
     return ['none'] + ['recovered']*bool(recovery(e, unit))
 
+def schedule(e:Experiment # What shall be done
+             )->list:     # (unit, stage), a row each
+    "At each budget first all models before recovery, then all recoveries, the control's with the first ones."
+    dense, *others = units(e)
+    out = [(dense, 'none')]
+    for r in e.reductions:
+        here = [u for u in others if u.reduction == r]
+        out += [(u, 'none') for u in here]
+        out += [(u, 'recovered') for u in ([dense] if r == e.reductions[0] else []) + here]
+    return [(u, s) for u, s in out if s in stages(e, u)]
+
 # %% ../nbs/6_reference/25b_experiment.ipynb #5a88ed9f
 def training_passes(recipe:dict, # Fields of TrainConfig; {}: no training
                     n_train:int, # Training images
@@ -259,18 +270,26 @@ def method_passes(e:Experiment, unit:Unit, n_train:int)->float: # As for `unit_p
     return 3*n_train*training_epochs(m, config)*(not is_lent) + 20*getattr(config, 'calibration', 0)
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #415cbb95
+def stage_passes(e:Experiment, # What shall be done
+                 unit:Unit,    # One of its models
+                 stage:str,    # One of its `stages`
+                 n_train:int,  # Training images
+                 n_test:int,   # Test images
+                 )->float:     # Dense forward passes of one image
+    "The work of a row."
+    keep, trains = 1 - unit.reduction, unit.method == 'dense' and not e.dense
+    if stage == 'recovered': return training_passes(recovery(e, unit), n_train, keep) + n_test*keep
+    making = training_passes(e.train, n_train) if trains else method_passes(e, unit, n_train)
+    timing = 0 if not e.time_batch else (1 + keep)*e.time_batch*(e.repeats + 2)
+    return making + n_test*keep + timing
+
 def unit_passes(e:Experiment, # What shall be done
                 unit:Unit,    # One of its models
                 n_train:int,  # Training images
                 n_test:int,   # Test images
                 )->float:     # Dense forward passes of one image
     "The work of a unit."
-    keep, is_dense = 1 - unit.reduction, unit.method == 'dense'
-    making = training_passes(e.train, n_train) if is_dense and not e.dense else method_passes(e, unit, n_train)
-    timing = 0 if not e.time_batch else (1 + keep)*e.time_batch*(e.repeats + 2)
-    recipe = recovery(e, unit)
-    after = training_passes(recipe, n_train, keep) + n_test*keep if recipe else 0
-    return making + n_test*keep + timing + after
+    return sum(stage_passes(e, unit, s, n_train, n_test) for s in stages(e, unit))
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #53d7df0a
 def in_time(seconds:float # 0 or more

@@ -24,7 +24,7 @@ from .files import (append_text, check_ours, check_output, claim, made_in, only_
 from .vit.cost import model_macs
 from .data import ImageSet, calibration, class_subset, data_config, eval_transform, load_data
 from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
-                                    read_experiment, recovery, stages, unit_passes, units)
+                                    read_experiment, recovery, schedule, stage_passes, stages, units)
 from .evidence.measure import bench, dtype_name, time_reduction
 from .methods.base import METHODS, SHARED, prune, recover
 from .methods.baselines import chance_of
@@ -166,9 +166,12 @@ class Run:
     def todo(self, unit:Unit)->list: # Stages whose row is missing
         return [s for s in stages(self.e, unit) if f'{unit.key}-{s}' not in self.ledger.keys()]
 
+    def cost(self, unit:Unit, stage:str)->float: # Dense forward passes
+        return stage_passes(self.e, unit, stage, len(self.train), len(self.test))
+
     def left(self)->str: # '12 min left', once something was timed
         "How long the rest takes at the speed so far."
-        rest = sum(unit_passes(self.e, u, len(self.train), len(self.test)) for u in units(self.e) if self.todo(u))
+        rest = sum(self.cost(u, s) for u, s in schedule(self.e) if s in self.todo(u))
         return f'{in_time(rest*(time.perf_counter() - self.start)/self.passes)} left' if self.passes and rest else ''
 
 # %% ../nbs/6_reference/26_run.ipynb #5945b09f
@@ -209,11 +212,12 @@ def own_folder(run:Run, unit:Unit): # -> the folder that this process works in
 # %% ../nbs/6_reference/26_run.ipynb #7258979d
 def chance_step(run:Run, unit:Unit): # -> the model that decides at random
     "Draw the chance of a model that is finished."
-    source, place = run.out/'models'/unit._replace(chance=False).key, run.work(unit)/'pruned'
-    require(source.is_dir(), 'chance', f'{unit}', 'the chance of a model that was made',
+    theirs, place = unit._replace(chance=False), run.work(unit)/'pruned'
+    found = [p for p in (run.out/'models'/theirs.key, run.work(theirs)/'pruned') if p.is_dir()]
+    require(len(found) > 0, 'chance', f'{unit}', 'the chance of a model that was made',
             f'{unit.method} has none at this budget.')
     if run.acc.is_main_process and not place.is_dir():
-        pruned = load_pruned(source)
+        pruned = load_pruned(found[0])
         blind = chance_of(pruned, copy.deepcopy(run.model).cpu(), unit.seed)
         blind.info, blind.classes = dict(chance_of=unit.method, seed=unit.seed), pruned.classes
         save_pruned(blind, place)
@@ -330,9 +334,9 @@ def keep_model(run:Run, unit:Unit, model=None): # None: the pruned model of the 
     elif source.is_dir(): os.replace(source, place)
 
 # %% ../nbs/6_reference/26_run.ipynb #bb35d233
-def do_unit(run:Run, unit:Unit):
+def do_unit(run:Run, unit:Unit, only:str=''): # '', or one of its stages
     "Whatever is missing of a unit; of a finished one, nothing but tidying up."
-    for stage in run.todo(unit):
+    for stage in [s for s in run.todo(unit) if only in ('', s)]:
         start = time.perf_counter()
         run.note('begin', unit=unit.key, stage=stage)
         if stage == 'recovered': model = recover_step(run, unit)
@@ -342,6 +346,7 @@ def do_unit(run:Run, unit:Unit):
         finish_row(run, unit, stage, model, seconds)
         run.acc.wait_for_everyone()
         report(run, unit, stage, seconds)
+    if run.todo(unit): return
     keep_model(run, unit)
     if run.acc.is_main_process: remove(run.work(unit))
 
@@ -423,11 +428,12 @@ def dense_speed(model, device, dtype:str)->float: # Images a second
 def do_units(run:Run)->dict: # {unit: why it failed}
     "All units; one that is refused is noted and the others go on. Without a dense model there is nothing to go on with."
     failed = {}
-    for unit in units(run.e):
-        mine = unit_passes(run.e, unit, len(run.train), len(run.test)) if run.todo(unit) else 0.
+    for unit, stage in schedule(run.e):
+        if str(unit) in failed: continue
+        mine = run.cost(unit, stage) if stage in run.todo(unit) else 0.
         try:
             if not run.weights: dense_model(run)
-            do_unit(run, unit)
+            do_unit(run, unit, stage)
         except VitpruneError as err:
             if unit.method == 'dense': raise
             failed[str(unit)] = str(err)
