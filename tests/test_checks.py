@@ -425,6 +425,15 @@ case('20b_iared', 'check_token(TokenInterpreter)',
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
         self.token = nn.Parameter(torch.zeros(1, 1, dim))''')
+case('20c_scop', 'check_drift(drift)',
+     'lambda steps, lr: min(.5, lr*steps)',                                           # a rate that stays
+     'lambda steps, lr: lr*steps/2',                                                  # through the wall
+     'lambda steps, lr: min(1., right(steps, lr))*2')                                 # of the score
+case('20c_scop', 'check_shuffled(shuffled)',
+     'lambda images, patch, generator: torch.cat([right(x[None], patch, generator) for x in images])',       # each image its own places
+     'lambda images, patch, generator: right(images, patch, torch.Generator().manual_seed(1))',              # always the same
+     'lambda images, patch, generator: images.flatten(2)[..., torch.randperm(images[0, 0].numel(), generator=generator)].view_as(images)',    # pixels
+     'lambda images, patch, generator: right(images, patch, generator).flip(-1)')     # mirrored
 
 case('25_methods', 'check_first(First)',
      'Uniform',
