@@ -497,6 +497,11 @@ case('30_cifar100', 'check_gained(gained)',
      'lambda rows: {k: v/100 for k, v in right(rows).items()}',                       # shares, not points
      'lambda rows: {m: v for (m, _), v in right(rows).items()}')
 
+case('30a_tournament', 'check_share(share)', '.7', '1 - right', '.7*.65')              # passes, not work
+case('30a_tournament', 'check_worth(worth)',
+     'lambda rows: {k: 1 - v for k, v in right(rows).items()}',
+     'lambda rows: {k: max(v, 0.) for k, v in right(rows).items()}',                   # no choice is worse than chance
+     'lambda rows: right([r for r in rows if target(r) != .45])')
 case('31_imagenet', 'check_cosine(cosine_of)', 'lambda e: 1 - e', 'lambda e: 1 - e*e', 'lambda e: (1 - e*e)**.5')
 case('31_imagenet', 'check_worst(worst)',
      'lambda values, share: -right(-np.asarray(values), share)',                      # the best
