@@ -87,7 +87,7 @@ class KeySimilarity(Scorer):
         f = F.normalize(f.to(torch.promote_types(f.dtype, torch.float)), dim=-1)
         f = f.gather(1, line[..., None].expand_as(f))
         free = there.gather(1, line) & (line >= t.n_prefix)
-        cosine = f[:, ::2] @ f[:, 1::2].transpose(1, 2)
+        with torch.autocast(f.device.type, enabled=False): cosine = f[:, ::2] @ f[:, 1::2].transpose(1, 2)
         best, to = cosine.masked_fill(~free[:, None, 1::2], -math.inf).max(-1)
         sides, n = (line[:, ::2], line[:, 1::2]), line.shape[1]
         index = torch.arange(n, device=line.device).expand_as(line)
