@@ -175,7 +175,7 @@ def merge_tokens(x,    # (B, n, D)
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #68593065
 def key_bias(size,      # (B, n) how many tokens each stands for; None: one
-             keys=None, # (B, n) bool: who is there; None: all
+             keys=None, # (B, n) bool: which are there; None: all
              dtype=torch.float, # of the bias
              ):
     "What the attention logits get: -inf for absent keys, log(size) for merged ones; (B, 1, 1, n) or None."

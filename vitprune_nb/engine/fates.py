@@ -26,7 +26,7 @@ class Fate:
     stays = False       # the tokens stay in the sequence and are candidates again in the next block
     joins = 0           # tokens that come in for them: 0 or 1
     sized = False       # tokens may stand for several: sizes travel with them
-    freezes = False     # the last values of those who left are part of the output
+    freezes = False     # the last values of those that left are part of the output
     lost = True         # nothing is left of them that a head could average
     acts = False        # `meet` does something
     ends = False        # `end` does something

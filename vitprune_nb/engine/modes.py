@@ -27,11 +27,11 @@ class Decision(NamedTuple):
     keep: torch.Tensor             # (B, n) bool, prefix included; of a soft decision, floats in [0, 1]
     pos: torch.Tensor              # (B, n) index in the full sequence, prefix included; -1 for a fused token, -2 for padding
     n_prefix: int
-    present: torch.Tensor|None     # (B, n) bool: who was there to choose from; None: all
+    present: torch.Tensor|None     # (B, n) bool: which were there to choose from; None: all
 
 class Stream:
     "The state between blocks; a mode adds how a block is run."
-    GUEST = -3                     # position of a token that goes through a block for others who stay
+    GUEST = -3                     # position of a token that goes through a block for others that stay
 
     def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0, record=None,
                  cuts=None):
@@ -68,7 +68,7 @@ class Stream:
         return scores
 
     def decide(self, i, step):
-        "(B, n) bool: who is kept, or floats, how much; and the scores that said so, or None."
+        "(B, n) bool: which are kept, or floats, how much; and the scores that said so, or None."
         keep, scores = None, None if step.score is None else self.ask(i, step)
         if self.training and hasattr(step.score, 'soft_keep'): keep = step.score.soft_keep(self.tokens(i), scores)
         soft = keep is not None
@@ -103,7 +103,7 @@ class Stream:
         self.frozen = values.index_put(at, self.x[b, j]), where.index_put(at, torch.ones_like(b, dtype=torch.bool))
 
     def grid(self, last): # (B, N, D) after the block before
-        "(B, N, D) after this block: tokens at their places; who has left keeps the value it had last."
+        "(B, N, D) after this block: tokens at their places; one that has left keeps the value it had last."
         b, j = (self.there() & (self.pos >= 0)).nonzero(as_tuple=True)
         now = last.index_put((b, self.pos[b, j]), self.x[b, j])
         return now if self.frozen is None else torch.where(self.frozen[1][..., None], self.frozen[0], now)
@@ -139,7 +139,7 @@ class Trace:
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #35fb4148
 class Layers:
-    "The tokens between the blocks on the full grid: who was removed keeps the value it had last."
+    "The tokens between the blocks on the full grid: those removed keep the values they had last."
     def __init__(self): self.tokens = []     # L + 1 of (B, N, D): what enters the first block, then what each block leaves
 
     def start(self, x): self.tokens = [x]
@@ -162,7 +162,7 @@ def static_indices(steps:dict,   # {block index: Step, or a tuple of Steps}, as 
             require(mode != 'gather', 'policy', f'static positions in block index {i} after a per-image step', 'static steps first',
                     "Or use mode='mask' or 'packed'."); continue
         want = [*range(n_prefix), *(p + n_prefix for p in s.keep)]
-        here = want if left is None else left   # prefix tokens stand first, whoever else is there
+        here = want if left is None else left   # prefix tokens stand first, whatever else is there
         gone = sorted(set(want) - set(here))
         require(not gone, 'policy', f'patch {gone[0] - n_prefix if gone else 0} kept in block index {i} though an earlier block dropped it',
                 'nested positions, or fate idle')
@@ -235,7 +235,7 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
 class Mask(Stream):
     "Dense: the oracle of the other two modes."
     def meet(self, step, keep, scores):
-        "Those outside `keep` meet their fate; returns who is computed from here on, and a guest of this block, or None."
+        "Those outside `keep` meet their fate; returns which are computed from here on, and a guest of this block, or None."
         if keep.is_floating_point(): self.soften(keep); return self.present, None
         drop, guest = self.there() & ~keep, None
         joined = step.fate.meet(self, keep, drop, scores) if step.fate.acts else None
@@ -253,7 +253,7 @@ class Mask(Stream):
         self.kept = kept if self.kept is None else self.kept*kept
 
     def send_home(self, step, keep, guest):
-        "The token that went through the block for those who stayed outside leaves; they get what it brings."
+        "The token that went through the block for those that stayed outside leaves; they get what it brings."
         at = self.there() & (self.pos == self.GUEST)
         self.present = self.there() & ~at
         added = step.fate.restore(guest, (self.x*at[..., None]).sum(1, keepdim=True))
@@ -295,7 +295,7 @@ class Mask(Stream):
             active, guest = self.meet(at['before'], keep, scores)
             keys = active
         if 'queries' in at: active, scores = self.decide(i, at['queries'])
-        self.asked = self.there() if active is None else active            # (B, n): who asks
+        self.asked = self.there() if active is None else active            # (B, n): which ask
         self.settle(self.attention(i, block, steps, keys, self.asked), active)
         answer = self.there() if keys is None else keys
         if 'middle' in at:
@@ -303,7 +303,7 @@ class Mask(Stream):
             self.forget(*self.next)
             active, guest = self.meet(at['middle'], keep, scores)
         self.settle(mlp_branch(block, self.x), active)
-        self.done = self.there() if active is None else active             # (B, n'): who is new
+        self.done = self.there() if active is None else active             # (B, n'): which are new
         if self.trace is not None:
             self.trace.add(self.asked.sum(1), answer.sum(1), self.done.sum(1), self.pos, self.done)
         if guest is not None: self.send_home(at.get('middle') or at['before'], active, guest)
@@ -434,7 +434,7 @@ class Gather(Sparse):
         return torch.cat([idx, last], -1), joined[0]
 
     def send_home(self, step, idx, guest):
-        "The token that went through the block for those who stayed outside leaves; they get what it brings."
+        "The token that went through the block for those that stayed outside leaves; they get what it brings."
         outside, added = ~self.chosen(idx), step.fate.restore(guest, self.x[:, -1:])
         if added is not None: self.x = torch.where(outside[..., None], self.x + added, self.x)
         self.shrink(slice(0, self.x.shape[1] - 1))

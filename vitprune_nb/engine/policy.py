@@ -118,7 +118,7 @@ def register_scorer(name:str): # What a saved policy calls it
 class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ()       # views of the attention that it wants to be given, out of `VIEWS`: one name, or several
-    follows = None   # class of an earlier step's scorer whose scores it repeats for those who are left: one order for both
+    follows = None   # class of an earlier step's scorer whose scores it repeats for those that are left: one order for both
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
 
     def macs(self, n:float, dim:int, n_prefix:int=1)->float:
@@ -190,7 +190,7 @@ class GivenCounts(Scorer):
         return torch.tensor(self.counts, device=t.pos.device)[:len(t.pos), None] - rank - .5
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #5cc9e4b5
-def _best(scores, out, count): # out (B, n) bool: who does not take part
+def _best(scores, out, count): # out (B, n) bool: which do not take part
     order = scores.masked_fill(out, -math.inf).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(out).scatter(1, order[:, :count], True)
 

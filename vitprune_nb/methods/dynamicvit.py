@@ -90,7 +90,7 @@ def dynamic_policy(model,            # A timm ViT
                    predictors=None,  # A scorer for each stage; None: new ones
                    seed:int=0,       # Of new ones
                    )->Policy:
-    "Who decides before which block, and how many patches are left."
+    "What decides before which block, and how many patches are left."
     L, N = len(model.blocks), model.patch_embed.num_patches
     stages = quarter_stages(L) if stages is None else list(stages)
     inside = len(stages) > 0 and all(is_whole(s) and 1 <= s <= L for s in stages)

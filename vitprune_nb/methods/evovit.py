@@ -77,7 +77,7 @@ class EvoPlan:
     keep_rate: float    # in (0, 1]: share of the patches that go through the blocks from the first stage on
     n_blocks: int       # L
     stages: tuple       # blocks before which the choice is made, 1-based, rising, from 2 on
-    representative: bool = False # one token goes through the blocks for those who wait
+    representative: bool = False # one token goes through the blocks for those that wait
 
     def __post_init__(self):
         require(0 < self.keep_rate <= 1, 'keep_rate', self.keep_rate, 'a number in (0, 1]')

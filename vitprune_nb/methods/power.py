@@ -37,7 +37,7 @@ def ranks(scores # (B, n)
 
 @register_scorer('soft_extract')
 class SoftExtract(ColumnAttention):
-    "Of the patch with rank k, the share r[k] is kept: a learned number for each rank, whoever holds it."
+    "Of the patch with rank k, the share r[k] is kept: a learned number for each rank."
     def __init__(self, n_patches:int): # N
         super().__init__()
         self.n_patches, self.r = n_patches, nn.Parameter(torch.ones(n_patches))

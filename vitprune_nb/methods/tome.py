@@ -52,9 +52,9 @@ def merge_counts(n_tokens:int, # N, prefix included
 
 # %% ../../nbs/3_methods/17_tome.ipynb #17e00011
 class Matching(NamedTuple):
-    "Who would go where."
+    "Which token would go where."
     partner: torch.Tensor  # (B, n) index of the token that each would be merged into; for B: itself
-    place: torch.Tensor    # (B, n) order of those who are left, for the next block: prefix, A, B
+    place: torch.Tensor    # (B, n) order of those that are left, for the next block: prefix, A, B
 
 def _in_line(t, there): # -> (B, n) indices of the tokens in their order, absent ones last
     places = t.memory.get('tome places')
@@ -145,7 +145,7 @@ def tome_policy(model,   # A timm ViT
 def merge_groups(slim,   # A SlimViT with a policy of `tome_policy`
                  images, # (B, 3, H, W)
                  )->torch.Tensor: # (B, L, N): position of the token that each original token is part of
-    "Who has become part of whom after each block."
+    "Which token has become part of which after each block."
     merges = all(s.fate == 'tome' for _, s in slim.policy.each())
     given = f'one with the policy {slim.policy.name!r}'
     require(merges, 'slim', given, 'one that merges, with a policy of tome_policy(…)')

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..errors import is_number, require
 
 # %% ../../nbs/6_reference/20a_objectives.ipynb #20a0000a
-NEEDS = dict(tokens='the output tokens, and who is present among them',     # beyond images, labels and logits
+NEEDS = dict(tokens='the output tokens, and which are present',     # beyond images, labels and logits
              decisions='who was kept at each decision point',
              teacher="a teacher's logits",
              teacher_tokens="a teacher's output tokens")

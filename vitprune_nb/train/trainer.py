@@ -128,7 +128,7 @@ def _present(decisions, n):
     "(B, n) bool: tokens kept by the last decision and by each soft one before, or added later; None: all."
     if not decisions: return None
     soft = [d for d in decisions[:-1] if d.keep.is_floating_point()]
-    last = getattr(decisions[-1], 'present', None)      # who was there to choose from
+    last = getattr(decisions[-1], 'present', None)      # which were there to choose from
     there = [d.keep.detach() > .5 for d in (*soft, decisions[-1])] + ([] if last is None else [last])
     there = [torch.cat([k, k.new_ones(len(k), n - k.shape[1])], 1) for k in there]
     return torch.stack(there).all(0)
