@@ -158,7 +158,7 @@ def _grams(self, node):
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #486efd39
 def _mean_score(self, node):
-    "Mean score of every token of block node['l'] - 1, given the masks behind it."
+    "Mean score of every token of block node['l'] - 1, given the masks of the later blocks."
     t, maps = node['l'] - 1, lambda: (_maps(self, node['l'] - 1, b) for b in range(len(self.tokens)))
     L, N = len(self.blocks), self.n_prefix + self.n_patches
     if self.kind == 'random':
@@ -220,7 +220,7 @@ def _error(self, b, masks, l):
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #3bf7891c
 def _drift(self, b, mask, l):
-    "The same of the kept rows of block l itself: what the block in front of it is judged by."
+    "The same of the kept rows of block l itself: what the block before it is judged by."
     x, present = _after(self, b, mask, l)
     right = self.tokens[b][l + 1].to(self.device)[:, mask]
     return (x[:, mask[present]] - right).square().sum(), right.square().sum()
@@ -231,7 +231,7 @@ def search_measure(self:Search, # Cached inputs and what was measured
                    node:dict, # A state
                    k:int,     # Patches that block node['l'] - 1 keeps
                    )->float:  # Relative squared error
-    "The error when block node['l'] - 1 keeps k patches and the blocks behind it what the state says."
+    "The error when block node['l'] - 1 keeps k patches and the blocks after it what the state says."
     search_order(self, node)
     if k not in node['errors']:
         masks = search_child(self, node, k)['masks']
@@ -317,7 +317,7 @@ def _try(self, node, k, eps, tune_epochs, lr):
 
 def _add_patches(self, node, eps, tune_epochs, lr):
     "Lines 4 to 9 for block node['l'] - 1: (patches kept, error)."
-    # what the block behind keeps, this one keeps
+    # what the next block keeps, this one keeps
     k = int(node['masks'][node['l']].sum()) - self.n_prefix
     error = _try(self, node, k, eps, tune_epochs, lr)
     while error > eps and k < self.n_patches:

@@ -18,13 +18,13 @@ from ..data import ImageSet, check_set, data_config, eval_transform, loader
 from ..vit.model import Captured, standard_blocks
 
 # %% ../../nbs/3_methods/10_significance.ipynb #fa010009
-def error_bound(attn:list,    # Maps (H, N, N) of the blocks behind the loss, in order
+def error_bound(attn:list,    # Maps (H, N, N) of the blocks after the loss, in order
                 gains:list,   # (H,) for each of them: the spectral norm of each head's W^hv W^ho
                 masks,        # (blocks, N), 1 for the tokens that each of them computes
                 lost,         # (N,) lengths of what pruning took from the tokens before
-                lipschitz:float=1., # C of what stands behind the heads
+                lipschitz:float=1., # C of what stands after the heads
                 own:float=0., # What a computed token keeps of its own: 0 without shortcut, 1 with one
-                )->torch.Tensor: # (N,) float64: no token behind the last block differs by more
+                )->torch.Tensor: # (N,) float64: no token after the last block differs by more
     "Equations 7 to 9 of patch slimming, for unlike heads and any Lipschitz block."
     e = torch.as_tensor(lost).double()
     require(e.ndim == 1 and bool(((e >= 0) & e.isfinite()).all()), 'lost', lost, 'lengths (N,), finite and none below 0')
@@ -101,7 +101,7 @@ class Gram:
     def step(self, attn:torch.Tensor, # (B, H, N, N) of block l
              mask:torch.Tensor,       # (N,) bool of block l
              )->'Gram':
-        "From G of the blocks behind l to G of block l and those behind it."
+        "From G of the blocks after l to G of block l and those after it."
         H, N = attn.shape[1:3]
         attn = attn.to((self.factor if self.full is None else self.full).dtype)
         rows = attn if mask.all() else attn[:, :, mask]      # D_l P_l without its empty rows

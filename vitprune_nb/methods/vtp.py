@@ -71,7 +71,7 @@ def l1_penalty(l1:float # λ, 0 or more; the paper finds 1e-4 best
 @torch.no_grad()
 def fold_gates(model # A model with gates; changed in place
                ):    # The same model, without gates
-    """Multiply each gate into the weight behind it (erratum of VTP, eq. 6: surviving gates are not reset to
+    """Multiply each gate into the weight after it (erratum of VTP, eq. 6: surviving gates are not reset to
     1)."""
     gates(model)
     return plain_weights(model)
