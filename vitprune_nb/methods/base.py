@@ -208,6 +208,10 @@ class Method:
         "Whether it takes long enough to keep its state in a work folder."
         return self.trains
 
+    def passes(self, config:Config)->float:
+        "Passes over the training images in all its own training."
+        return sum(getattr(config, k) for k in self.own if k.endswith('_epochs'))
+
     def check(self, config:Config):
         "Refuse options that contradict each other."
 
@@ -331,7 +335,7 @@ def _claimed(work, memory):
 # %% ../../nbs/3_methods/25_methods.ipynb #be719d49
 def training_epochs(m:Method, config:Config)->float:
     "Passes over the training images that a method makes on their labels."
-    return sum(getattr(config, k) for k in m.own if k.endswith('_epochs')) if m.trains else 0.
+    return m.passes(config) if m.trains else 0.
 
 def _check_trainable(m, config, model):
     "A method that trains on labels needs a head, and numbers that hold small gradients."

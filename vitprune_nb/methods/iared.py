@@ -184,6 +184,10 @@ class IaRed(Method):
 
     def default(self, c): return .5 if c.threshold is None else c.threshold
 
+    def passes(self, c):
+        groups = 3 if c.starts is None else 1 if isinstance(c.starts, int) else len(c.starts)
+        return groups*super().passes(c)
+
     def objective(self, c): return policy_gradient(c.penalty, c.baseline)
 
     def prepare(self, job): # -> `Learned`; the network learns in place
