@@ -75,62 +75,24 @@ def engine_block():
     return f'{table}\n\nBatch {first["batch"]}, {first["threads"]} threads, {first["device_name"]}.'
 
 
-def _with_note(row): return dict(row, **row['note'])
-
-
-def cifar100_blocks():
-    "Every method on CIFAR-100 at three budgets, from data/results/cifar100.csv: (before recovery, after it, what was measured)."
-    from vitprune_nb.experiment import read_experiment
-    from vitprune_nb.evidence.results import markdown_table, read_rows
-    plan = read_experiment(ROOT/'configs'/'cifar100_cpu.toml')
-    rows = [_with_note(r) for r in read_rows(ROWS.with_name('cifar100.csv'))]
-    dense, targets = rows[0], sorted({r['target'] for r in rows if r['target']})
-    said = lambda r: f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})" if r else ''
-    def table(recovered):
-        chosen = {(r['method'], r['target']): r for r in rows if (r['recovery'] != 'none') == recovered}
-        lines = [{'method': m} | {f'{t:.0%} fewer MACs': said(chosen.get((m, t))) for t in targets} for m in plan.methods]
-        return f"Dense: {said(chosen.get(('dense', 0.)))}\n\n" + markdown_table(lines, {c: c for c in lines[0]})
-    recovery = next(r['recovery'] for r in rows if r['recovery'] != 'none')
-    made = dict.fromkeys(f'`{r["commit"]}` ({r["date"][:10]})' for r in rows)
-    text = (f"Top-1 in %, 95% intervals, {dense['images']:,} test images of {dense['data']}, {plan.train_images:,} training images to draw from, "
-            f"{dense['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency (`data/README.md`), evaluated in {dense.get('dtype') or 'fp32'}; "
-            f"recovery: {recovery}; {dense['device_name']}, {dense['threads']} threads; commit {' and '.join(made)}.")
-    return table(False), table(True), ' '.join([text, seeds_text(rows, plan), longer_text(rows, plan), trained_text(plan)])
-
-
-def seeds_text(rows, plan):
-    "How far seeds differ, in a sentence, from data/results/cifar100_seeds.csv and the rows of the same methods and budget."
-    from vitprune_nb.evidence.results import read_rows, same_setting
-    more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_seeds.csv'))) if r['method'] != 'dense']
-    target, = {r['target'] for r in more}
-    every = same_setting([r for r in rows + more if r['target'] == target and r['recovery'] != 'none'], ('data_hash', 'split', 'images', 'weights', 'recovery'))
-    top1 = {m: [100*r['top1'] for r in every if r['method'] == m] for m in plan.methods if m in {r['method'] for r in more}}
-    n, = {len(v) for v in top1.values()}
-    return f'Seeds: at {target:.0%} and after recovery, mean and standard deviation of {n} seeds are ' + ', '.join(f'{m} {statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}' for m, v in top1.items()) + '.'
-
-
-def longer_text(rows, plan):
-    "What a longer recovery gives, in a sentence, from data/results/cifar100_longer.csv and the rows of the same methods and budget."
+def tournament_block():
+    "The budget of which most is recorded in data/results/tournament.csv, each method beside its chance and the dense control."
+    from vitprune_nb.evidence.report import chance_table, read_pairs, stage, target
     from vitprune_nb.evidence.results import read_rows
-    more = [r for r in map(_with_note, read_rows(ROWS.with_name('cifar100_longer.csv'))) if r['recovery'] != 'none']
-    target, = {r['target'] for r in more if r['method'] != 'dense'}
-    epochs, = {float(r['recovery'].split(',')[0].removeprefix('epochs ')) for r in more}
-    short = {r['method']: r['top1'] for r in rows if r['target'] == target and r['recovery'] != 'none'}
-    known = [r for m in plan.methods for r in more if r['method'] == m]
-    return f'Longer recovery: at {target:.0%}, {epochs*plan.train_images:,.0f} images instead of {plan.recover["epochs"]*plan.train_images:,.0f} take ' + ', '.join(f"{r['method']} from {100*short[r['method']]:.1f} to {100*r['top1']:.1f}" for r in known) + '.'
-
-
-def trained_text(plan):
-    "What more training before the cut gives, in a sentence, from data/results/cifar100_trained.csv and cifar100_longer.csv."
-    from vitprune_nb.evidence.results import read_rows
-    recovered = lambda name: {r['method']: r for r in read_rows(ROWS.with_name(name)) if r['recovery'] != 'none'}
-    more, before = recovered('cifar100_trained.csv'), recovered('cifar100_longer.csv')
-    length = ('sparse_epochs', 'predictor_epochs', 'backbone_epochs', 'calibration')
-    given = {m: r['schedule']['options'] for m, r in more.items()}
-    usual = lambda m: {'calibration': plan.calibration, **plan.options.get(m, {})}
-    ratios = {(m, k): given[m][k]/usual(m)[k] for m in plan.methods if m in given for k in length if k in given[m] and given[m][k] != usual(m)[k]}
-    times, = {round(v, 6) for v in ratios.values()}
-    return f'With {times:g} times the training before the cut as well: ' + ', '.join(f"{m} from {100*before[m]['top1']:.1f} to {100*more[m]['top1']:.1f}" for m in dict.fromkeys(m for m, _ in ratios)) + '.'
+    from vitprune_nb.experiment import read_experiment, stages, units
+    plan, rows = read_experiment(ROOT/'configs'/'tournament.toml'), read_rows(ROWS.with_name('tournament.csv'))
+    size = {b: sum(target(r) == b for r in rows) for b in plan.reductions}
+    budget = max(size, key=size.get)
+    shown = [r for r in rows if target(r) in (0, budget)]
+    dense, control = ([100*r[k] for k in ('top1', 'top1_low', 'top1_high')] if r else None
+                      for r in (next((r for r in rows if r['method'] == 'dense' and stage(r) == s), None) for s in ('before recovery', 'after recovery')))
+    said = f'The dense model has {dense[0]:.1f}% ({dense[1]:.1f}–{dense[2]:.1f})'
+    if control: said += f', and {control[0]:.1f}% ({control[1]:.1f}–{control[2]:.1f}) after the same pass of training'
+    first, made = rows[0], dict.fromkeys(f'`{r["commit"]}`' for r in rows)
+    n = sum(len(stages(plan, u)) for u in units(plan))
+    text = (f"{len(rows)} of the tournament's {n} rows are recorded. {first['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency "
+            f"(`data/README.md`), {first['images']:,} test images of {first['data']}, 95% intervals, one seed; {first['device_name']}; commits {', '.join(made)}.")
+    return f"{said}.\n\n{chance_table(shown, read_pairs(ROWS.with_name('tournament_pairs.csv')))}\n\n{text}"
 
 
 def speed_block():
@@ -159,8 +121,7 @@ def model_block():
 
 def blocks():
     "All blocks of the README that can be made again without measuring anything."
-    before, after, cifar100 = cifar100_blocks()
-    return dict(measured_blocks(), **{'cifar100-before': before, 'cifar100-after': after, 'cifar100': cifar100}, speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
+    return dict(measured_blocks(), tournament=tournament_block(), speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
 
 
 def update_index():

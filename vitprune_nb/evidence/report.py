@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'target', 'stage', 'one_run', 'experiment_table', 'draw_experiment', 'read_pairs', 'leaders', 'leader_text',
-           'report_text', 'write_report']
+           'gain', 'points', 'chance_lines', 'chance_table', 'report_text', 'write_report']
 
 # %% ../../nbs/4_evidence/25c_report.ipynb #20fb0ac6
 import csv
@@ -138,6 +138,51 @@ def leader_text(found:dict # From `leaders`
     if high > 1.02*low: parts.append(f'at unequal cost, {low/1e9:.2f} to {high/1e9:.2f} GMACs')
     return '; '.join(parts) + '.'
 
+# %% ../../nbs/4_evidence/25c_report.ipynb #25c00002
+def gain(pairs:list,  # From `read_pairs`
+         a:str, b:str,# Two models: methods, 'chance of METHOD' or 'dense control'
+         budget:float,# MACs to save
+         recovery:str='none', # 'none' or 'recovered'
+         seed:int=0,
+         )->dict|None:# difference, low, high, p_value; None: they were not compared
+    "How much more often b is right than a."
+    for p in pairs:
+        if (p['reduction'], p['recovery'], p['seed']) != (budget, recovery, seed): continue
+        if {p['a'], p['b']} == {a, b}:
+            low, high = (p['low'], p['high']) if p['b'] == b else (-p['high'], -p['low'])
+            return dict(difference=p['difference']*(1 if p['b'] == b else -1), low=low, high=high, p_value=p['p_value'])
+
+def points(g:dict|None # From `gain`
+           )->str:     # '+3.5 (+2.8 to +4.2)'; '' for None
+    "A difference in percentage points, with its interval."
+    if g is None: return ''
+    return '{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100*g[k] for k in ('difference', 'low', 'high'))).replace('-', '−')
+
+def chance_lines(rows:list, # Of one run
+                 pairs:list,# From `read_pairs`
+                 )->list:   # Dicts, a line for each method, budget and seed; cells are text
+    "Every method with what its choice is worth, and with what it lacks to the dense model that had the same training."
+    by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
+    keys = dict.fromkeys(k[:3] for k in by if k[1] != 'dense' and not k[1].startswith('chance of '))
+    several = len({k[2] for k in keys}) > 1
+    out = []
+    for budget, m, seed in sorted(keys, key=lambda k: k[0]):
+        first, last = (by.get((budget, m, seed, s)) for s in STAGES)
+        over = lambda a, when: points(gain(pairs, a, m, budget, when, seed))
+        percent = lambda r: f"{100*r['top1']:.1f}" if r else ''
+        out.append({'MACs saved': f'{100*budget:g}%', 'method': m, **({'seed': str(seed)} if several else {}),
+                    'before, %': percent(first), 'minus chance, before': over(f'chance of {m}', 'none'),
+                    'after, %': percent(last), 'minus chance, after': over(f'chance of {m}', 'recovered'),
+                    'minus dense, after': over('dense control', 'recovered')})
+    return out
+
+def chance_table(rows:list, pairs:list, # As for `chance_lines`
+                 )->str: # Markdown, without columns that are empty
+    "`chance_lines` as a table."
+    lines = chance_lines(rows, pairs)
+    shown = [c for c in lines[0] if any(l[c] for l in lines)] if lines else []
+    return markdown_table(lines, {c: c for c in shown})
+
 # %% ../../nbs/4_evidence/25c_report.ipynb #a8097416
 def report_text(name:str,   # Of the experiment
                 rows:list,  # Of one run
@@ -151,6 +196,10 @@ def report_text(name:str,   # Of the experiment
     parts = [f'# {name}',
              f"{r['backbone']} ({r['weights']}) on {r['images']:,} {r['split']} images of {r['data']}; {len(rows)} rows, {r['device_name']}. Intervals are 95% intervals.",
              '## Accuracy and cost', experiment_table(rows)]
+    if any(r['method'].startswith('chance of ') for r in rows):
+        parts += ['## Against chance',
+                  'What a choice is worth: a method minus random choices with its counts at its places, and minus the dense model after equal training, in points of top-1, on the same images.',
+                  chance_table(rows, pairs)]
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
         parts += ['## Who is ahead',
