@@ -3,7 +3,7 @@
 python tests/readme.py                    fill in the blocks
 python tests/readme.py --measured demo    first take over results.csv and kept.png of a demo, and run the quickstart
 """
-import json, re, shutil, statistics, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -149,21 +149,25 @@ def gain(pairs:list,  # From `read_pairs`
     for p in pairs:
         if (p['reduction'], p['recovery'], p['seed']) != (budget, recovery, seed): continue
         if {p['a'], p['b']} == {a, b}:
-            low, high = (p['low'], p['high']) if p['b'] == b else (-p['high'], -p['low'])
-            return dict(difference=p['difference']*(1 if p['b'] == b else -1), low=low, high=high, p_value=p['p_value'])
+            sign = 1 if p['b'] == b else -1
+            low, high = sorted((sign*p['low'], sign*p['high']))
+            return dict(difference=sign*p['difference'], low=low, high=high, p_value=p['p_value'])
 
 def points(g:dict|None # From `gain`
            )->str:     # '+3.5 (+2.8 to +4.2)'; '' for None
     "A difference in percentage points, with its interval."
     if g is None: return ''
-    return '{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100*g[k] for k in ('difference', 'low', 'high'))).replace('-', '−')
+    d, low, high = (f'{100*g[k]:+.1f}'.replace('-', '−') for k in ('difference', 'low', 'high'))
+    return f'{d} ({low} to {high})'
 
 def chance_lines(rows:list, # Of one run
                  pairs:list,# From `read_pairs`
                  )->list:   # Dicts, a line for each method, budget and seed; cells are text
-    "Every method with what its choice is worth, and with what it lacks to the dense model that had the same training."
+    """Every method with what its choice is worth, and with what it lacks to the dense model that had the same
+    training."""
     by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
-    keys = dict.fromkeys(k[:3] for k in by if k[1] != 'dense' and not k[1].startswith('chance of '))
+    is_rival = lambda name: name != 'dense' and not name.startswith('chance of ')
+    keys = dict.fromkeys(k[:3] for k in by if is_rival(k[1]))
     several = len({k[2] for k in keys}) > 1
     out = []
     for budget, m, seed in sorted(keys, key=lambda k: k[0]):
@@ -171,8 +175,10 @@ def chance_lines(rows:list, # Of one run
         over = lambda a, when: points(gain(pairs, a, m, budget, when, seed))
         percent = lambda r: f"{100*r['top1']:.1f}" if r else ''
         out.append({'MACs saved': f'{100*budget:g}%', 'method': m, **({'seed': str(seed)} if several else {}),
-                    'before, %': percent(first), 'minus chance, before': over(f'chance of {m}', 'none'),
-                    'after, %': percent(last), 'minus chance, after': over(f'chance of {m}', 'recovered'),
+                    'before, %': percent(first),
+                    'minus chance, before': over(f'chance of {m}', 'none'),
+                    'after, %': percent(last),
+                    'minus chance, after': over(f'chance of {m}', 'recovered'),
                     'minus dense, after': over('dense control', 'recovered')})
     return out
 
@@ -198,7 +204,8 @@ def report_text(name:str,   # Of the experiment
              '## Accuracy and cost', experiment_table(rows)]
     if any(r['method'].startswith('chance of ') for r in rows):
         parts += ['## Against chance',
-                  'What a choice is worth: a method minus random choices with its counts at its places, and minus the dense model after equal training, in points of top-1, on the same images.',
+                  'A method minus random choices with its counts at its places, which is what its choice is '
+                  'worth, and minus the dense model after equal training: points of top-1, on the same images.',
                   chance_table(rows, pairs)]
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
