@@ -204,8 +204,8 @@ def report_text(name:str,   # Of the experiment
              '## Accuracy and cost', experiment_table(rows)]
     if any(r['method'].startswith('chance of ') for r in rows):
         parts += ['## Against chance',
-                  'A method minus random choices with its counts at its places, which is what its choice is '
-                  'worth, and minus the dense model after equal training: points of top-1, on the same images.',
+                  'A method minus random choices with its counts at its places, which is what its choice '
+                  'is worth, and minus the dense model, equally trained: points of top-1, on the same images.',
                   chance_table(rows, pairs)]
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
