@@ -205,7 +205,7 @@ def report_text(name:str,   # Of the experiment
     if any(r['method'].startswith('chance of ') for r in rows):
         parts += ['## Against chance',
                   'A method minus random choices with its counts at its places, which is what its choice '
-                  'is worth, and minus the dense model, equally trained: points of top-1, on the same images.',
+                  'is worth, and minus the dense model, equally trained: points of top-1 on the same images.',
                   chance_table(rows, pairs)]
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
