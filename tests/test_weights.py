@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from vitprune_nb import run
 
-from vitprune_nb.vit import model as vit
+from vitprune_nb.vit import model as vit, weights
 from vitprune_nb.core import data_path
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.experiment import Experiment
@@ -67,7 +67,7 @@ def test_every_door_refuses_in_a_sentence(tried):
 @pytest.fixture(scope='module')
 def model():
     torch.manual_seed(0)
-    return vit.create_vit('test_vit', **KWARGS)
+    return weights.create_vit('test_vit', **KWARGS)
 
 
 @pytest.fixture(scope='module')
@@ -107,8 +107,8 @@ WRAPPED = {   # name: (what is saved, words of the warning; None: none)
 }
 
 DOORS = {
-    'create_vit': lambda f: vit.create_vit('test_vit', f, **KWARGS),
-    'load_weights': lambda f: vit.load_weights(vit.create_vit('test_vit', **KWARGS), f),
+    'create_vit': lambda f: weights.create_vit('test_vit', f, **KWARGS),
+    'load_weights': lambda f: weights.load_weights(weights.create_vit('test_vit', **KWARGS), f),
     'command line': lambda f: store.open_model('test_vit', f),
     'dense model of a run': lambda f: run.start_model(Experiment(model='test_vit', model_args=dict(img_size=32, patch_size=8), dense=str(f)), list('abcdefghij')),
     'start of a run': lambda f: run.start_model(Experiment(model='test_vit', model_args=dict(img_size=32, patch_size=8), weights=str(f), train=dict(epochs=1)), list('abcdefghij')),
@@ -146,7 +146,7 @@ def test_the_course_model_through_every_door_is_the_course_model():
     file = data_path('model', 'course_vit_s.safetensors')
     expected = weights_hash(vit.course_model())
     assert weights_hash(store.open_model('course', file)) == expected
-    assert weights_hash(vit.create_vit(vit.COURSE['model'], file, **vit.COURSE['kwargs'])) == expected
+    assert weights_hash(weights.create_vit(vit.COURSE['model'], file, **vit.COURSE['kwargs'])) == expected
     assert weights_hash(run.start_model(Experiment(dense=str(file)), list('abcdefghij'))) == expected
 
 
@@ -199,10 +199,10 @@ def test_what_does_not_fit_is_refused(form, door, state, tmp_path):
 @pytest.mark.parametrize('form', OTHERS)
 def test_a_refused_checkpoint_changes_nothing(form, state, tmp_path):
     torch.manual_seed(1)
-    other = vit.create_vit('test_vit', **KWARGS)
+    other = weights.create_vit('test_vit', **KWARGS)
     before = weights_hash(other)
     torch.save(OTHERS[form][0](dict(state)), tmp_path/'w.pth')
-    with pytest.raises(VitpruneError): vit.load_weights(other, tmp_path/'w.pth')
+    with pytest.raises(VitpruneError): weights.load_weights(other, tmp_path/'w.pth')
     assert weights_hash(other) == before
 
 
@@ -224,13 +224,13 @@ def test_files_that_are_no_checkpoint(tmp_path, state):
     with open(tmp_path/'huge.pth', 'wb') as f: f.truncate(2**34)
     (tmp_path/'folder.pth').mkdir()
     for given, words in {tmp_path/'huge.pth': 'a readable', tmp_path/'folder.pth': 'an existing', tmp_path/'none.pth': 'an existing', 'x'*5000: 'an existing', 7: 'an existing', '': 'an existing'}.items():
-        with pytest.raises(VitpruneError, match=f'allowed: {words}'): vit.read_checkpoint(given)
+        with pytest.raises(VitpruneError, match=f'allowed: {words}'): weights.read_checkpoint(given)
 
 
 def test_a_checkpoint_that_contains_itself(tmp_path, state):
     state = dict(state); state['again'] = state
     torch.save(state, tmp_path/'w.pth')
-    with pytest.raises(VitpruneError, match=TWO): vit.create_vit('test_vit', tmp_path/'w.pth', **KWARGS)
+    with pytest.raises(VitpruneError, match=TWO): weights.create_vit('test_vit', tmp_path/'w.pth', **KWARGS)
 
 
 # --- shapes tell which model
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_contains_itself(tmp_path, state):
 @pytest.mark.parametrize('kwargs', [dict(), dict(img_size=48), dict(patch_size=4), dict(num_classes=3), dict(num_classes=0), dict(reg_tokens=4), dict(reg_tokens=4, no_embed_class=True),
                                     dict(in_chans=1), dict(init_values=1e-5), dict(global_pool='avg'), dict(qkv_bias=False), dict(qk_norm=True), dict(no_embed_class=True)])
 def test_shapes_tell(kwargs, tmp_path):
-    made = vit.create_vit('test_vit', **KWARGS | kwargs)
+    made = weights.create_vit('test_vit', **KWARGS | kwargs)
     torch.save({'state_dict': under('model.', made.state_dict())}, tmp_path/'w.ckpt')
     found = store.open_model('test_vit', tmp_path/'w.ckpt')
     x = torch.randn(2, kwargs.get('in_chans', 3), *made.patch_embed.img_size)
@@ -246,7 +246,7 @@ def test_shapes_tell(kwargs, tmp_path):
 
 
 def test_registers_of_dinov2(tmp_path):
-    made = vit.create_vit('vit_small_patch14_reg4_dinov2', img_size=56, depth=12)
+    made = weights.create_vit('vit_small_patch14_reg4_dinov2', img_size=56, depth=12)
     save_file(made.state_dict(), tmp_path/'w.safetensors')
     found = store.open_model('vit_small_patch14_reg4_dinov2', tmp_path/'w.safetensors')
     assert (found.num_reg_tokens, found.patch_embed.img_size) == (4, (56, 56)) and weights_hash(found) == weights_hash(made)
@@ -255,17 +255,17 @@ def test_registers_of_dinov2(tmp_path):
 def test_a_grid_that_is_no_square_is_used_as_it_is(tmp_path):
     "7 × 28 patches are as many as 14 × 14: timm's newer filter would resize them."
     wide = dict(img_size=(56, 224), patch_size=8, num_classes=10)
-    made = vit.create_vit('vit_tiny_patch16_224', **wide, depth=1)
+    made = weights.create_vit('vit_tiny_patch16_224', **wide, depth=1)
     torch.save(made.state_dict(), tmp_path/'w.pth')
-    assert weights_hash(vit.create_vit('vit_tiny_patch16_224', tmp_path/'w.pth', **wide, depth=1)) == weights_hash(made)
+    assert weights_hash(weights.create_vit('vit_tiny_patch16_224', tmp_path/'w.pth', **wide, depth=1)) == weights_hash(made)
     with pytest.raises(VitpruneError, match=r'pos_embed, say, is \(1, 33, 64\).*Positions that form no square'):
-        torch.save(vit.create_vit('test_vit', **KWARGS | dict(img_size=(32, 64))).state_dict(), tmp_path/'w.pth')
+        torch.save(weights.create_vit('test_vit', **KWARGS | dict(img_size=(32, 64))).state_dict(), tmp_path/'w.pth')
         store.open_model('test_vit', tmp_path/'w.pth')
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'deit_tiny_distilled_patch16_224', 'cait_xxs24_224'])
 def test_models_of_other_kinds(name, tmp_path):
-    made = vit.create_vit(name, num_classes=7)
+    made = weights.create_vit(name, num_classes=7)
     torch.save({'net': made.state_dict()}, tmp_path/'w.pth')
     assert weights_hash(store.open_model(name, tmp_path/'w.pth')) == weights_hash(made)
 
@@ -279,7 +279,7 @@ def test_a_head_that_does_not_fit_is_said(tmp_path, state):
     with pytest.raises(VitpruneError, match='dense: got .*; allowed: a checkpoint with a head. Give .train.'): loaded('dense model of a run', tmp_path/'w.pth')
     torch.save(state, tmp_path/'w.pth')
     assert loaded('create_vit', tmp_path/'w.pth')[1] == []
-    five = vit.create_vit('test_vit', tmp_path/'w.pth', **KWARGS | dict(num_classes=0))
+    five = weights.create_vit('test_vit', tmp_path/'w.pth', **KWARGS | dict(num_classes=0))
     assert five.num_classes == 0
 
 
@@ -308,8 +308,8 @@ def test_model_args_of_the_course_model_are_heeded_where_it_is_trained_anew():
 
 @pytest.mark.parametrize('kwargs', [dict(embed_dim=-3), dict(num_heads=0), dict(norm_layer='nope'), dict(img_size='a'), dict(patch_size=0), dict(block_fn=3), dict(depth='two')])
 def test_arguments_that_timm_cannot_use(kwargs):
-    with pytest.raises(VitpruneError, match='^kwargs: got .*; allowed: what timm.create_model takes for test_vit'): vit.create_vit('test_vit', **kwargs)
+    with pytest.raises(VitpruneError, match='^kwargs: got .*; allowed: what timm.create_model takes for test_vit'): weights.create_vit('test_vit', **kwargs)
 
 
 def test_weights_and_the_hub_at_once(tmp_path):
-    with pytest.raises(VitpruneError, match='pretrained: got True; allowed: False beside weights'): vit.create_vit('test_vit', tmp_path/'w.pth', pretrained=True)
+    with pytest.raises(VitpruneError, match='pretrained: got True; allowed: False beside weights'): weights.create_vit('test_vit', tmp_path/'w.pth', pretrained=True)

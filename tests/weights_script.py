@@ -27,7 +27,7 @@ from vitprune_nb.methods import patch_slimming
 
 from vitprune_nb.train import trainer as train
 
-from vitprune_nb.vit import model as vit
+from vitprune_nb.vit import weights as vit
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.engine.store import load_slim
 from vitprune_nb.engine.store import load_pruned

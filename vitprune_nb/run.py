@@ -35,7 +35,8 @@ from .evidence.results import answers, make_row, paired_difference
 from .train.recipe import Batches, TrainConfig
 from .train.teacher import RememberedTeacher
 from .train.trainer import fit, pick_accelerator
-from .vit.model import COURSE, course_model, create_vit, find_weights, load_weights, model_kwargs, wilson_interval
+from .vit.model import COURSE, course_model, wilson_interval
+from .vit.weights import create_vit, find_weights, load_weights, model_kwargs
 
 # %% ../nbs/6_reference/26_run.ipynb #e579a189
 def split_off(train:ImageSet, # Training images

@@ -24,7 +24,8 @@ from .plan import Plan
 from .policy import Policy
 from ..vit.recipe import NumbersOnCPU, from_recipe, recipe_of
 from .channels import reshape_block
-from ..vit.model import COURSE, course_model, create_vit, fit_vit, model_kwargs
+from ..vit.model import COURSE, course_model
+from ..vit.weights import create_vit, fit_vit, model_kwargs
 
 # %% ../../nbs/2_engine/05b_store.ipynb #8c59effb
 class _Strict(BaseModel):

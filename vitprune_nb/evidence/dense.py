@@ -19,7 +19,8 @@ from .measure import dtype_name
 from .results import answers, append_rows, make_row, paired_difference, read_rows
 from ..train.recipe import TrainConfig
 from ..train.trainer import fit, pick_accelerator
-from ..vit.model import create_vit, load_weights, wilson_interval
+from ..vit.model import wilson_interval
+from ..vit.weights import create_vit, load_weights
 
 # %% ../../nbs/6_reference/29_dense.ipynb #046ddaf4
 def mean_model(models:list # Modules with the same tensors

@@ -25,7 +25,7 @@ from ..methods.base import prune
 from .patch_figures import Subject, figure_table, recorded
 from ..evidence.results import append_rows, paired_difference, settings
 from ..train.trainer import fit
-from ..vit.model import read_checkpoint
+from ..vit.weights import read_checkpoint
 
 # %% ../../nbs/5_papers/13c_life_tables.ipynb #bc2a92c8
 PUBLISHED = {'Table III': {.9: 79.7, .8: 79.5, .7: 79.3},                                # keep rate

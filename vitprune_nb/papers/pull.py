@@ -17,7 +17,7 @@ from ..core import set_seed
 from ..errors import require
 from ..evidence.results import make_row
 from ..train.trainer import TrainConfig, Trainer
-from ..vit.model import read_checkpoint
+from ..vit.weights import read_checkpoint
 
 # %% ../../nbs/3_methods/30b_pull.ipynb #30b00012
 CLOSED = .05   # Of its start: below it a gate counts as closed

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from ..errors import require
-from .model import model_kwargs
+from .weights import model_kwargs
 
 # %% ../../nbs/1_foundations/05a_recipe.ipynb #165cd400
 def _named(module, names:str)->dict:
