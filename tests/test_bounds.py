@@ -79,7 +79,7 @@ NONE_LEFT = {
     'one image for two sets': (lambda tmp: imagenet.fidelity_sets(_one_image(tmp), 1), 'with one image; allowed: two images or more'),
     'a model without blocks': (lambda tmp: viz.show_kept(data.embedded().image(0), np.zeros((0, 4)), layers=[0]), 'kept: got shape (0, 4); allowed: (L, P)'),
     'no rows of a bench': (lambda tmp: measure.time_reduction([], 'dense'), 'rows: got no rows'),
-    'no pruned rows to draw': (lambda tmp: timing.draw_methods(pd.DataFrame(dict(method=['dense'], batch=[32]))), 'table: got no pruned rows')}
+    'no pruned rows to draw': (lambda tmp: timing.draw_realised(pd.DataFrame(dict(method=['dense']))), 'table: got no pruned rows')}
 
 
 def _one_image(tmp):

@@ -515,13 +515,10 @@ case('31_imagenet', 'check_fits(fits)',
 case('32_timing', 'check_slower(surely_slower)',
      'lambda table: table[table.time_reduction_low < 0]',                             # a gain stays open
      'lambda table: table[table.time_reduction_high > 0]')
-case('32_timing', 'check_winners(winners)',
-     'lambda table: right(table.assign(throughput=-table.throughput))',
-     'lambda table: dict.fromkeys(right(table), table.method[table.throughput.idxmax()])')                   # one for all cases
-case('32b_overhead', 'check_even(break_even)',
+case('32_timing', 'check_even(break_even)',
      'lambda a, b, macs, extra: extra/(a + b*macs/1e9)',                              # of the whole time
      'lambda a, b, macs, extra: extra/(b*macs)', 'lambda a, b, macs, extra: extra/b')
-case('32b_overhead', 'check_bound(launch_bound)',
+case('32_timing', 'check_bound(launch_bound)',
      'lambda calls, macs, tera, us: not right(calls, macs, tera, us)',
      'lambda calls, macs, tera, us: right(calls, macs, tera, 1000*us)',               # milliseconds
      'lambda calls, macs, tera, us: right(1, macs, tera, us)')                        # one call
