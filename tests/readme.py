@@ -96,7 +96,7 @@ def tournament_block():
 
 
 def speed_block():
-    "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 11c, 12c and 13b."
+    "How much of the saved MACs is saved time at batch 16 or 32, from the records of lessons 11c, 12c and 13c."
     from vitprune_nb.evidence.results import markdown_table, read_rows
     lines, where = [], {}
     def line(method, dense, r):

@@ -243,6 +243,10 @@ case('12_channels', 'check_product(product_importance)',
      'lambda model: {n: l.weight.norm(dim=0) for n, l in prunable_layers(model).items()}',                   # without the gains of norms
      'lambda model: dict(list(right(model).items())[:1])')
 
+case('13_life', 'check_rate(rate_for)',
+     'lambda model, target, stages: 1 - target',                                      # patches for MACs
+     'lambda model, target, stages: right(model, 1 - target, stages)',
+     'lambda model, target, stages: right(model, target, (4, 7, 10))')                # the usual stages
 case('13_life', 'check_agreement(agreement)',
      'lambda lives, counts: right(lives - 1, counts)',                                # a block late
      'lambda lives, counts: right(lives, [n - 1 for n in counts])',                   # CLS counted
@@ -264,19 +268,6 @@ case('13_life', 'check_rank_life(RankLife)',
         rank = tau[:, n_prefix:].argsort(dim=1, descending=True)
         own = torch.tensor([max(t for t, n in enumerate(self.counts, 1) if n > r) for r in range(self.counts[0])])
         return torch.cat([tau[:, :n_prefix], own[rank] + .5], 1)''')
-
-case('13b_life_run', 'check_rate(rate_for)',
-     'lambda model, target, stages: 1 - target',                                      # patches for MACs
-     'lambda model, target, stages: right(model, 1 - target, stages)',
-     'lambda model, target, stages: right(model, target, (4, 7, 10))')                # the usual stages
-case('13b_life_run', 'check_anew(anew)',
-     '''def wrong(plan, dim):                                                         # one predictor for all
-    score = plan.score(dim)
-    return Policy({i: Step(score=score, count=s.count) for i, s in right(plan, dim).steps.items()}, 'anew')''',
-     '''def wrong(plan, dim):                                                         # a block early
-    return Policy({i - 1: s for i, s in right(plan, dim).steps.items()}, 'anew')''',
-     '''def wrong(plan, dim):                                                         # the first stage only
-    return Policy(dict(list(right(plan, dim).steps.items())[:1]), 'anew')''')
 
 case('14_cosine', 'check_free_last(free_last)',
      'lambda policy, n: Policy({**policy.steps, n - 1: Step("before", "idle", keep=())}, policy.name)',      # keys go as well
@@ -583,6 +574,14 @@ case('13c_life_tables', 'check_present(present)',
      'lambda lives, U: right(lives - 1, U)',                                          # a block late
      'lambda lives, U: right(lives, U)/lives.shape[1]',                               # the share
      'lambda lives, U: torch.stack([(lives >= t).float().sum(1).mean() for t in range(1, 13)])')             # counted hard
+case('13c_life_tables', 'check_new_scores(new_scores)',
+     '''def wrong(plan, dim):                                                         # one predictor for all
+    score = plan.score(dim)
+    return Policy({i: Step(score=score, count=s.count) for i, s in right(plan, dim).steps.items()}, 'new scores')''',
+     '''def wrong(plan, dim):                                                         # a block early
+    return Policy({i - 1: s for i, s in right(plan, dim).steps.items()}, 'new scores')''',
+     '''def wrong(plan, dim):                                                         # the first stage only
+    return Policy(dict(list(right(plan, dim).steps.items())[:1]), 'new scores')''')
 case('14b_cosine_claims', 'check_padding_waste(padding_waste)',
      'lambda kept: (len(kept)*kept.sum(-1).amax(0).sum()/kept.sum() - 1).item()',     # of what is needed
      'lambda kept: sum(right(kept[:, [l]]) for l in range(kept.shape[1]))/kept.shape[1]',                    # mean of the blocks

@@ -11,8 +11,7 @@ from vitprune_nb.methods.cosine import CosineScore
 from vitprune_nb.vit.cost import flop_counter, model_macs
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.methods.life import LifeScore, life_plan
-from vitprune_nb.methods.life_run import StageAttention, StagePredictor
-from vitprune_nb.papers.life_tables import RandomLife
+from vitprune_nb.papers.life_tables import RandomLife, StageAttention, StagePredictor
 from vitprune_nb.engine.attention import VIEWS
 from vitprune_nb.engine.macs import cost_of, counts_of, extra_macs, macs_of
 from vitprune_nb.engine.policy import POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step, decision_macs

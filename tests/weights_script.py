@@ -21,7 +21,6 @@ from vitprune_nb.papers import imagenet
 
 from vitprune_nb.methods import life
 
-from vitprune_nb.papers import life_tables
 
 from vitprune_nb.methods import patch_slimming
 
@@ -95,7 +94,7 @@ def readers(file):
         'read_checkpoint': lambda: vit.read_checkpoint(file),
         'create_vit': lambda: vit.create_vit(NAME, file, **TINY),
         'trainer checkpoint': lambda: train.load_checkpoint(file),
-        'life predictor': lambda: life_tables.load_predictor(file, life.life_plan(vit.create_vit(NAME, **TINY), .5, stages=(1,)), 48),
+        'life predictor': lambda: life.load_predictor(file, life.life_plan(vit.create_vit(NAME, **TINY), .5, stages=(1,)), 48),
         'recipe of a dense model': lambda: dense.recipe_of(file),
         'patch slimming search': lambda: patch_slimming._load_state(None, str(file), {}),
         'vitprune cost test_vit --weights': lambda: cli.main(['cost', 'test_vit', '--weights', str(file)]),
