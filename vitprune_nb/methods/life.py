@@ -16,7 +16,8 @@ from torch import nn
 from ..errors import refuse, require
 from ..files import write_atomic
 from ..engine.slim import Policy, Scorer, Step, Tokens, register_scorer
-from ..vit.model import read_checkpoint, standard_blocks
+from ..vit.model import standard_blocks
+from ..vit.weights import read_checkpoint
 
 # %% ../../nbs/3_methods/13_life.ipynb #bf4885ca
 def beta(life,     # Any shape: the last block in which a patch is used, a real number
