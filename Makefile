@@ -14,7 +14,7 @@ DEV     = $(VENV)/.installed-dev
 OLDEST  = $(VENV)/oldest-timm
 TIMM    = $(shell sed -n 's/^requirements.* timm>=\([0-9.]*\).*/\1/p' settings.ini)
 
-.PHONY: help demo test test-sync test-notebooks test-suite test-slow lab install install-dev notebooks export results record clean
+.PHONY: help demo test test-sync test-notebooks test-suite test-slow lab install install-dev notebooks export results record tournament tournament-asked clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -105,6 +105,23 @@ record: $(DEV)
 	$(if $(CIFAR100),$(call cifar100,cifar100_calibration,$(CALIBRATION)))
 	$(if $(PHOTOS),$(BIN)/python -m vitprune_nb.papers.imagenet --model vit_small_patch14_dinov2 --weights $(WEIGHTS) --img-size 224 --data $(PHOTOS) --name 'ViT-S/14 (DINOv2) at 224 px')
 	$(MAKE) results
+
+# The tournament, from the dense model to the tables: CIFAR100=FOLDER WEIGHTS=FILE (DENSE=FILE: from that dense model). Says how long it will take, goes on where it was killed.
+# $(call anew,FOLDER OF runs,ROWS,COMMAND): where the folder is missing and the run can begin, the rows that came with the repository make room for its own.
+anew = { test -d runs/$(1) || { $(3) --dry-run && rm -f $(2); }; } && $(3)
+TOURNAMENT = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament --results data/results/tournament.csv
+RECIPE = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --set recover.lr=$(1) --out runs/recipe-$(1) --results data/results/tournament_recipe_$(1).csv $(2)
+recipe = $(call anew,recipe-$(1),data/results/tournament_recipe_$(1)*.csv,$(call RECIPE,$(1),$(2)))
+HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
+tournament-asked:
+	@test -n "$(CIFAR100)" -a -n "$(WEIGHTS)" || { echo "make tournament: say where the images and the weights are, CIFAR100=FOLDER WEIGHTS=FILE (data/README.md)" >&2; exit 2; }
+tournament: tournament-asked $(DEV)
+	$(if $(DENSE),,$(BIN)/python -m vitprune_nb.evidence.dense --data $(CIFAR100) --weights $(WEIGHTS))
+	$(call recipe,1e-4,--weights $(WEIGHTS))
+	$(call recipe,5e-5,$(HELD_OUT))
+	$(call recipe,2e-4,$(HELD_OUT))
+	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv,$(TOURNAMENT))
+	$(BIN)/python tests/readme.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache _proc _docs
