@@ -369,6 +369,9 @@ BAD = {
     'λ is NaN': (lambda m: pruned(m, l1=float('nan')), 'l1: got nan; allowed: a number, 0 or more'),
     'unknown rule': (lambda m: pruned(m, rule='l2'), "rule: got l2; allowed: 'folded', 'gate', 'literal'"),
     'multiple 0': (lambda m: pruned(m, multiple=0), 'multiple: got 0; allowed: a positive integer'),
+    'a channel that is not there': (lambda m: surgery.ChannelPlan({"a": (0, 3)}, {"a": 3}, .4, 0.), 'below 3'),
+    'gates of zero': (lambda m: ch.add_gates(copy.deepcopy(m), 0), 'value: got 0; allowed: a number other than 0'),
+    'saving a dense model': (lambda m: store.save_sliced(m, "nowhere"), 'model: got one whose channels are not cut'),
     'folder without a model': (lambda m: store.load_sliced('nowhere'), 'folder: got nowhere; allowed: a pruned model'),
 }
 
