@@ -55,7 +55,7 @@ class EvitPlan:
         return out
 
     def policy(self, score=None)->Policy: # score: the scorer of all stages; None: a new `ClsAttention`
-        "A step in the middle of each block in which somebody leaves."
+        "A step in the middle of each block in which tokens leave."
         score, fate = score or ClsAttention(), 'attention_sum' if self.fuse else 'remove'
         cuts = {b - 1: k for b, (n, k) in zip(self.stages, self.counts) if k < n}
         return Policy({i: Step('middle', fate, score=score, count=k) for i, k in cuts.items()}, 'evit')

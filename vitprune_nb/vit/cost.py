@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Widths', 'block_terms', 'block_macs', 'not_by_formula', 'vit_blocks', 'block_widths', 'n_tokens', 'check_counts',
-           'cost_rows', 'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'tolerance_of',
-           'meet_budget', 'flop_counter', 'count_macs', 'count_table']
+           'cost_rows', 'model_macs', 'model_params', 'cost_table', 'reduction', 'speed_up', 'flop_counter',
+           'count_macs', 'count_table', 'tolerance_of', 'meet_budget']
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #b2d646f3
 from typing import NamedTuple
@@ -200,26 +200,6 @@ def speed_up(new, # Cost after
     require(is_number(old) and is_number(new) and old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
     return old/new
 
-# %% ../../nbs/1_foundations/03_cost.ipynb #b0d9e701
-def tolerance_of(model # A ViT
-                 )->float: # Share of the MACs
-    "How far a saved share may be from the one that was asked for: 0.02, or half of a patch where that is more."
-    vit, _ = vit_blocks(model)
-    return max(.02, .5/vit.patch_embed.num_patches)
-
-def meet_budget(wanted:float, # Share of the MACs to save
-                found,        # Shares that the settings that were tried would save, in any order
-                tolerance:float, # Allowed miss: see `tolerance_of`
-                given:str='these options', # What they were tried with
-                ):
-    "Refuse a budget that nothing comes near to, and say what does."
-    if any(abs(f - wanted) <= tolerance for f in found): return
-    below, above = [f for f in found if f < wanted], [f for f in found if f > wanted]
-    if not above: can = f'at most {max(below):.3f}'
-    elif not below: can = f'at least {min(above):.3f}'
-    else: can = f'{max(below):.3f} or {min(above):.3f}, the nearest that can be had,'
-    refuse('reduction', wanted, f'{can} for this model with {given}', 'Ask for that, or change the options.')
-
 # %% ../../nbs/1_foundations/03_cost.ipynb #ec8500e4
 def _input_size(model)->tuple: # (channels, height, width)
     vit = model if hasattr(model, 'pretrained_cfg') else getattr(model, 'model', model)
@@ -280,3 +260,23 @@ def count_table(model:torch.nn.Module, # Any network
     table.loc[len(rows) + 1] = ['total', total, model_params(model)]
     table['share'] = table.macs/max(1, total)
     return table[['part', 'macs', 'share', 'params']].reset_index(drop=True)
+
+# %% ../../nbs/1_foundations/03_cost.ipynb #b0d9e701
+def tolerance_of(model # A ViT
+                 )->float: # Share of the MACs
+    "How far a saved share may be from the one that was asked for: 0.02, or half of a patch where that is more."
+    vit, _ = vit_blocks(model)
+    return max(.02, .5/vit.patch_embed.num_patches)
+
+def meet_budget(wanted:float, # Share of the MACs to save
+                found,        # Shares that the settings that were tried would save, in any order
+                tolerance:float, # Allowed miss: see `tolerance_of`
+                given:str='these options', # What they were tried with
+                ):
+    "Refuse a budget that nothing comes near to, and say what does."
+    if any(abs(f - wanted) <= tolerance for f in found): return
+    below, above = [f for f in found if f < wanted], [f for f in found if f > wanted]
+    if not above: can = f'at most {max(below):.3f}'
+    elif not below: can = f'at least {min(above):.3f}'
+    else: can = f'{max(below):.3f} or {min(above):.3f}, the nearest that can be had,'
+    refuse('reduction', wanted, f'{can} for this model with {given}', 'Ask for that, or change the options.')
