@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPARE', 'STYLE', 'MARKERS', 'NQ', 'NKV', 'NMLP', 'KINDS', 'WORKS_ON', 'style', 'method_color', 'method_colors',
            'as_image', 'show_image', 'show_images', 'patch_mask', 'grey_out', 'layers_to_show', 'show_kept',
-           'show_outcome', 'figure_png', 'sliders', 'heatmap', 'layer_curve', 'show_block', 'show_paths',
-           'accuracy_macs', 'latency_bars', 'in_jupyter', 'LossPlot']
+           'show_outcome', 'figure_png', 'sliders', 'heatmap', 'layer_curve', 'show_returns', 'show_block',
+           'show_paths', 'accuracy_macs', 'latency_bars', 'in_jupyter', 'LossPlot']
 
 # %% ../nbs/6_reference/06_viz.ipynb #99b38e6f
 import contextlib, io, math, sys, time
@@ -287,6 +287,30 @@ def layer_curve(curves:dict, # {name: one value a block}
         if bands and name in bands: ax.fill_between(x, *map(np.asarray, bands[name]), color=colors[name], alpha=.15, lw=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title); ax.legend()
+    return ax
+
+# %% ../nbs/6_reference/06_viz.ipynb #06aa0012
+@style()
+def show_returns(image,     # As `show_kept` takes it
+                 kept,      # (L, P) bool: patches that each block computes
+                 block:int, # Which block, from 1
+                 ax=None,   # Axes to draw on; None makes a figure
+                 norm=None, # As for `show_kept`
+                 grid=None, # As for `show_kept`
+                 ):         # The axes
+    "One block in which patches idle and to which patches return: idle ones are greyed, returned ones framed."
+    im, kept = as_image(image, norm), np.asarray(torch.as_tensor(kept).cpu(), dtype=bool)
+    require(kept.ndim == 2, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches')
+    require(1 <= block <= len(kept), 'block', block, f'a block from 1 to {len(kept)}')
+    now, before = kept[block - 1], kept[max(block - 2, 0)]
+    back, (height, width) = now & ~before, im.shape[:2]
+    title = f'block {block}: {(~now).sum()} idle,\n{back.sum()} returned'
+    ax = show_image(grey_out(im, patch_mask(now, height, width, grid)), title, ax)
+    rows, cols = grid or (math.isqrt(now.size),)*2
+    for p in np.flatnonzero(back):
+        corner = p % cols*width/cols - .5, p//cols*height/rows - .5      # pixels are centred on whole numbers
+        frame = plt.Rectangle(corner, width/cols, height/rows, fill=False, ec=PALETTE['vermillion'], lw=1.5)
+        ax.add_patch(frame)
     return ax
 
 # %% ../nbs/6_reference/06_viz.ipynb #06aa000b
