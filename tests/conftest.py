@@ -1,5 +1,5 @@
 """What several test files share."""
-import os, subprocess, sys
+import contextlib, json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 
 import pytest
@@ -36,3 +36,37 @@ def one_thread():
 def start(script, *args):
     "A Python script of this folder as a process that a test can kill."
     return subprocess.Popen([sys.executable, str(ROOT/'tests'/script), *map(str, args)], env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def jupyter_lab(root, home, page, *options, token='for-this-test-only', **env):
+    "A server as `make lab` starts it but without a browser: ask(path, method) -> JSON; `ask.address(page)` opens a page."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    dirs = {f'JUPYTER_{k}_DIR': str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+    dirs |= {f'JUPYTERLAB_{k}_DIR': str(home/k.lower()) for k in ('SETTINGS', 'WORKSPACES')}
+    words = [BIN/'jupyter', 'lab', page, '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root',
+             f'--IdentityProvider.token={token}', '--ServerApp.disable_check_xsrf=True', *options]
+    proc = subprocess.Popen(words, cwd=root, env=clean_env(**dirs, **env), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, start_new_session=True)
+    def ask(path, method='GET', body=None):
+        head = {'Authorization': f'token {token}', 'Content-Type': 'application/json'}
+        req = urllib.request.Request(f'http://127.0.0.1:{port}{path}', method=method, data=body and json.dumps(body).encode(),
+                                     headers=head)
+        with urllib.request.urlopen(req, timeout=30) as r:
+            text = r.read().decode()
+            return json.loads(text) if r.headers.get_content_type() == 'application/json' and text else text
+    ask.address = lambda page: f'http://127.0.0.1:{port}/lab/tree/{page}?token={token}&reset'
+    try:
+        for _ in range(240):
+            try:
+                ask('/api/status')
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert proc.poll() is None, 'the server stopped'
+                time.sleep(.25)
+        yield ask
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(proc.pid, signal.SIGTERM)
+        proc.wait(timeout=30)
