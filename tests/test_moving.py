@@ -194,14 +194,20 @@ def greyed(panel):
     return (np.ptp(m, axis=-1) < 2) & (m.mean(-1) > 190) & (m.mean(-1) < 228)
 
 
-def framed(panel, n=8):
-    "Which patches have a frame on all four sides."
+def red_sides(panel, n=8):
+    "(n, n, 4) bool: is there a line of a frame above, below, left and right of each patch?"
     color = np.array([int(PALETTE['vermillion'][i:i + 2], 16) for i in (1, 3, 5)])
     red = np.pad(np.abs(panel.astype(int) - color).sum(-1) < 90, 2)
-    cell = [s/n for s in panel.shape[:2]]
-    def at(y, x): return red[max(0, round(y)):round(y) + 5, max(0, round(x)):round(x) + 5].any()
-    sides = ((0, .5), (1, .5), (.5, 0), (.5, 1))
-    return np.array([[all(at((r + a)*cell[0], (c + b)*cell[1]) for a, b in sides) for c in range(n)] for r in range(n)])
+    height, width = (s/n for s in panel.shape[:2])
+    def at(y, x): return red[round(y*height):round(y*height) + 5, round(x*width):round(x*width) + 5].any()
+    sides = (0, .5), (1, .5), (.5, 0), (.5, 1)
+    return np.array([[[at(r + a, c + b) for a, b in sides] for c in range(n)] for r in range(n)])
+
+
+def sides_of(back):
+    "The same, as it must be: a side is a line if the patch or its neighbour there has returned."
+    wide = np.pad(back, 1)
+    return np.stack([back | wide[:-2, 1:-1], back | wide[2:, 1:-1], back | wide[1:-1, :-2], back | wide[1:-1, 2:]], -1)
 
 
 def test_the_walk_is_the_plan_that_was_found():
@@ -236,8 +242,11 @@ def test_idle_and_returned_patches_are_those_of_the_table():
     still, = stills(cells['14aa0002'])
     blocks = [p for row in panels(still) for p in row]
     assert len(blocks) == 12 and sum(idle) > 100 and sum(back) > 100
-    assert [int(greyed(p).sum()) for p in blocks] == idle
-    assert [int((framed(p) & ~greyed(p)).sum()) for p in blocks] == back
+    grey = [greyed(p) for p in blocks]
+    assert [int(g.sum()) for g in grey] == idle
+    returned = [np.zeros((8, 8), bool), *(before & ~now for before, now in zip(grey, grey[1:]))]
+    assert [int(r.sum()) for r in returned] == back
+    for panel, r in zip(blocks, returned): assert (red_sides(panel) == sides_of(r)).all()
 
 
 STILLS = [('1_foundations/03_cost', 'block_figure', '03aa0002', ()), ('3_methods/10_significance', 'path_figure', '10aa0002', ())]
