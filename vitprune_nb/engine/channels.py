@@ -25,20 +25,26 @@ from ..vit.recipe import recipe_of
 from .attention import attend
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #e9fb3143
-SITES = {'attn.qkv': 'block input', 'attn.proj': 'attention output', 'mlp.fc1': 'MLP input', 'mlp.fc2': 'MLP hidden'}
+SITES = {'attn.qkv': 'block input', 'attn.proj': 'attention output',
+         'mlp.fc1': 'MLP input', 'mlp.fc2': 'MLP hidden'}
 NORMS = {'attn.qkv': 'norm1', 'mlp.fc1': 'norm2'}   # the LayerNorm right before a site
 
 def prunable_layers(model # A timm VisionTransformer of standard blocks
                  )->dict: # {'blocks.0.attn.qkv': Linear, …}, four a block
     "The Linear layers whose input channels can go, in the order of the forward pass (VTP, section 2.2)."
-    require(not hasattr(model, 'channels'), 'model', 'one whose channels are cut already', 'a dense model', 'Start again from the dense one.')
+    require(not hasattr(model, 'channels'), 'model', 'one whose channels are cut already', 'a dense model',
+            'Start again from the dense one.')
     out = {}
     for i, b in enumerate(standard_blocks(model)):
         plain = lambda m: m is None or isinstance(m, nn.Identity)
-        fine = {'mlp': type(b.mlp) is Mlp, 'mlp.norm': plain(getattr(b.mlp, 'norm', None)), 'attn.norm': plain(getattr(b.attn, 'norm', None)),
-                'attn.gate': plain(getattr(b.attn, 'gate', None)), **{n: isinstance(getattr(b, n), nn.LayerNorm) for n in NORMS.values()}}
+        fine = {'mlp': type(b.mlp) is Mlp, 'mlp.norm': plain(getattr(b.mlp, 'norm', None)),
+                'attn.norm': plain(getattr(b.attn, 'norm', None)),
+                'attn.gate': plain(getattr(b.attn, 'gate', None)),
+                **{n: isinstance(getattr(b, n), nn.LayerNorm) for n in NORMS.values()}}
         odd = [n for n, ok in fine.items() if not ok]
-        require(not odd, 'model', f'{type(model).__name__}, whose blocks[{i}].{(odd or [""])[0]} is of another kind', 'blocks of LayerNorm, plain attention and a two-layer MLP')
+        require(not odd, 'model',
+                f'{type(model).__name__}, whose blocks[{i}].{(odd or [""])[0]} is of another kind',
+                'blocks of LayerNorm, plain attention and a two-layer MLP')
         out |= {f'blocks.{i}.{s}': b.get_submodule(s) for s in SITES}
     return out
 
@@ -54,7 +60,8 @@ class ChannelPlan:
     def __post_init__(self):
         for n, k in self.keep.items():
             k = tuple(int(i) for i in k)
-            require(n in self.sizes and k == tuple(sorted(set(k))) and len(k) > 0 and 0 <= k[0] and k[-1] < self.sizes[n], 'keep',
+            rising = n in self.sizes and k == tuple(sorted(set(k)))
+            require(rising and len(k) > 0 and 0 <= k[0] and k[-1] < self.sizes[n], 'keep',
                     f'{len(k)} channels for {n}', f'at least one, ascending, below {self.sizes.get(n)}')
             self.keep[n] = k
 
@@ -67,14 +74,16 @@ class ChannelPlan:
 def _protected(name, s, heads, whole):
     "Bool: channels that no threshold may take: the best of each layer, of each head, or the whole best head."
     groups = s.view(heads, -1) if name.endswith('attn.proj') else s.view(1, -1)
-    if whole and name.endswith('attn.proj'): best = groups.mean(1).argmax() == torch.arange(heads)[:, None].expand_as(groups)
+    if whole and name.endswith('attn.proj'):
+        best = groups.mean(1).argmax() == torch.arange(heads)[:, None].expand_as(groups)
     else: best = torch.zeros_like(groups, dtype=torch.bool).scatter(1, groups.argmax(1, keepdim=True), True)
     return best.flatten()
 
 def _rounded(name, s, kept, safe, heads, multiple, whole):
     "The kept channels of a layer after rounding to whole heads or to a multiple."
     if whole and name.endswith('attn.proj'):
-        return (kept.view(heads, -1).double().mean(1, keepdim=True) > .5).expand(heads, len(s)//heads).flatten() | safe
+        most = kept.view(heads, -1).double().mean(1, keepdim=True) > .5
+        return most.expand(heads, len(s)//heads).flatten() | safe
     if multiple == 1: return kept
     want = multiple*max(round(int(kept.sum())/multiple), math.ceil(int(safe.sum())/multiple))
     best = s.masked_fill(safe, math.inf).argsort(descending=True, stable=True)
@@ -87,8 +96,9 @@ def choose(scores:dict,     # {layer: importance of its input channels}, higher 
            multiple:int=1,  # Round the channels of each layer to a multiple
            whole_heads:bool=False, # Attention outputs go by whole heads
            )->ChannelPlan:
-    "One global threshold at the wanted pruning ratio that never empties a layer or a head (VTP, section 2.2)."
-    require(isinstance(ratio, Real) and 0 <= ratio < 1, 'ratio', ratio, 'a share in [0, 1)', 'Use 0 to keep every channel.')
+    "One global threshold at the wanted ratio that never empties a layer or a head (VTP, section 2.2)."
+    share = isinstance(ratio, Real) and 0 <= ratio < 1
+    require(share, 'ratio', ratio, 'a share in [0, 1)', 'Use 0 to keep every channel.')
     require(isinstance(multiple, int) and multiple >= 1, 'multiple', multiple, 'a positive integer')
     scores = {n: s.detach().double().cpu() for n, s in scores.items()}
     if whole_heads:
@@ -97,11 +107,16 @@ def choose(scores:dict,     # {layer: importance of its input channels}, higher 
     safe = {n: _protected(n, s, heads, whole_heads) for n, s in scores.items()}
     flat = torch.cat([s.masked_fill(safe[n], math.inf) for n, s in scores.items()])
     cut, room = round(ratio*len(flat)), int(flat.isfinite().sum())
-    require(cut <= room, 'ratio', ratio, f'at most {math.floor(1e3*room/len(flat))/1e3} for this model', 'A higher one would empty a layer or a head.')
+    require(cut <= room, 'ratio', ratio, f'at most {math.floor(1e3*room/len(flat))/1e3} for this model',
+            'A higher one would empty a layer or a head.')
     order = flat.argsort(stable=True)
-    kept = torch.ones(len(flat), dtype=torch.bool).index_fill(0, order[:cut], False).split([len(s) for s in scores.values()])
-    keep = {n: _rounded(n, s, k, safe[n], heads, multiple, whole_heads) for (n, s), k in zip(scores.items(), kept)}
-    return ChannelPlan({n: k.nonzero().flatten().tolist() for n, k in keep.items()}, {n: len(s) for n, s in scores.items()}, ratio, torch.cat(list(scores.values())).sort().values[cut].item())
+    sizes = {n: len(s) for n, s in scores.items()}
+    kept = torch.ones(len(flat), dtype=torch.bool).index_fill(0, order[:cut], False)
+    kept = kept.split(list(sizes.values()))
+    keep = {n: _rounded(n, s, k, safe[n], heads, multiple, whole_heads)
+            for (n, s), k in zip(scores.items(), kept)}
+    threshold = torch.cat(list(scores.values())).sort().values[cut].item()
+    return ChannelPlan({n: k.nonzero().flatten().tolist() for n, k in keep.items()}, sizes, ratio, threshold)
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #687b2a1d
 def pick_channels(x,   # (…, D)
@@ -132,7 +147,8 @@ class GatherLinear(nn.Linear):
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #8509ca81
 class SlicedQKV(nn.Linear):
-    "A `qkv` layer without the value rows that nothing reads; it gives zeros in their place, so that heads keep their boundaries."
+    """A `qkv` layer without the value rows that nothing reads; it gives zeros in their place, so that heads
+    keep their boundaries."""
     def __init__(self, in_features:int, # Channels that it reads
                  attn_dim:int,          # Heads times head width
                  n_values:int):         # Value rows that are left
@@ -144,10 +160,13 @@ class SlicedQKV(nn.Linear):
         return v.new_zeros(*v.shape[:-1], self.attn_dim).scatter(-1, self.keep.expand_as(v), v)
     def forward(self, x): return torch.cat(self.project(x, x), -1)
     def project(self, xq, xkv):
-        "Queries of some tokens, keys and values of others, each `attn_dim` wide; one product when the tokens are the same."
+        """Queries of some tokens, keys and values of others, each `attn_dim` wide; one product when the
+        tokens are the same."""
         A, b, parts = self.attn_dim, self.bias, (self.attn_dim, len(self.keep))
         if xq is xkv: q, k, v = super().forward(xq).split((A, *parts), -1)
-        else: q, (k, v) = F.linear(xq, self.weight[:A], b[:A]), F.linear(xkv, self.weight[A:], b[A:]).split(parts, -1)
+        else:
+            q = F.linear(xq, self.weight[:A], b[:A])
+            k, v = F.linear(xkv, self.weight[A:], b[A:]).split(parts, -1)
         return q, k, self.spread(v)
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #4b751931
@@ -167,11 +186,12 @@ def reshape_block(b,         # timm's Block; changed in place
     norm = lambda k, eps: nn.LayerNorm(D, eps, elementwise_affine=False) if k == D else GatherNorm(D, k, eps)
     whole, bias = shape['values'] == A, attn.proj.bias is not None
     b.norm1, b.norm2 = norm(shape['attn_in'], b.norm1.eps), norm(shape['mlp_in'], b.norm2.eps)
-    attn.num_heads, attn.attn_dim = shape['heads'], A      # the width of a head, and with it the scale, is as before
+    attn.num_heads, attn.attn_dim = shape['heads'], A   # the width of a head, and so the scale, stays
     if not whole: attn.__class__ = SlicedAttention
     attn.qkv = nn.Linear(shape['attn_in'], 3*A) if whole else SlicedQKV(shape['attn_in'], A, shape['values'])
     attn.proj = nn.Linear(A, D, bias) if whole else GatherLinear(shape['values'], D, bias)
-    b.mlp.fc1, b.mlp.fc2 = nn.Linear(shape['mlp_in'], shape['hidden']), nn.Linear(shape['hidden'], D, b.mlp.fc2.bias is not None)
+    b.mlp.fc1 = nn.Linear(shape['mlp_in'], shape['hidden'])
+    b.mlp.fc2 = nn.Linear(shape['hidden'], D, b.mlp.fc2.bias is not None)
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #8a21d635
 def _after_norm(norm, linear, rows, cols):
@@ -198,7 +218,8 @@ def _slice_block(b, keep):
            'attn.proj': (old['attn.proj'].weight[:, value], old['attn.proj'].bias),
            'mlp.fc1': _after_norm(b.norm2, old['mlp.fc1'], hidden, mlp_in),
            'mlp.fc2': (old['mlp.fc2'].weight[:, hidden], old['mlp.fc2'].bias)}
-    shape = dict(attn_in=len(attn_in), heads=len(heads), values=len(value), mlp_in=len(mlp_in), hidden=len(hidden))
+    shape = dict(attn_in=len(attn_in), heads=len(heads), values=len(value), mlp_in=len(mlp_in),
+                 hidden=len(hidden))
     reshape_block(b, shape)
     for s in SITES: _fill(b.get_submodule(s), *new[s])
     place = torch.searchsorted(q, value)
@@ -210,26 +231,30 @@ def _slice_block(b, keep):
 @torch.no_grad()
 def plain_weights(model # A timm ViT; changed in place
                   ):    # The same model
-    "New Linear layers in place of those whose weight is parametrised, by gates for one; their weights are what it gives now."
+    """New Linear layers in place of those whose weight is parametrised, by gates for one; their weights are
+    what it gives now."""
     for name, layer in prunable_layers(model).items():
         if not parametrize.is_parametrized(layer, 'weight'): continue
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None).to(layer.weight)
-        plain.load_state_dict(dict(weight=layer.weight) | ({} if layer.bias is None else dict(bias=layer.bias)))
+        bias = {} if layer.bias is None else dict(bias=layer.bias)
+        plain.load_state_dict(dict(weight=layer.weight) | bias)
         model.set_submodule(name, plain)
     return model
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #9933937f
 @torch.no_grad()
-def slice_model(model,            # A timm ViT; with gates or other parametrised weights, as they are now; left as it is
+def slice_model(model,            # A timm ViT, with gates or other parametrised weights or none; left as it is
                 plan:ChannelPlan, # What stays
                 ):                # A new model, physically smaller, in the same mode
     "Cut what the plan does not keep (VTP, eq. 7 to 10)."
     out = plain_weights(copy.deepcopy(model))
     for name, layer in prunable_layers(out).items():
         n = layer.in_features
-        require(plan.sizes.get(name) == n, 'plan', f'{plan.sizes.get(name)} channels for {name}', f'{n}, those of this model', 'Make the plan from the importance of this model.')
+        require(plan.sizes.get(name) == n, 'plan', f'{plan.sizes.get(name)} channels for {name}',
+                f'{n}, those of this model', 'Make the plan from the importance of this model.')
     recipe = recipe_of(out)
-    shapes = [_slice_block(b, {s: plan.keep[f'blocks.{i}.{s}'] for s in SITES}) for i, b in enumerate(out.blocks)]
+    shapes = [_slice_block(b, {s: plan.keep[f'blocks.{i}.{s}'] for s in SITES})
+              for i, b in enumerate(out.blocks)]
     out.channels = dict(recipe, shapes=shapes)
     return out.train(model.training)
 
@@ -240,7 +265,8 @@ def padding_macs(model,      # A sliced ViT, or a `SlimViT` around one
     "MACs spent on the zeros that stand for missing value channels."
     vit = getattr(model, 'model', model)
     counts = counts or [(n_tokens(vit),)*3]*len(vit.blocks)
-    return sum(nq*nkv*(b.attn.num_heads*b.attn.head_dim - b.attn.proj.in_features) for b, (nq, nkv, _) in zip(vit.blocks, counts))
+    missing = [b.attn.num_heads*b.attn.head_dim - b.attn.proj.in_features for b in vit.blocks]
+    return sum(nq*nkv*gap for gap, (nq, nkv, _) in zip(missing, counts))
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #d3d52a41
 def widths_cost(model,       # A dense timm ViT, gated or not; also on the 'meta' device
@@ -252,9 +278,11 @@ def widths_cost(model,       # A dense timm ViT, gated or not; also on the 'meta
     for b, w in zip(blocks, widths, strict=True):
         terms = block_terms(N, N, N, w)
         macs += sum(terms.values())
-        params += w.attn_in*(2*w.qk + w.v) + w.proj_in*w.out + terms['MLP']/N                                       # weights
-        params += 2*w.qk + w.v + w.hidden + w.out*sum(l.bias is not None for l in (b.attn.proj, b.mlp.fc2))       # biases
-        params -= sum(p.numel() for l in (b.norm1, b.norm2, *(b.get_submodule(s) for s in SITES)) for p in l.parameters())
+        params += w.attn_in*(2*w.qk + w.v) + w.proj_in*w.out + terms['MLP']/N   # weights
+        biased = sum(l.bias is not None for l in (b.attn.proj, b.mlp.fc2))
+        params += 2*w.qk + w.v + w.hidden + w.out*biased                        # biases
+        old = (b.norm1, b.norm2, *(b.get_submodule(s) for s in SITES))
+        params -= sum(p.numel() for l in old for p in l.parameters())
     return macs, params
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #53ff65db
@@ -266,6 +294,7 @@ def plan_cost(model,            # A dense timm ViT, gated or not; nothing is cut
     for i, b in enumerate(standard_blocks(model)):
         attn_in, values, mlp_in, hidden = (plan.keep[f'blocks.{i}.{s}'] for s in SITES)
         d, v, h = b.attn.head_dim, len(values), len(hidden)
-        widths.append(Widths(len(attn_in), d*len({j//d for j in values}), v, v, b.mlp.fc2.out_features, len(mlp_in), h, h))
+        heads = len({j//d for j in values})
+        widths.append(Widths(len(attn_in), d*heads, v, v, b.mlp.fc2.out_features, len(mlp_in), h, h))
     macs, params = widths_cost(model, widths)
     return macs + sum(N*N*(w.qk - w.v) for w in widths), round(params)

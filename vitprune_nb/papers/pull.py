@@ -50,7 +50,8 @@ def gate_noise(model,      # A timm ViT, dense or with gates; left as it is
     if not any(n.endswith('.gate') for n, _ in gated.named_parameters()): add_gates(gated, start)
     tr, seen = Trainer(gated, train_set, cfg), []
     require(steps <= tr.batches.steps, 'steps', steps, f'at most {tr.batches.steps}, the steps of the recipe')
-    gated.train(); set_seed(cfg.seed)
+    gated.train()
+    set_seed(cfg.seed)
     stream = tr.batches.stream()
     for _ in range(steps):
         x, y = (v.to(tr.acc.device) for v in next(stream))
