@@ -243,7 +243,7 @@ def plain_weights(model # A timm ViT; changed in place
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #9933937f
 @torch.no_grad()
-def slice_model(model,            # A timm ViT, with gates or other parametrised weights or none; left as it is
+def slice_model(model,            # A timm ViT, with gates or other parametrised weights, or none; unchanged
                 plan:ChannelPlan, # What stays
                 ):                # A new model, physically smaller, in the same mode
     "Cut what the plan does not keep (VTP, eq. 7 to 10)."
