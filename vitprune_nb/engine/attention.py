@@ -17,7 +17,7 @@ from torch import nn
 # %% ../../nbs/2_engine/04c_attention.ipynb #46075b4d
 def hooked(module:nn.Module # Any module
            )->bool:
-    "Does anyone watch this module with a hook?"
+    "Does a hook watch this module?"
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 def call(module:nn.Module, # The part of a network that `forward` stands for
@@ -168,7 +168,7 @@ def merge_tokens(x,    # (B, n, D)
     target = keep.clone(); target[:, :n_prefix] &= ~keep[:, n_prefix:].any(1, keepdim=True)
     u = F.normalize(x.float(), dim=-1)
     sim = (u @ u.transpose(1, 2)).masked_fill(~target[:, None], -math.inf)
-    dst = torch.where(drop, sim.argmax(-1), torch.arange(x.shape[1], device=x.device))   # everyone else stays
+    dst = torch.where(drop, sim.argmax(-1), torch.arange(x.shape[1], device=x.device))   # all others stay
     new_size = torch.zeros_like(size).scatter_add(1, dst, size)
     mass = torch.zeros_like(x).scatter_add(1, dst[..., None].expand_as(x), x*size[..., None].to(x.dtype))
     return torch.where(new_size[..., None] > 0, mass/new_size.clamp_min(1e-12)[..., None].to(x.dtype), x), new_size

@@ -248,7 +248,7 @@ class Mask(Stream):
         return keep, guest
 
     def soften(self, keep):
-        "Nobody leaves; how much is kept of each token is remembered."
+        "No token leaves; how much is kept of each is remembered."
         kept = torch.cat([torch.ones_like(keep[:, :self.n_prefix]), keep[:, self.n_prefix:]], 1)
         self.kept = kept if self.kept is None else self.kept*kept
 
@@ -421,7 +421,7 @@ class Gather(Sparse):
         self.pos, self.size = _take(self.pos, idx), self.take(self.size, idx)
 
     def meet(self, step, idx, scores):
-        "Those outside `idx` meet their fate; returns where the others stand (None: nobody else is left), and a guest."
+        "Those outside `idx` meet their fate; returns where the others stand (None: no other is left), and a guest."
         fate, joined = step.fate, None
         if fate.acts and not (fate.joins and self.count(idx) == self.count()):
             keep = self.chosen(idx)

@@ -136,7 +136,7 @@ class Scorer(nn.Module):
 
     def soft_keep(self, t:Tokens, scores):
         """In training, in mode 'mask', instead of a choice: (B, n) in [0, 1] with gradient, how much of each token is kept,
-        for tokens with these scores (B, n). Then nobody leaves; the product over all steps weighs keys and averages.
+        for tokens with these scores (B, n). Then no token leaves; the product over all steps weighs keys and averages.
         None: a hard choice."""
 
 def needs_of(score # A scorer, or None

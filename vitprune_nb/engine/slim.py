@@ -94,7 +94,7 @@ class TimmViT:
         if present is None or m.global_pool == 'token': return m.forward_head(x, pre_logits=pre_logits)
         w = present.clone()
         if not m.pool_include_prefix: w[:, :self.n_prefix] = 0
-        total = w.sum(1, keepdim=True).clamp_min(1e-6)    # soft decisions may leave nobody
+        total = w.sum(1, keepdim=True).clamp_min(1e-6)    # soft decisions may leave none
         x = m.head_drop(m.fc_norm((x*w[..., None]).sum(1)/total))
         return x if pre_logits else m.head(x)
 
@@ -119,7 +119,7 @@ def own_grid(model # A timm VisionTransformer
 def same_grid(slim, # A `SlimViT`
               grid, # (rows, columns) of patches that it shall work on
               ):
-    "Refuse another grid than the policy was made for; a policy without steps fits any."
+    "Refuse a grid that the policy was not made for; a policy without steps fits any."
     by = lambda g: '{} by {} patches'.format(*g)
     fits, own = not slim.policy.steps or tuple(grid) == slim.grid, f'{by(slim.grid)}, for which {slim.policy.name!r} was made'
     require(fits, 'images', f'a grid of {by(grid)}', own,
@@ -301,7 +301,7 @@ class SlimViT(nn.Module):
 
     # With scorers of the policy that it was made with: no parameters come or go
     def set_policy(self, policy:Policy):
-        "Follow another policy, one with other counts for example; returns self."
+        "Follow a different policy, one with other counts for example; returns self."
         require(isinstance(policy, Policy), 'policy', policy, 'a Policy')
         strange = {s.score for _, s in policy.each()} - {None, *self.scorers}
         require(not strange, 'policy',
