@@ -450,30 +450,24 @@ case('30b_pull', 'check_same(same_gates)',
 
 # evidence
 
-case('21_measure', 'check_at_minimum(at_minimum)',
-     'lambda n: 1/n', 'lambda n: (1 - 1/n)**n', 'lambda n: 1.')
-case('21_measure', 'check_random_turns(random_turns)',
-     '''def wrong(calls, time_ms, repeats, seed):                                     # one order for all rounds
-    names = list(np.random.default_rng(seed).permutation(list(calls)))
-    times = {n: [] for n in calls}
-    for _ in range(repeats):
-        for n in names: times[n].append(time_ms(calls[n]))
-    return times''',
-     '''def wrong(calls, time_ms, repeats, seed):                                     # drawn with replacement
-    times = {n: [] for n in calls}
-    for n in np.random.default_rng(seed).choice(list(calls), repeats*len(calls)): times[n].append(time_ms(calls[n]))
-    return times''')
-
-case('22_results', 'check_disagreements(p_none, p_two, in_a_row)',
+case('21_measure', 'check_disagreements(p_none, p_two, in_a_row)',
      '(1., .25, 5)',                                                                  # one-sided
      '(0., .5, 6)', '(1., .5, 5)')
-for lesson in ('22_results', '25c_report'):
-    case(lesson, 'check_holm(holm)',
-         'lambda p: [min(1., v*len(p)) for v in p]',                                  # Bonferroni
-         'lambda p: sorted(right(p))',                                                # in the order of size
-         'lambda p: [v*(len(p) - sorted(p).index(v)) for v in p]',                    # neither capped nor held up
-         'lambda p: [max(v*(len(p) - i) for i, v in enumerate(sorted(p)[:sorted(p).index(w) + 1])) for w in p]',   # not capped
-         'lambda p: [min(1., v*len(p)/(sorted(p).index(v) + 1)) for v in p]')         # Benjamini and Hochberg's
+case('21_measure', 'check_holm(holm)',
+     'lambda p: [min(1., v*len(p)) for v in p]',                                  # Bonferroni
+     'lambda p: sorted(right(p))',                                                # in the order of size
+     'lambda p: [v*(len(p) - sorted(p).index(v)) for v in p]',                    # neither capped nor held up
+     'lambda p: [max(v*(len(p) - i) for i, v in enumerate(sorted(p)[:sorted(p).index(w) + 1])) for w in p]',   # not capped
+     'lambda p: [min(1., v*len(p)/(sorted(p).index(v) + 1)) for v in p]')         # Benjamini and Hochberg's
+case('21_measure', 'check_rounds(best_rounds)',
+     'lambda between, within, cost: cost**.5*between/within',
+     'lambda between, within, cost: cost*within/between',
+     'lambda between, within, cost: (cost*within/between)**.5')
+case('21_measure', 'check_lead(lead)',
+     'lambda table, a, b: right(table, b, a)',
+     '''def wrong(table, a, b):                                                       # as if they had not been paired
+    (x, low, high), (y, _, _) = (mean_interval(table[table.method == m].realised.to_numpy()) for m in (a, b))
+    return x - y, low - y, high - y''')
 case('25c_report', 'check_frontier(frontier)',
      'lambda rows, when: right(rows, when)[::-1]',
      'lambda rows, when: [r for r in right(rows, when) if r["method"] != "dense"]',
@@ -513,16 +507,6 @@ case('32_timing', 'check_bound(launch_bound)',
      'lambda calls, macs, tera, us: not right(calls, macs, tera, us)',
      'lambda calls, macs, tera, us: right(calls, macs, tera, 1000*us)',               # milliseconds
      'lambda calls, macs, tera, us: right(1, macs, tera, us)')                        # one call
-case('32c_sessions', 'check_rounds(best_rounds)',
-     'lambda between, within, cost: cost**.5*between/within',
-     'lambda between, within, cost: cost*within/between',
-     'lambda between, within, cost: (cost*within/between)**.5')
-case('32c_sessions', 'check_lead(lead)',
-     'lambda table, a, b: right(table, b, a)',
-     '''def wrong(table, a, b):                                                       # as if they had not been paired
-    (x, low, high), (y, _, _) = (mean_interval(table[table.method == m].realised.to_numpy()) for m in (a, b))
-    return x - y, low - y, high - y''')
-
 case('33_deploy', 'check_padded(run_padded)',
      'lambda net, images: torch.cat([net(b) for b in images.split(2) if len(b) == 2] or [torch.zeros(0, 10)])',    # the rest is left out
      'lambda net, images: torch.cat([right(net, images), right(net, images)[:1]])',   # a row of padding stays
