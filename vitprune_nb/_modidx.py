@@ -2716,5 +2716,6 @@ d = { 'settings': { 'branch': 'main',
                                  'vitprune_nb.viz.show_kept': ('6_reference/viz.html#show_kept', 'vitprune_nb/viz.py'),
                                  'vitprune_nb.viz.show_outcome': ('6_reference/viz.html#show_outcome', 'vitprune_nb/viz.py'),
                                  'vitprune_nb.viz.show_paths': ('6_reference/viz.html#show_paths', 'vitprune_nb/viz.py'),
+                                 'vitprune_nb.viz.show_returns': ('6_reference/viz.html#show_returns', 'vitprune_nb/viz.py'),
                                  'vitprune_nb.viz.sliders': ('6_reference/viz.html#sliders', 'vitprune_nb/viz.py'),
                                  'vitprune_nb.viz.style': ('6_reference/viz.html#style', 'vitprune_nb/viz.py')}}}
