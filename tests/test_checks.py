@@ -593,6 +593,13 @@ def wrong(seed):                                                                
 def wrong(seed):                                                                      # seeded anew
     try: yield set_seed(seed)
     finally: set_seed(0)''')
+case('02_weights', 'check_unwrap(unwrap)',
+     "lambda saved, names: {n: saved.get('module.' + n) for n in names}",                  # one wrapper alone
+     "lambda saved, names: {n: next(t for k, t in saved.items() if k.endswith(n)) for n in names if any(k.endswith(n) for k in saved)}",
+     "lambda saved, names: {n: saved[k] for n in names for k in saved if k.endswith(n)}")
+case('02_weights', 'check_loads(loads)',
+     'lambda value: isinstance(value, (int, str, torch.Tensor))',                      # no options of a training
+     'lambda value: not callable(value)')                                              # a path is none
 case('00_errors', 'check_at_most(said)', "'at most 0.82'", "'at most 0.819'", "'at most 0.8'")
 case('00_errors', 'check_one_of(one_of)',
      '''def wrong(argument, given, allowed):                                          # nobody says what is allowed
