@@ -426,7 +426,7 @@ def over_sessions(table # From `timing.timing_table`
                         rounds=g.repeats.iloc[0],
                         between=g.realised.std(), within=half.median()))
     require(out, 'table', f'{len(t)} pruned rows with a session',
-            'a case that was timed in two sessions or more', 'Give each process another --session.')
+            'a case that was timed in two sessions or more', 'Give each process its own --session.')
     return pd.DataFrame(out)
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #c32c0017
