@@ -18,7 +18,8 @@ from torch import nn
 def hooked(module:nn.Module # Any module
            )->bool:
     "Does a hook watch this module?"
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
 
 def call(module:nn.Module, # The part of a network that `forward` stands for
          forward,          # A function of `x`
@@ -36,8 +37,10 @@ def call(module:nn.Module, # The part of a network that `forward` stands for
 def _project_qkv(attn, xq, xkv):
     "q (…, Nq, H·d) and k, v (…, Nkv, H·d) through timm's one qkv layer; one product when queries and keys are the same tokens."
     w, b, A, watched = attn.qkv.weight, attn.qkv.bias, attn.num_heads*attn.head_dim, hooked(attn.qkv)
-    if hasattr(attn.qkv, 'project') and not watched: return attn.qkv.project(xq, xkv)   # cut channels: V has fewer rows than Q and K
-    whole = attn.qkv(xkv).chunk(3, -1) if watched or xq is xkv else None                # whoever watches `qkv` sees all of it
+    # cut channels: V has fewer rows than Q and K
+    if hasattr(attn.qkv, 'project') and not watched: return attn.qkv.project(xq, xkv)
+    # whoever watches `qkv` sees all of it
+    whole = attn.qkv(xkv).chunk(3, -1) if watched or xq is xkv else None
     if xq is xkv: return whole
     q = F.linear(xq, w[:A], None if b is None else b[:A])
     if watched: return q, *whole[1:]
@@ -171,7 +174,8 @@ def merge_tokens(x,    # (B, n, D)
     dst = torch.where(drop, sim.argmax(-1), torch.arange(x.shape[1], device=x.device))   # all others stay
     new_size = torch.zeros_like(size).scatter_add(1, dst, size)
     mass = torch.zeros_like(x).scatter_add(1, dst[..., None].expand_as(x), x*size[..., None].to(x.dtype))
-    return torch.where(new_size[..., None] > 0, mass/new_size.clamp_min(1e-12)[..., None].to(x.dtype), x), new_size
+    return torch.where(new_size[..., None] > 0, mass/new_size.clamp_min(1e-12)[..., None].to(x.dtype),
+                       x), new_size
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #68593065
 def key_bias(size,      # (B, n) how many tokens each stands for; None: one
@@ -190,8 +194,11 @@ CACHED = 2**19   # logits of one image, all heads, that stay in a core's cache: 
 def _image_attention(q, k, v, bias, scale):
     "One image: q (H, nq, d), k and v (H, nkv, d) -> (nq, H, d)."
     small = q.device.type == 'cpu' and v.dtype == torch.float32 and len(q)*q.shape[1]*k.shape[1] <= CACHED
-    if not small: return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scale)[0].transpose(0, 1)
-    logits = torch.baddbmm(q.new_zeros(()) if bias is None else bias[0], q, k.transpose(1, 2), beta=int(bias is not None), alpha=scale)
+    if not small:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias,
+                                              scale=scale)[0].transpose(0, 1)
+    logits = torch.baddbmm(q.new_zeros(()) if bias is None else bias[0], q, k.transpose(1, 2),
+                           beta=int(bias is not None), alpha=scale)
     return torch.bmm(logits.softmax(-1), v).transpose(0, 1)
 
 def _boxed_attention(attn, xq, xkv, n_images, size, views):
@@ -232,7 +239,8 @@ def ragged_attention(attn, # timm's Attention
     if hooked(attn.attn_drop): return _padded_attention(attn, xq, xkv, qlens, kvlens, size, views)
     q, k, v = (_heads(attn, t) for t in _project_qkv(attn, xq, xkv))      # (H, total, d)
     q, k = attn.q_norm(q).split(qlens, 1), attn.k_norm(k).split(kvlens, 1)
-    bias = [None]*len(qlens) if size is None else [key_bias(s[None], None, v.dtype) for s in size.split(kvlens)]
+    bias = [None]*len(qlens) if size is None else [key_bias(s[None], None, v.dtype)
+                                                   for s in size.split(kvlens)]
     seen = []
     def image(q, k, v, bias):
         if not views: return _image_attention(q, k, v, bias, logit_scale(attn))
@@ -244,7 +252,8 @@ def ragged_attention(attn, # timm's Attention
     each = (image(*parts) for parts in zip(q, k, v.split(kvlens, 1), bias, strict=True))   # (n, H, d)
     if torch.is_grad_enabled(): joined = torch.cat(list(each))
     else:
-        joined = v.new_empty(len(xq), attn.num_heads, v.shape[-1])       # one piece of memory, and no copy of all at the end
+        # one piece of memory, and no copy of all at the end
+        joined = v.new_empty(len(xq), attn.num_heads, v.shape[-1])
         for part, o in zip(joined.split(qlens), each): part.copy_(o)
     if views: views.seen = {name: torch.cat([s[name] for s in seen]) for name in views.names}
     return _finish(attn, joined.flatten(1), xq)

@@ -159,12 +159,15 @@ def static_indices(steps:dict,   # {block index: Step, or a tuple of Steps}, as 
         if s.keep is None:
             left = left if s.fate.stays else None; continue
         if left is None and s.keep:
-            require(mode != 'gather', 'policy', f'static positions in block index {i} after a per-image step', 'static steps first',
+            require(mode != 'gather', 'policy', f'static positions in block index {i} after a per-image step',
+                    'static steps first',
                     "Or use mode='mask' or 'packed'."); continue
         want = [*range(n_prefix), *(p + n_prefix for p in s.keep)]
         here = want if left is None else left   # prefix tokens stand first, whatever else is there
         gone = sorted(set(want) - set(here))
-        require(not gone, 'policy', f'patch {gone[0] - n_prefix if gone else 0} kept in block index {i} though an earlier block dropped it',
+        require(not gone, 'policy',
+                f'patch {gone[0] - n_prefix if gone else 0} kept in block index {i} though an earlier block '
+                'dropped it',
                 'nested positions, or fate idle')
         out[i, s.at] = [here.index(t) for t in want]
         if not s.fate.stays: left = want + [None]*(s.fate.joins*(len(want) < len(here)))
@@ -181,7 +184,8 @@ def shared_orders(steps:dict # {block index: Step, or a tuple of Steps}, as in a
         follows = getattr(s.score, 'follows', None)
         if head and plain and follows and isinstance(head[1].score, follows):
             out |= {(head[0], head[1].at): 'sort', (i, s.at): 'cut'}
-        elif head and (s.fate.joins or isinstance(s.score, type(head[1].score))): head = None     # the order ends
+        # the order ends
+        elif head and (s.fate.joins or isinstance(s.score, type(head[1].score))): head = None
         if plain and head is None and s.score is not None and follows is None: head = i, s
     return out
 
@@ -282,7 +286,8 @@ class Mask(Stream):
         out = attn_branch(block, self.x, bias=bias, key_weight=weight, views=views)
         if views: self.views = views.seen
         if keys is not None:
-            absent = {name: self.views[name]*keys[..., None, None] for name in ('keys', 'values') if name in self.views}
+            absent = {name: self.views[name]*keys[..., None, None]
+                      for name in ('keys', 'values') if name in self.views}
             self.views = self.views | absent
         return out
 
@@ -484,13 +489,15 @@ class Packed(Sparse):
         super().__init__(x, n_prefix, sized, *args)
         self.view, self.lens = Mask(x, n_prefix, sized), [x.shape[1]]*len(x)
         self.view.memory, self.view.least, self.view.record = self.memory, self.least, self.record
-        self.x, self.pos, self.size = (None if t is None else t.flatten(0, 1) for t in (self.x, self.pos, self.size))
+        self.x, self.pos, self.size = (None if t is None else t.flatten(0, 1)
+                                       for t in (self.x, self.pos, self.size))
 
     def padded(self):
         "The same tokens as a stream of mode 'mask'."
         v, n = self.view, torch.tensor(self.lens, device=self.x.device)
         v.layer = self.layer
-        v.x, v.pos, v.size = (_pad(t, self.lens, fill) for t, fill in ((self.x, 0), (self.pos, -2), (self.size, 0)))
+        v.x, v.pos, v.size = (_pad(t, self.lens, fill)
+                              for t, fill in ((self.x, 0), (self.pos, -2), (self.size, 0)))
         v.views = {name: _pad(t, self.lens, 0) for name, t in self.views.items()}
         equal = len(set(self.lens)) == 1
         v.present = None if equal else torch.arange(v.x.shape[1], device=n.device) < n[:, None]
@@ -539,7 +546,8 @@ class Packed(Sparse):
         v = self.padded()
         here, kept = v.there(), torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         keep = torch.zeros_like(here)
-        keep[here] = kept.index_fill(0, idx.rows, True)      # loading has moved the guests of short images to the left
+        # loading has moved the guests of short images to the left
+        keep[here] = kept.index_fill(0, idx.rows, True)
         v.send_home(step, keep, guest)
         self.load()
 

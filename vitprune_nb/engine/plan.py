@@ -109,12 +109,16 @@ def plan_check(plan:Plan, # Which patches each block keeps
                )->Plan:
     "Refuse a model that the plan was not made for; otherwise return the plan."
     own = (plan.model, len(plan.keep), plan.n_patches, plan.n_prefix)
-    given = (model_name(model), len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens)
+    given = (model_name(model), len(standard_blocks(model)), model.patch_embed.num_patches,
+             model.num_prefix_tokens)
     say = lambda t: '{} with {} blocks, {} patches and {} prefix token(s)'.format(*t)
-    require(own == given, 'model', say(given), say(own), 'The plan was made for that one; search a new plan for this one.')
+    require(own == given, 'model', say(given), say(own),
+            'The plan was made for that one; search a new plan for this one.')
     grids = tuple('{} by {} patches'.format(*g) for g in (plan.grid or (0, 0), own_grid(model)))
-    require(plan.grid is None or grids[0] == grids[1], 'model', f'one of {grids[1]}', grids[0], 'The plan was made for that grid; search a new plan for this one.')
-    require(not plan.weights or plan.info.get('model_hash') == weights_hash(model), 'model', f'a {own[0]} with other weights',
+    require(plan.grid is None or grids[0] == grids[1], 'model', f'one of {grids[1]}', grids[0],
+            'The plan was made for that grid; search a new plan for this one.')
+    require(not plan.weights or plan.info.get('model_hash') == weights_hash(model), 'model',
+            f'a {own[0]} with other weights',
             'the one whose blocks this plan fine-tuned', 'Search a new plan for these weights.')
     return plan
 
@@ -178,9 +182,12 @@ def _plan_file():
     from typing import Annotated, Any, Literal, Optional
     from pydantic import ConfigDict, Field, create_model
     size, strict = Annotated[int, Field(ge=0, le=2**20)], ConfigDict(extra='forbid', strict=True)
-    beside = create_model('WeightsFile', __config__=strict, file=Annotated[str, Field(pattern=r'^[^/\\.][^/\\]*\.safetensors$')], sha256=str)
-    return create_model('PlanFile', __config__=strict, format=(Literal['vitprune plan 1'], 'vitprune plan 1'), method=str, model=str, n_patches=size, n_prefix=size,
-                        keep=list[list[size]], info=dict[str, Any], weights=(Optional[beside], None), grid=(Optional[tuple[size, size]], None))
+    beside = create_model('WeightsFile', __config__=strict,
+                          file=Annotated[str, Field(pattern=r'^[^/\\.][^/\\]*\.safetensors$')], sha256=str)
+    return create_model('PlanFile', __config__=strict, format=(Literal['vitprune plan 1'], 'vitprune plan 1'),
+                        method=str, model=str, n_patches=size, n_prefix=size,
+                        keep=list[list[size]], info=dict[str, Any], weights=(Optional[beside], None),
+                        grid=(Optional[tuple[size, size]], None))
 
 def load_plan(path # A file that `save_plan` wrote
               )->Plan:
@@ -192,9 +199,11 @@ def load_plan(path # A file that `save_plan` wrote
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     file = Path(path).with_name(d.weights.file)
-    require(file.is_file() and sha256(file) == d.weights.sha256, 'plan', path, f'a plan with its weights, {file.name}, unchanged beside it')
+    require(file.is_file() and sha256(file) == d.weights.sha256, 'plan', path,
+            f'a plan with its weights, {file.name}, unchanged beside it')
     try: plan.weights = load_file(file)
-    except SafetensorError as e: refuse('plan', path, f'a plan whose weights, {file.name}, can be read', f'({e})')
+    except SafetensorError as e:
+        refuse('plan', path, f'a plan whose weights, {file.name}, can be read', f'({e})')
     return plan
 
 Plan.save, Plan.load = save_plan, staticmethod(load_plan)
@@ -219,7 +228,8 @@ def score_plan(plan:Plan,           # Gives the number of patches in each block
                method:str='score',  # Name of the new plan
                )->Plan:
     "The same number of patches in every block as `plan`, chosen by other scores."
-    return dataclasses.replace(plan, method=method, weights=None, keep=pick([len(k) for k in plan.keep], scores, plan.n_prefix))
+    return dataclasses.replace(plan, method=method, weights=None,
+                               keep=pick([len(k) for k in plan.keep], scores, plan.n_prefix))
 
 def random_plan(plan:Plan,  # Gives the number of patches in each block
                 seed:int=0, # Decides which ones
@@ -227,7 +237,8 @@ def random_plan(plan:Plan,  # Gives the number of patches in each block
     "The same number of patches in every block as `plan`, at random nested positions."
     g = torch.Generator().manual_seed(fold_seed(seed, plan.n_patches))
     order = torch.randperm(plan.n_patches, generator=g).tolist()
-    return dataclasses.replace(plan, method='random', weights=None, keep=[order[:len(k)] for k in plan.keep], info=dict(plan.info, seed=seed))
+    return dataclasses.replace(plan, method='random', weights=None, keep=[order[:len(k)] for k in plan.keep],
+                               info=dict(plan.info, seed=seed))
 
 # %% ../../nbs/2_engine/10b_plan.ipynb #3a92c443
 def _check_share(reduction):
@@ -277,7 +288,8 @@ def ramp_plan(model,               # A timm VisionTransformer
     L, P, least = len(standard_blocks(model)), model.patch_embed.num_patches, _last_patches(model)
     def make(a):
         keep = [range(max(least, round(P*(1 - (l/max(1, L - 1))**a)))) for l in range(L)]
-        return Plan('ramp', model_name(model), P, model.num_prefix_tokens, keep, dict(keys=keys), grid=own_grid(model))
+        return Plan('ramp', model_name(model), P, model.num_prefix_tokens, keep, dict(keys=keys),
+                    grid=own_grid(model))
     _check_share(reduction)
     low, high = 1e-6, 1e6
     for _ in range(60):

@@ -42,7 +42,8 @@ def patch_indices(keep, # Whole numbers, in any order
     except TypeError: given = [None]
     require(None not in given, argument, keep, 'patch indices: whole numbers, 0 or more')
     keep = tuple(sorted(given))
-    require(len(set(keep)) == len(keep) and (not keep or keep[0] >= 0), argument, list(keep)[:8], 'different patch indices, 0 or more',
+    require(len(set(keep)) == len(keep) and (not keep or keep[0] >= 0), argument, list(keep)[:8],
+            'different patch indices, 0 or more',
             'Prefix tokens such as CLS are kept anyway and are not listed.')
     return keep
 
@@ -164,7 +165,8 @@ class RandomScore(Scorer):
     def __init__(self, seed:int=0, size:int=4096):
         super().__init__()
         self.seed, self.size = seed, size
-        self.register_buffer('table', torch.rand(size, generator=torch.Generator().manual_seed(seed)), persistent=False)
+        self.register_buffer('table', torch.rand(size, generator=torch.Generator().manual_seed(seed)),
+                             persistent=False)
     def config(self): return dict(seed=self.seed, size=self.size)
     def forward(self, t:Tokens): return self.table[t.pos.clamp_min(0) % self.size]
 
@@ -185,7 +187,8 @@ class GivenCounts(Scorer):
     def config(self): return dict(counts=self.counts, seed=self.seed)
     def forward(self, t:Tokens):
         n = int(t.pos.max()) + 1
-        order = torch.randperm(n - t.n_prefix, generator=torch.Generator().manual_seed(self.seed)).to(t.pos.device)
+        order = torch.randperm(n - t.n_prefix,
+                               generator=torch.Generator().manual_seed(self.seed)).to(t.pos.device)
         rank = torch.cat([order.new_zeros(t.n_prefix), order])[t.pos.clamp_min(0)]
         return torch.tensor(self.counts, device=t.pos.device)[:len(t.pos), None] - rank - .5
 
@@ -235,7 +238,8 @@ def _ordered(i, some):
     require(ok, 'steps', f'{some or "no Step"} in block index {i}', 'a Step, or a tuple of Steps')
     some = tuple(sorted(some, key=lambda s: POINTS.index(s.at)))
     points = [s.at for s in some]
-    fits = len(some) == 1 or points in (['before', 'queries'], ['before', 'middle']) and not some[0].fate.stays
+    fits = len(some) == 1 or points in (['before', 'queries'],
+                                        ['before', 'middle']) and not some[0].fate.stays
     require(fits, 'steps', f'{", ".join(f"{s.at} {s.fate}" for s in some)} in block index {i}',
             "one step, or one 'before' whose tokens leave together with one at 'queries' or 'middle'",
             'Who does not ask is not in the MLP either, and who idles before a block sits out all of it.')
@@ -268,7 +272,8 @@ def _check_average(steps, n_patches):
         if s.ragged or s.fate.stays: continue
         halted |= s.fate.freezes and s.patches < left
         left = min(left, s.patches)
-        require(left > 0 or halted or not s.fate.lost, 'policy', f'a step that leaves no patch in block index {i}',
+        require(left > 0 or halted or not s.fate.lost, 'policy',
+                f'a step that leaves no patch in block index {i}',
                 'at least one patch in every step, for a model that averages its patches',
                 'Keep one, or use fate idle, halt or fuse.')
 
@@ -313,7 +318,8 @@ class Policy:
         ok = is_whole(n_prefix) and 0 <= n_prefix <= n_tokens
         require(ok, 'n_prefix', n_prefix, f'a whole number from 0 to {n_tokens}')
         self.check(n_blocks, n_tokens - n_prefix)
-        require(not self.ragged, 'policy', f'{self.name}, whose counts depend on the image', 'steps with keep or count',
+        require(not self.ragged, 'policy', f'{self.name}, whose counts depend on the image',
+                'steps with keep or count',
                 'Measure them instead: SlimViT(model, policy, mode="packed").trace(images).')
         n, out = n_tokens, []
         for i in range(n_blocks):

@@ -17,8 +17,10 @@ from .attention import attend, attn_branch, fuse_tokens, merge_tokens, mlp_branc
 from ..errors import VitpruneError, refuse, require
 from .fates import Fate, register_fate
 from .modes import MODES, Decision, Layers, Trace, run_blocks, static_indices
-from .policy import (FATES, POINTS, SCORERS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer,
-                                       Step, Tokens, needs_of, parse_schedule, pyramid, register_scorer, schedule_policy,
+from .policy import (FATES, POINTS, SCORERS, ClsAttention, GivenCounts, NormScore, Policy,
+                                       RandomScore, Scorer,
+                                       Step, Tokens, needs_of, parse_schedule, pyramid, register_scorer,
+                                       schedule_policy,
                                        select, softens)
 from ..vit.cost import cost_rows
 from ..vit.model import Captured, create_vit, standard_blocks
@@ -140,7 +142,8 @@ def _embed(slim, images):
 
 # %% ../../nbs/2_engine/05_engine.ipynb #2254d8ba
 LOOSE = ('cls_token', 'dist_token', 'reg_token', 'pos_embed')    # timm's parameters that are in no layer
-TIMM = ('num_classes', 'in_chans', 'num_features', 'embed_dim', 'pretrained_cfg', 'patch_embed', 'norm_pre', 'norm', 'fc_norm',
+TIMM = ('num_classes', 'in_chans', 'num_features', 'embed_dim', 'pretrained_cfg', 'patch_embed', 'norm_pre',
+        'norm', 'fc_norm',
         # what trainers and optimisers ask a timm model for
         'head', 'head_dist', *LOOSE)
 
@@ -169,7 +172,9 @@ def _block_indices(n, indices):
     "(block indices, the last of them), as timm reads `indices`."
     from timm.models._features import feature_take_indices
     try: return feature_take_indices(n, indices)
-    except (AssertionError, TypeError): refuse('indices', indices, f'how many of the last blocks, at most {n}, or block indices from {-n} to {n - 1}')
+    except (AssertionError, TypeError):
+        refuse('indices', indices,
+               f'how many of the last blocks, at most {n}, or block indices from {-n} to {n - 1}')
 
 class _Capture(Layers):
     "Fills a `Captured` while the blocks run in mode 'mask'."
@@ -422,7 +427,8 @@ def _gaps(slims, images)->dict:
 
 # %% ../../nbs/2_engine/05_engine.ipynb #69d5a07c
 def _same_counts(a, b):
-    return all(math.isclose(x, y, rel_tol=1e-5) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+    return all(math.isclose(x, y, rel_tol=1e-5) for r, s in zip(a, b, strict=True)
+               for x, y in zip(r, s, strict=True))
 
 def _check_traces(slims, policy, images):
     traces, oracle = {m: s.trace(images) for m, s in slims.items()}, slims['mask']
@@ -433,7 +439,8 @@ def _check_traces(slims, policy, images):
         assert _same_counts(t.counts, counts), f'{policy.name}: token counts of {m} and mask differ'
     if policy.ragged: return
     predicted = policy.counts(len(oracle.blocks), oracle.n_tokens, oracle.num_prefix_tokens)
-    assert _same_counts(predicted, counts), f'{policy.name}: predicted counts {predicted} are not what was computed'
+    assert _same_counts(predicted,
+                        counts), f'{policy.name}: predicted counts {predicted} are not what was computed'
 
 # %% ../../nbs/2_engine/05_engine.ipynb #c3bb7a21
 @torch.no_grad()
@@ -444,7 +451,8 @@ def check_policy(model:nn.Module, # A timm ViT in eval mode
                  )->dict:         # Largest differences found
     "Assert what must hold for every policy; returns the largest differences of logits."
     ragged = policy.ragged
-    slims = {m: SlimViT(model, policy, m).eval() for m in ('mask', 'packed' if ragged else 'gather', 'packed')}
+    slims = {m: SlimViT(model, policy, m).eval()
+             for m in ('mask', 'packed' if ragged else 'gather', 'packed')}
     gaps = _gaps(slims, images)
     for what, g in gaps.items(): assert g <= tol, f'{policy.name}: {what} differ by {g:.2e}'
     _check_traces(slims, policy, images)

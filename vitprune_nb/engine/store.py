@@ -55,8 +55,10 @@ class StepFile(_Strict):
     @model_validator(mode='after')
     def _sizes(self):
         for k, v in (self.score or {}).items():
-            most = dict(seed=2**64, size=2**24).get(k, 2**15)        # widths: the scorer has their square in memory
-            if isinstance(v, (int, float)) and not abs(v) < most: raise ValueError(f'{k} of a scorer is {v}, and a number below {most} is allowed')
+            # widths: the scorer has their square in memory
+            most = dict(seed=2**64, size=2**24).get(k, 2**15)
+            if isinstance(v, (int, float)) and not abs(v) < most:
+                raise ValueError(f'{k} of a scorer is {v}, and a number below {most} is allowed')
         return self
 
 class PolicyFile(_Strict):
@@ -75,7 +77,8 @@ class DataFile(_Strict):
 
     @model_validator(mode='after')
     def _channels(self):
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3, self.input_size[0]): raise ValueError('mean and std need a number for each channel')
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3, self.input_size[0]):
+            raise ValueError('mean and std need a number for each channel')
         return self
 
 # %% ../../nbs/2_engine/05b_store.ipynb #cea15223
@@ -92,12 +95,15 @@ class _Pruned(_Strict):
 
     @model_validator(mode='after')
     def _whole(self):
-        sizes = [v for k, v in self.kwargs.items() for v in (v if isinstance(v, list) else [v]) if isinstance(v, (int, float))]
+        sizes = [v for k, v in self.kwargs.items()
+                 for v in (v if isinstance(v, list) else [v]) if isinstance(v, (int, float))]
         if not all(abs(v) <= 2**20 for v in sizes): raise ValueError('a size in kwargs is beyond all ViTs')
         depth = self.kwargs.get('depth', 12)
-        if type(depth) is not int or not 1 <= depth <= 1000: raise ValueError('depth is a whole number from 1 to 1000')
+        if type(depth) is not int or not 1 <= depth <= 1000:
+            raise ValueError('depth is a whole number from 1 to 1000')
         if (self.policy is None) != (self.mode is None): raise ValueError('policy and mode go together')
-        if self.policy is None and self.shapes is None: raise ValueError('neither a policy nor shapes of cut channels: nothing was pruned')
+        if self.policy is None and self.shapes is None:
+            raise ValueError('neither a policy nor shapes of cut channels: nothing was pruned')
         return self
 
 class FirstFormat(_Pruned):
@@ -126,20 +132,29 @@ def read_config(folder # A pruned folder
                 )->_Pruned:
     "config.json of either format, with every value checked."
     folder = Path(folder)
-    for f in ('config.json', 'model.safetensors'): require((folder/f).is_file(), 'folder', folder, f'a pruned model, with {f} in it')
-    which = read_json(folder/'config.json', _Head, 'config.json', 'valid JSON, as save_pruned writes it').format
-    require(which in (None, FORMAT), 'config.json', which, FORMAT, 'A newer vitprune wrote this folder: upgrade to read it.')
-    return read_json(folder/'config.json', ModelFile if which else FirstFormat, 'config.json', 'a pruned model as save_pruned writes it')
+    for f in ('config.json', 'model.safetensors'):
+        require((folder/f).is_file(), 'folder', folder, f'a pruned model, with {f} in it')
+    which = read_json(folder/'config.json', _Head, 'config.json',
+                      'valid JSON, as save_pruned writes it').format
+    require(which in (None, FORMAT), 'config.json', which, FORMAT,
+            'A newer vitprune wrote this folder: upgrade to read it.')
+    return read_json(folder/'config.json', ModelFile if which else FirstFormat, 'config.json',
+                     'a pruned model as save_pruned writes it')
 
 # %% ../../nbs/2_engine/05b_store.ipynb #b3da9ec2
-SETTABLE = ('eps p prob drop_prob scale_by_keep ordered scale inplace approximate negative_slope alpha init_values '
-            'strict_img_size dynamic_img_pad fused_attn distilled_training').split()   # numbers and switches, no sizes
+SETTABLE = ('eps p prob drop_prob scale_by_keep ordered scale inplace approximate negative_slope alpha '
+            'init_values '
+            # numbers and switches, no sizes
+            'strict_img_size dynamic_img_pad fused_attn distilled_training').split()
 
 def _recipe(config:_Pruned)->dict:
     "How the dense network is made; for the first format, read off what timm makes of the name."
     if isinstance(config, FirstFormat):
-        with NumbersOnCPU(): return recipe_of(create_vit(config.model, **model_kwargs(config.kwargs, from_file=True)))
-    return {k: v for k, v in config.model_dump(mode='json').items() if k in ('model', 'kind', 'kwargs', 'norm', 'eps', 'act', 'embed_norm', 'drop_path')}
+        with NumbersOnCPU():
+            return recipe_of(create_vit(config.model, **model_kwargs(config.kwargs, from_file=True)))
+    return {k: v
+            for k, v in config.model_dump(mode='json').items()
+            if k in ('model', 'kind', 'kwargs', 'norm', 'eps', 'act', 'embed_norm', 'drop_path')}
 
 def _vit(config:_Pruned)->nn.Module:
     "The network without weights, its channels cut."
@@ -153,24 +168,31 @@ def _vit(config:_Pruned)->nn.Module:
     for path, value in getattr(config, 'set', {}).items():
         place, _, name = path.rpartition('.')
         module = model.get_submodule(place)
-        require(name in SETTABLE and hasattr(module, name), 'set', path, 'an attribute of this model out of ' + ', '.join(SETTABLE))
+        require(name in SETTABLE and hasattr(module, name), 'set', path,
+                'an attribute of this model out of ' + ', '.join(SETTABLE))
         setattr(module, name, value)
-    require(list(config.data.input_size[1:]) == list(model.patch_embed.img_size), 'input_size', config.data.input_size, f'the size that the network has, {list(model.patch_embed.img_size)}')
-    model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, **config.data.model_dump(exclude_none=True))
+    require(list(config.data.input_size[1:]) == list(model.patch_embed.img_size), 'input_size',
+            config.data.input_size, f'the size that the network has, {list(model.patch_embed.img_size)}')
+    model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg,
+                                                    **config.data.model_dump(exclude_none=True))
     return model
 
 # %% ../../nbs/2_engine/05b_store.ipynb #a3be9355
 def _policy(config:_Pruned)->Policy:
     "The policy; steps that shared a scorer share it again."
     given = lambda s: {k: v for k, v in dict(s).items() if v is not None}
-    steps = {i: list(map(given, s)) if isinstance(s, list) else given(s) for i, s in config.policy.steps.items()}
+    steps = {i: list(map(given, s)) if isinstance(s, list) else given(s)
+             for i, s in config.policy.steps.items()}
     policy = Policy.from_dict(dict(name=config.policy.name, steps=steps))
     scored = [s for _, s in policy.each() if s.score is not None]
     first = getattr(config, 'same_scorer', None) or range(len(scored))
-    require(len(first) == len(scored), 'same_scorer', first, f'{len(scored)} numbers, one for each step with a scorer')
-    shared = {s: dataclasses.replace(s, score=scored[f].score) for s, f in zip(scored, first)}   # steps are equal only to themselves: scorers are
+    require(len(first) == len(scored), 'same_scorer', first,
+            f'{len(scored)} numbers, one for each step with a scorer')
+    # steps are equal only to themselves: scorers are
+    shared = {s: dataclasses.replace(s, score=scored[f].score) for s, f in zip(scored, first)}
     new = lambda s: shared.get(s, s)
-    return Policy({i: tuple(map(new, s)) if isinstance(s, tuple) else new(s) for i, s in policy.steps.items()}, policy.name)
+    return Policy({i: tuple(map(new, s)) if isinstance(s, tuple) else new(s)
+                   for i, s in policy.steps.items()}, policy.name)
 
 def _assemble(config:_Pruned)->nn.Module:
     "The pruned model without weights."
@@ -187,14 +209,18 @@ def _fill(model, file):
     try:
         with safe_open(file, 'pt') as f:
             there = {k: f.get_slice(k) for k in f.keys()}
-            found = {k: (list(s.get_shape()), s.get_dtype()[0] in 'BF' and s.get_dtype() != 'BOOL') for k, s in there.items()}
+            found = {k: (list(s.get_shape()), s.get_dtype()[0] in 'BF' and s.get_dtype() != 'BOOL')
+                     for k, s in there.items()}
             wrong = next((k for k in [*own, *found] if own.get(k) != found.get(k)), None)
             say = lambda d: 'nothing' if wrong not in d else f'{d[wrong][0]}'
-            require(wrong is None, 'model.safetensors', file.parent, 'weights that fit its config.json', wrong and f'{wrong} is {say(found)} in the file and {say(own)} by its config.')
+            require(wrong is None, 'model.safetensors', file.parent, 'weights that fit its config.json',
+                    wrong and f'{wrong} is {say(found)} in the file and {say(own)} by its config.')
             state = {k: f.get_tensor(k).clone() for k in own}
-    except (SafetensorError, RuntimeError, OSError) as e: refuse('model.safetensors', file.parent, 'weights that fit its config.json', f'({_first_line(e)})')
+    except (SafetensorError, RuntimeError, OSError) as e:
+        refuse('model.safetensors', file.parent, 'weights that fit its config.json', f'({_first_line(e)})')
     kinds = {v.dtype for v in state.values() if v.is_floating_point()}
-    if len(kinds) == 1: model.to(kinds.pop())           # for what is not in the file, such as tables of random numbers
+    # for what is not in the file, such as tables of random numbers
+    if len(kinds) == 1: model.to(kinds.pop())
     model.load_state_dict(state, assign=True)
 
 # %% ../../nbs/2_engine/05b_store.ipynb #aface990
@@ -206,7 +232,9 @@ def _probe(model)->torch.Tensor: # (2, classes)
     x = torch.randn(2, w.shape[1], *vit.patch_embed.img_size, generator=g).to(w.device, w.dtype)
     try:
         with torch.no_grad(), torch.autocast(w.device.type, enabled=False): return model.eval()(x)
-    except Exception as e: refuse('model', type(vit).__name__, 'one that runs on images of its own size', f'({_first_line(e)})')   # from any layer
+    # from any layer
+    except Exception as e:
+        refuse('model', type(vit).__name__, 'one that runs on images of its own size', f'({_first_line(e)})')
     finally:
         for m, was in modes: m.training = was
 
@@ -241,7 +269,8 @@ def _same_class(m, n)->bool:
     a, b = type(m), type(n)
     return a is b or ('__main__' in (a.__module__, b.__module__) and a.__qualname__ == b.__qualname__)
 
-IGNORED = ('training', 'num_classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')   # no part of the function
+# no part of the function
+IGNORED = ('training', 'num_classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')
 
 def differences(a:nn.Module, b:nn.Module # Two models; on whatever device
                 )->dict:                 # {'blocks.0.attn.num_heads': (in a, in b), …}
@@ -251,7 +280,9 @@ def differences(a:nn.Module, b:nn.Module # Two models; on whatever device
                        and isinstance(v, (bool, int, float, str, tuple, enum.Enum, type(None)))}
     for name in [*of[0], *(n for n in of[1] if n not in of[0])]:
         m, n = (d.get(name) for d in of)
-        if not _same_class(m, n): out[name or 'class'] = tuple(x if x is None else type(x).__name__ for x in (m, n)); continue
+        if not _same_class(m, n):
+            out[name or 'class'] = tuple(x if x is None else type(x).__name__ for x in (m, n))
+            continue
         p, q = plain(m), plain(n)
         out |= {f'{name}.{k}'.strip('.'): (p.get(k), q.get(k)) for k in p | q if p.get(k) != q.get(k)}
     s, t = ({k: list(v.shape) for k, v in m.state_dict().items()} for m in (a, b))
@@ -262,7 +293,8 @@ def _names(model)->list|None:
     "Class names, if there are as many as the head has outputs."
     names, n = getattr(model, 'classes', None), getattr(model, 'model', model).head
     outputs = n.out_features if isinstance(n, nn.Linear) else 0
-    if names and len(names) != outputs: warnings.warn(f'{len(names)} class names for a head of {outputs}: they are not saved')
+    if names and len(names) != outputs:
+        warnings.warn(f'{len(names)} class names for a head of {outputs}: they are not saved')
     return list(names) if names and len(names) == outputs else None
 
 def _describe(model, info)->ModelFile:
@@ -272,9 +304,12 @@ def _describe(model, info)->ModelFile:
     if hasattr(vit, 'channels'): d['shapes'] = vit.channels['shapes']
     if vit is not model:
         scores = [s.score for _, s in model.policy.each() if s.score is not None]
-        d |= dict(policy=model.policy.to_dict(), mode=model.mode, same_scorer=[next(i for i, t in enumerate(scores) if t is s) for s in scores])
+        d |= dict(policy=model.policy.to_dict(), mode=model.mode,
+                  same_scorer=[next(i for i, t in enumerate(scores) if t is s) for s in scores])
     try: return ModelFile.model_validate_json(json.dumps(d))
-    except ValueError as e: refuse('model', type(vit).__name__, 'one that config.json can describe', f'({" ".join(str(e).split())[:300]})')
+    except ValueError as e:
+        refuse('model', type(vit).__name__, 'one that config.json can describe',
+               f'({" ".join(str(e).split())[:300]})')
     except TypeError as e: refuse('info', str(info)[:100], 'what JSON can hold', f'({e})')
 
 def config_of(model, # A pruned model
@@ -283,10 +318,14 @@ def config_of(model, # A pruned model
     "config.json of a pruned model, refused when the model that it describes is another one."
     config = _describe(model, info)
     try: found = differences(model, _assemble(config))
-    except Exception as e: refuse('model', type(getattr(model, 'model', model)).__name__, 'one that can be built again from its config', f'({_first_line(e)})')
+    except Exception as e:
+        refuse('model', type(getattr(model, 'model', model)).__name__,
+               'one that can be built again from its config', f'({_first_line(e)})')
     for path, (ours, built) in found.items():
         fine = path.rpartition('.')[2] in SETTABLE and isinstance(ours, (bool, int, float, str))
-        require(fine, 'model', f'one whose {path.removeprefix("model.")} is {ours}, where its config builds {built}', 'one that can be built again from its config')
+        require(fine, 'model',
+                f'one whose {path.removeprefix("model.")} is {ours}, where its config builds {built}',
+                'one that can be built again from its config')
     config.set = {p.removeprefix('model.'): ours for p, (ours, _) in found.items()}
     return config
 
@@ -295,9 +334,12 @@ def _tensors(model)->dict:
     "The state of a model as safetensors takes it."
     seen, out = {}, {}
     for k, v in model.state_dict().items():
-        require(not v.is_meta, 'model', f'one without weights, at {k}', 'a model that is not on the meta device')
+        require(not v.is_meta, 'model', f'one without weights, at {k}',
+                'a model that is not on the meta device')
         place = (v.device, v.data_ptr())
-        require(v.numel() == 0 or place not in seen, 'model', f'one whose {k} and {seen.get(place)} are the same tensor', 'one whose weights are not tied', 'Copy one of them.')
+        require(v.numel() == 0 or place not in seen, 'model',
+                f'one whose {k} and {seen.get(place)} are the same tensor', 'one whose weights are not tied',
+                'Copy one of them.')
         seen[place], out[k] = k, v.detach().cpu().contiguous()
     return out
 
@@ -309,7 +351,8 @@ def _prove(model, saved):
     hooked = next((n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), None)
     why = f'{hooked or "The model"} has hooks, which no file can hold.' if hooked is not None else 'A part of it computes something else than its class says.'
     gap = '' if got.shape != want.shape else f', by {(got.float() - want.float()).abs().max():.2g}'
-    require(same, 'model', f'one whose logits differ after loading{gap}', 'one that can be built again from its config', why)
+    require(same, 'model', f'one whose logits differ after loading{gap}',
+            'one that can be built again from its config', why)
 
 # %% ../../nbs/2_engine/05b_store.ipynb #ce0a0841
 def save_pruned(model,  # From `prune`: a `SlimViT`, a ViT with cut channels, or the one around the other
@@ -319,7 +362,8 @@ def save_pruned(model,  # From `prune`: a `SlimViT`, a ViT with cut channels, or
     "Write a pruned model as config.json, model.safetensors and, if it has a plan, plan.json: logits come back exactly, or nothing is written."
     from safetensors.torch import save_file
     model = getattr(model, '_orig_mod', model)      # of torch.compile
-    require(hasattr(model, 'policy') or hasattr(model, 'channels'), 'model', type(model).__name__, 'a pruned model', 'Prune one first.')
+    require(hasattr(model, 'policy') or hasattr(model, 'channels'), 'model', type(model).__name__,
+            'a pruned model', 'Prune one first.')
     config, plan = config_of(model, getattr(model, 'info', {}) | info), getattr(model, 'plan', None)
     with write_folder_atomic(folder) as new:
         (new/'config.json').write_text(config.model_dump_json(indent=1) + '\n', encoding='utf-8')
@@ -341,7 +385,8 @@ def load_slim(folder,             # What `save_slim` wrote
               mode:str|None=None, # Another mode than it was saved with
               )->SlimViT:
     "`load_pruned` for tokens."
-    require(read_config(folder).policy is not None, 'folder', folder, 'a model with a policy', 'Read it with load_pruned.')
+    require(read_config(folder).policy is not None, 'folder', folder, 'a model with a policy',
+            'Read it with load_pruned.')
     return load_pruned(folder, mode)
 
 def save_sliced(model,  # A sliced ViT, or a `SlimViT` around one
@@ -349,14 +394,16 @@ def save_sliced(model,  # A sliced ViT, or a `SlimViT` around one
                 **info, # Whatever should be remembered
                 )->Path:
     "`save_pruned` for channels."
-    require(hasattr(getattr(model, 'model', model), 'channels'), 'model', 'one whose channels are not cut', 'a model from slice_model', 'Use save_slim for a dense one with a policy.')
+    require(hasattr(getattr(model, 'model', model), 'channels'), 'model', 'one whose channels are not cut',
+            'a model from slice_model', 'Use save_slim for a dense one with a policy.')
     return save_pruned(model, folder, **info)
 
 def load_sliced(folder # What `save_sliced` wrote
                 )->nn.Module:
     "`load_pruned` for channels."
     model = load_pruned(folder)
-    require(hasattr(getattr(model, 'model', model), 'channels'), 'folder', folder, 'a sliced model', 'Read it with load_pruned.')
+    require(hasattr(getattr(model, 'model', model), 'channels'), 'folder', folder, 'a sliced model',
+            'Read it with load_pruned.')
     return model
 
 # %% ../../nbs/2_engine/05b_store.ipynb #1c3ca175
@@ -367,6 +414,7 @@ def open_model(name:str='course', # 'course', a timm name, or a pruned-model fol
     if Path(name).is_dir():
         require(weights is None, 'weights', weights, 'nothing, for a folder has its own weights')
         return load_pruned(name)
-    require(os.sep not in name, 'model', name, "'course', a timm name, or an existing folder that `vitprune prune` wrote")
+    require(os.sep not in name, 'model', name,
+            "'course', a timm name, or an existing folder that `vitprune prune` wrote")
     if name == 'course' and weights is None: return course_model()
     return fit_vit(COURSE['model'] if name == 'course' else name, weights)

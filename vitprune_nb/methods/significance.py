@@ -27,7 +27,8 @@ def error_bound(attn:list,    # Maps (H, N, N) of the blocks after the loss, in 
                 )->torch.Tensor: # (N,) float64: no token after the last block differs by more
     "Equations 7 to 9 of patch slimming, for unlike heads and any Lipschitz block."
     e = torch.as_tensor(lost).double()
-    require(e.ndim == 1 and bool(((e >= 0) & e.isfinite()).all()), 'lost', lost, 'lengths (N,), finite and none below 0')
+    require(e.ndim == 1 and bool(((e >= 0) & e.isfinite()).all()), 'lost', lost,
+            'lengths (N,), finite and none below 0')
     require(len(attn) == len(gains) == len(masks), 'attn, gains, masks',
             f'{len(attn)}, {len(gains)} and {len(masks)} blocks', 'equally many of each')
     require(lipschitz >= 0 and own >= 0, 'lipschitz, own', (lipschitz, own), 'numbers, 0 or more')
@@ -77,9 +78,12 @@ def check_masks(masks,         # (L, N) bool or 0/1, or None for `cls_masks`
     "Masks of the right shape, nested (kept in a block means kept in all earlier ones), CLS never dropped."
     if masks is None: return cls_masks(n_blocks, n_tokens)
     masks = torch.as_tensor(masks).bool()
-    require(masks.shape == (n_blocks, n_tokens), 'masks', f'shape {tuple(masks.shape)}', f'(L, N) = ({n_blocks}, {n_tokens})')
-    require(bool(masks[:, 0].all()), 'masks', 'one that drops token 0', 'masks that keep CLS, token 0, in every block')
-    require(bool((masks[:-1] | ~masks[1:]).all()), 'masks', 'a token that is dropped and comes back', 'nested masks: kept in block l + 1 means kept in block l')
+    require(masks.shape == (n_blocks, n_tokens), 'masks', f'shape {tuple(masks.shape)}',
+            f'(L, N) = ({n_blocks}, {n_tokens})')
+    require(bool(masks[:, 0].all()), 'masks', 'one that drops token 0',
+            'masks that keep CLS, token 0, in every block')
+    require(bool((masks[:-1] | ~masks[1:]).all()), 'masks', 'a token that is dropped and comes back',
+            'nested masks: kept in block l + 1 means kept in block l')
     return masks
 
 # %% ../../nbs/3_methods/10_significance.ipynb #83aa9b82
@@ -182,7 +186,8 @@ def attention_scores(attn:list,      # L attention maps (B, H, N, N)
                      )->torch.Tensor:      # (L, N) float64
     "Scores from one block's map alone: peakiness as a query, attention received from all, attention received from CLS."
     require(kind in ('row', 'column', 'cls'), 'kind', kind, "'row', 'column' or 'cls'")
-    f = dict(row=lambda P: P.square().sum((1, 3)), column=lambda P: P.sum((1, 2)), cls=lambda P: P[:, :, 0].sum(1))[kind]
+    f = dict(row=lambda P: P.square().sum((1, 3)), column=lambda P: P.sum((1, 2)),
+             cls=lambda P: P[:, :, 0].sum(1))[kind]
     return _scores([f(_wide(P)) for P in attn], per_image)
 
 # %% ../../nbs/3_methods/10_significance.ipynb #d86b4376
@@ -192,7 +197,8 @@ def read_tokens(model # A timm VisionTransformer
                 )->int: # 1, or 2 when a DIST token is read too
     "How many leading tokens the head reads; a model that averages its patches is refused."
     pool = getattr(model, 'global_pool', 'token')
-    require(pool == 'token', 'model', f"{type(model).__name__} with global_pool='{pool}'", "a model that reads its CLS token (global_pool='token')")
+    require(pool == 'token', 'model', f"{type(model).__name__} with global_pool='{pool}'",
+            "a model that reads its CLS token (global_pool='token')")
     return 2 if getattr(model, 'dist_token', None) is not None else 1
 
 def readout(model # A timm VisionTransformer that reads its CLS token or averages its patches
@@ -283,7 +289,9 @@ def bench_scores(nets:dict,     # {backbone: timm VisionTransformer}
     rows = []
     for name, net in nets.items():
         x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-        dense, scored = bench({'forward': net, 'forward and scores': lambda x: batch_scores(net, x)}, x, warmup, repeats, device, threads=threads)
+        dense, scored = bench({'forward': net, 'forward and scores': lambda x: batch_scores(net, x)}, x,
+                              warmup, repeats, device, threads=threads)
         note = 'median time {:.3f} times that of the forward ({:.3f} to {:.3f})'.format(*ratio_interval(scored['times_ms'], dense['times_ms']))
-        rows += [make_row(r['name'], name, timing=r, note=n) for r, n in ((dense, 'random images: for time only'), (scored, note))]
+        rows += [make_row(r['name'], name, timing=r, note=n)
+                 for r, n in ((dense, 'random images: for time only'), (scored, note))]
     return rows

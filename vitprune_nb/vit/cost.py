@@ -58,7 +58,8 @@ def _odd_block(b)->bool:
     "Is this anything but timm's standard block?"
     from timm.models.vision_transformer import Attention, Block
     attn, mlp = getattr(b, 'attn', None), getattr(b, 'mlp', None)
-    layers = [getattr(attn, 'qkv', None), getattr(attn, 'proj', None), getattr(mlp, 'fc1', None), getattr(mlp, 'fc2', None)]
+    layers = [getattr(attn, 'qkv', None), getattr(attn, 'proj', None), getattr(mlp, 'fc1', None),
+              getattr(mlp, 'fc2', None)]
     linear = all(getattr(getattr(l, 'weight', None), 'ndim', 0) == 2 for l in layers)
     return type(b) is not Block or not isinstance(attn, Attention) or not linear or getattr(attn, 'gate', None) is not None
 
@@ -70,8 +71,10 @@ def _odd_stem(embed)->bool:
 
 def _strange_matrices(vit)->list:
     "Names of weight matrices and tensors that no formula knows: adapters, talking heads, relative positions, a head of several layers."
-    known = {'patch_embed.proj.weight', 'pos_embed', 'cls_token', 'dist_token', 'reg_token', 'head.weight', 'head_dist.weight'}
-    known |= {f'blocks.{i}.{l}.weight' for i in range(len(vit.blocks)) for l in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')}
+    known = {'patch_embed.proj.weight', 'pos_embed', 'cls_token', 'dist_token', 'reg_token', 'head.weight',
+             'head_dist.weight'}
+    known |= {f'blocks.{i}.{l}.weight' for i in range(len(vit.blocks))
+              for l in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')}
     name = lambda n: n.replace('.parametrizations.weight.original', '.weight')     # a gated layer
     return [n for n, p in vit.named_parameters() if p.ndim > 1 and name(n) not in known]
 
@@ -80,15 +83,21 @@ def not_by_formula(model # Any network; a SlimViT is judged by what it wraps
     "Why the cost of a model does not follow from token counts and widths, but must be counted in a forward pass."
     from timm.models.vision_transformer import VisionTransformer
     vit = _bare(model)
-    if not hasattr(vit, 'patch_embed') or not hasattr(vit, 'blocks'): return 'which has no patch_embed and blocks'
-    embed, odd = vit.patch_embed, [f'blocks[{i}] is a {type(b).__name__} with other layers' for i, b in enumerate(vit.blocks) if _odd_block(b)]
+    if not hasattr(vit, 'patch_embed') or not hasattr(vit, 'blocks'):
+        return 'which has no patch_embed and blocks'
+    embed, odd = vit.patch_embed, [f'blocks[{i}] is a {type(b).__name__} with other layers'
+                                   for i, b in enumerate(vit.blocks) if _odd_block(b)]
     if odd: return f'whose {odd[0]}'
     if _odd_stem(embed): return f'whose patches come from a {type(embed).__name__}'
-    own = not isinstance(vit, VisionTransformer) or any(getattr(type(vit), f) is not getattr(VisionTransformer, f) for f in ('forward', 'forward_features'))
+    own = not isinstance(vit,
+                         VisionTransformer) or any(getattr(type(vit), f) is not getattr(VisionTransformer, f)
+                                                   for f in ('forward', 'forward_features'))
     if own: return 'whose forward pass is its own'
     if getattr(vit, 'attn_pool', None) is not None: return 'which pools by attention'
     if embed.num_patches is None: return 'of no fixed image size'
-    if getattr(embed, 'dynamic_img_pad', False) and any(s % p for s, p in zip(embed.img_size, embed.patch_size)): return 'whose images are padded'
+    if getattr(embed, 'dynamic_img_pad', False) and any(s % p
+                                                        for s, p in zip(embed.img_size, embed.patch_size)):
+        return 'whose images are padded'
     strange = _strange_matrices(vit)
     return f'with a weight {strange[0]}, which is no part of a standard ViT' if strange else ''
 
@@ -96,7 +105,8 @@ def vit_blocks(model # A timm VisionTransformer, one with cut channels, or a Sli
                ):    # (the ViT itself, the list of its blocks)
     "The blocks that the formulas hold for; anything else is refused by its class name."
     vit, why = _bare(model), not_by_formula(model)
-    require(not why, 'model', f'{type(vit).__name__}, {why}', 'a timm VisionTransformer of standard blocks (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)',
+    require(not why, 'model', f'{type(vit).__name__}, {why}',
+            'a timm VisionTransformer of standard blocks (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)',
             'For other networks, `count_macs(model, x)` counts what a forward pass does.')
     return vit, list(vit.blocks)
 
@@ -124,13 +134,16 @@ def check_counts(counts,   # One (nq, nkv, nmlp) per block; floats are means ove
                  )->list:      # L triples
     "The counts as a list of triples, or a refusal that says which entry is wrong."
     if counts is None: return [(n, n, n)]*n_blocks
-    require(isinstance(counts, (list, tuple)), 'counts', counts, f'a list of {n_blocks}, one (nq, nkv, nmlp) per block of the model')
+    require(isinstance(counts, (list, tuple)), 'counts', counts,
+            f'a list of {n_blocks}, one (nq, nkv, nmlp) per block of the model')
     counts = [tuple(c) if hasattr(c, '__iter__') else (c,) for c in counts]
-    require(len(counts) == n_blocks, 'counts', f'{len(counts)} entries', f'{n_blocks}, one (nq, nkv, nmlp) per block of the model')
+    require(len(counts) == n_blocks, 'counts', f'{len(counts)} entries',
+            f'{n_blocks}, one (nq, nkv, nmlp) per block of the model')
     for i, c in enumerate(counts):
         require(len(c) == 3 and all(is_number(x) and 0 <= x <= n + 1e-6 for x in c), f'counts[{i}]', c,
                 f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
-        require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries', 'CLS is always kept, and so is its key.')
+        require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries',
+                'CLS is always kept, and so is its key.')
     return counts
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #1179bfe0
@@ -141,15 +154,19 @@ def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (wh
     vit, blocks = vit_blocks(model)
     n, embed, size = n_tokens(model), vit.patch_embed, lambda *ms: sum(p.numel() for m in ms for p in m.parameters())
     patches = embed.num_patches
-    rows = [dict(block=-1, part='patch embedding', tokens=patches, macs=patches*embed.proj.weight.numel(), params=size(embed.proj))]
+    rows = [dict(block=-1, part='patch embedding', tokens=patches, macs=patches*embed.proj.weight.numel(),
+                 params=size(embed.proj))]
     for i, (b, (nq, nkv, nmlp)) in enumerate(zip(blocks, check_counts(counts, len(blocks), n))):
         w = block_widths(b)
         q = size(b.attn.qkv)*w.qk//(2*w.qk + w.v) if w.qk else 0
         tokens = {'Q': nq, 'K and V': nkv, 'QKᵀ and AV': nq, 'projection': nq, 'MLP': nmlp}
-        params = {'Q': q, 'K and V': size(b.attn.qkv) - q, 'QKᵀ and AV': 0, 'projection': size(b.attn.proj), 'MLP': size(b.mlp.fc1, b.mlp.fc2)}
-        rows += [dict(block=i, part=p, tokens=tokens[p], macs=m, params=params[p]) for p, m in block_terms(nq, nkv, nmlp, w).items()]
+        params = {'Q': q, 'K and V': size(b.attn.qkv) - q, 'QKᵀ and AV': 0, 'projection': size(b.attn.proj),
+                  'MLP': size(b.mlp.fc1, b.mlp.fc2)}
+        rows += [dict(block=i, part=p, tokens=tokens[p], macs=m, params=params[p])
+                 for p, m in block_terms(nq, nkv, nmlp, w).items()]
     heads = [h for h in (getattr(vit, 'head', None), getattr(vit, 'head_dist', None)) if hasattr(h, 'weight')]
-    return rows + [dict(block=len(blocks), part='head', tokens=len(heads), macs=sum(h.weight.numel() for h in heads), params=size(*heads))]
+    return rows + [dict(block=len(blocks), part='head', tokens=len(heads),
+                        macs=sum(h.weight.numel() for h in heads), params=size(*heads))]
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #0a326c79
 def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read: pass its counts)
@@ -176,8 +193,11 @@ def cost_table(model,       # As for `model_macs`
     require(isinstance(by, str) and by in ('part', 'block'), 'by', by, "'part' or 'block'")
     total, n_params = model_macs(model, counts, extra), model_params(model)
     rows, n_blocks = pd.DataFrame(cost_rows(model, counts)), len(vit_blocks(model)[1])
-    if by == 'block': rows['part'] = [r.part if r.block in (-1, n_blocks) else f'block {r.block + 1}' for r in rows.itertuples()]
-    table = rows.groupby('part', sort=False).agg(tokens=('tokens', 'max'), macs=('macs', 'sum'), params=('params', 'sum')).reset_index()
+    if by == 'block':
+        rows['part'] = [r.part if r.block in (-1, n_blocks) else f'block {r.block + 1}'
+                        for r in rows.itertuples()]
+    table = rows.groupby('part', sort=False).agg(tokens=('tokens', 'max'), macs=('macs', 'sum'),
+                                                 params=('params', 'sum')).reset_index()
     if by == 'part': table['tokens'] = rows.groupby('part', sort=False).tokens.mean().values
     if extra: table.loc[len(table)] = ['extra', float('nan'), extra, 0]
     table.loc[len(table)] = ['norms and embeddings', float('nan'), 0, n_params - table.params.sum()]
@@ -190,14 +210,16 @@ def reduction(new, # Cost after
               old, # Cost before, in the same unit
               )->float: # 0: nothing saved; .5: half of it; negative: dearer than before
     "1 - new/old: the share that is saved."
-    require(is_number(old) and is_number(new) and old > 0 and new >= 0, 'new, old', (new, old), 'two costs, old above 0')
+    require(is_number(old) and is_number(new) and old > 0 and new >= 0, 'new, old', (new, old),
+            'two costs, old above 0')
     return 1 - new/old
 
 def speed_up(new, # Cost after
              old, # Cost before, in the same unit
              )->float: # 1: nothing saved; 2: half the cost
     "old/new: how many times less it costs."
-    require(is_number(old) and is_number(new) and old > 0 and new > 0, 'new, old', (new, old), 'two costs above 0')
+    require(is_number(old) and is_number(new) and old > 0 and new > 0, 'new, old', (new, old),
+            'two costs above 0')
     return old/new
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #ec8500e4
@@ -230,12 +252,14 @@ def _watch(model, x=None)->tuple: # (MACs, {name of a module: its MACs})
     if x is None: x = torch.zeros(1, *_input_size(model)).to(first)
     require(isinstance(x, torch.Tensor), 'x', type(x).__name__, 'a tensor that the model takes')
     was_training = model.training
-    weights = {k: v.detach() for k, v in model.named_parameters()}   # the counter trips over parameters that ask for gradients
+    # the counter trips over parameters that ask for gradients
+    weights = {k: v.detach() for k, v in model.named_parameters()}
     try:
         with flop_counter() as counter: torch.func.functional_call(model.eval(), weights, (x,))
     except (RuntimeError, TypeError, IndexError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
-        refuse('x', f'shape {tuple(x.shape)}', f'what this {type(model).__name__} takes', f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
+        refuse('x', f'shape {tuple(x.shape)}', f'what this {type(model).__name__} takes',
+               f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     finally: model.train(was_training)
     root = type(model).__name__
     parts = {n.removeprefix(f'{root}.'): sum(ops.values())//2 for n, ops in counter.get_flop_counts().items()}
@@ -250,10 +274,13 @@ def count_table(model:torch.nn.Module, # Any network
     require(by in ('part', 'block'), 'by', by, "'part' or 'block'")
     try: total, seen = _watch(model)
     except Exception as e:   # every network has errors of its own
-        refuse('model', type(model).__name__, f'a network that takes an image of shape {_input_size(model)}', f'({" ".join(str(e).split())[:160]})')
+        refuse('model', type(model).__name__, f'a network that takes an image of shape {_input_size(model)}',
+               f'({" ".join(str(e).split())[:160]})')
     parts = dict(model.named_children())
-    if by == 'block': parts = {f'{n}.{k}': c for n, m in parts.items() for k, c in (list(m.named_children()) or [('', m)])}
-    rows = [dict(part=n.rstrip('.'), macs=seen.get(n.rstrip('.'), 0), params=model_params(m)) for n, m in parts.items()]
+    if by == 'block':
+        parts = {f'{n}.{k}': c for n, m in parts.items() for k, c in (list(m.named_children()) or [('', m)])}
+    rows = [dict(part=n.rstrip('.'), macs=seen.get(n.rstrip('.'), 0), params=model_params(m))
+            for n, m in parts.items()]
     table = pd.DataFrame(rows, columns=['part', 'macs', 'params'])
     table = table[(table.macs > 0) | (table.params > 0)]
     table.loc[len(rows)] = ['other', total - table.macs.sum(), model_params(model) - table.params.sum()]

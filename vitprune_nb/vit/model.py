@@ -8,7 +8,8 @@ __all__ = ['COURSE', 'attention_rows', 'standard_blocks', 'Captured', 'capture',
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #a0b7e91b
 import contextlib, time
-from typing_extensions import Required, TypedDict   # of PyTorch and pydantic; typing has Required from Python 3.11 on
+# of PyTorch and pydantic; typing has Required from Python 3.11 on
+from typing_extensions import Required, TypedDict
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #05bccbad
 import scipy
@@ -26,7 +27,8 @@ def attention_rows(attn,              # A timm Attention module
                    )->torch.Tensor:   # (B, H, queries, N), each row sums to 1
     "The softmax rows that `attn` works with, recomputed because the fused kernel does not return them (Patch Slimming eq. 1, scale corrected)."
     B, N, _ = qkv.shape
-    q, k, _ = qkv.reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0) # each (B, H, N, head_dim)
+    # each (B, H, N, head_dim)
+    q, k, _ = qkv.reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q[:, :, rows]), attn.k_norm(k)
     scale = q.shape[-1]**-.5 if attn.fused_attn else attn.scale
     return (q*scale @ k.transpose(-2, -1)).softmax(-1)
@@ -36,15 +38,21 @@ def standard_blocks(model # A timm VisionTransformer
                     )->torch.nn.ModuleList: # Its L blocks
     "The blocks of a model that this course can take apart; anything but timm's standard `Block` is refused by name."
     from timm.models.vision_transformer import Attention, Block
-    require(not hasattr(model, '_orig_mod'), 'model', 'one from torch.compile', 'the module before it was compiled', 'Pass model._orig_mod.')
-    require(not hasattr(model, 'policy'), 'model', f'a {type(model).__name__}, whose tokens are pruned', 'a dense ViT, or one with cut channels',
+    require(not hasattr(model, '_orig_mod'), 'model', 'one from torch.compile',
+            'the module before it was compiled', 'Pass model._orig_mod.')
+    require(not hasattr(model, 'policy'), 'model', f'a {type(model).__name__}, whose tokens are pruned',
+            'a dense ViT, or one with cut channels',
             'Pass its .model; to look inside it, use capture(slim) or slim.forward_intermediates(images).')
     blocks = getattr(model, 'blocks', None)
     allowed = "a timm VisionTransformer whose blocks are timm's standard Block (ViT, DeiT)"
-    require(isinstance(blocks, (torch.nn.Sequential, torch.nn.ModuleList)), 'model', f'{type(model).__name__}, which has no list of blocks', allowed)
+    require(isinstance(blocks, (torch.nn.Sequential, torch.nn.ModuleList)), 'model',
+            f'{type(model).__name__}, which has no list of blocks', allowed)
     for i, b in enumerate(blocks):
         odd = b if type(b) is not Block else b.attn if not isinstance(b.attn, Attention) else None
-        if odd is not None: refuse('model', f'{type(model).__name__}, whose blocks[{i}] holds a {type(odd).__module__}.{type(odd).__name__}', allowed)
+        if odd is not None:
+            refuse('model',
+                   f'{type(model).__name__}, whose blocks[{i}] holds a '
+                   f'{type(odd).__module__}.{type(odd).__name__}', allowed)
     return blocks
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #27951f71
@@ -76,23 +84,28 @@ def capture(model,               # A timm VisionTransformer of standard blocks, 
     def on_qkv(attn):
         def hook(_, args, out):
             if attention: cap.attention.append(attention_rows(attn, out))
-            if has_cls: cap.cls_rows.append(cap.attention[-1][:, :, 0] if attention else attention_rows(attn, out, slice(0, 1))[:, :, 0])
+            if has_cls:
+                cap.cls_rows.append(cap.attention[-1][:, :, 0] if attention
+                                    else attention_rows(attn, out, slice(0, 1))[:, :, 0])
         return hook
     def on_start(_, args): cap.clear(); cap.tokens.append(args[0])
     def on_end(_, args, out): cap.tokens.append(out)
     def refuse_mask(_, args, kwargs):
-        require(kwargs.get('attn_mask') is None and not kwargs.get('is_causal'), 'attn_mask', 'a mask', 'None while capturing')
+        require(kwargs.get('attn_mask') is None and not kwargs.get('is_causal'), 'attn_mask', 'a mask',
+                'None while capturing')
     try:
         handles.append(blocks[0].register_forward_pre_hook(on_start))
         for b in blocks:
-            handles += [b.register_forward_hook(on_end), b.attn.register_forward_pre_hook(refuse_mask, with_kwargs=True),
+            handles += [b.register_forward_hook(on_end),
+                        b.attn.register_forward_pre_hook(refuse_mask, with_kwargs=True),
                         b.attn.qkv.register_forward_hook(on_qkv(b.attn))]
         yield cap
     finally:
         for h in handles: h.remove()
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #398d2704
-COURSE = dict(model='deit_small_patch16_224', kwargs=dict(img_size=32, patch_size=4, init_values=1e-5, num_classes=10))
+COURSE = dict(model='deit_small_patch16_224',
+              kwargs=dict(img_size=32, patch_size=4, init_values=1e-5, num_classes=10))
 
 class _Course(TypedDict, total=False):
     "What must stand in course.json, beside the record of how the model came about."
@@ -105,9 +118,11 @@ def course_model()->torch.nn.Module:
     "The trained ViT that ships with the course (12 blocks, 384 wide, 32×32 px, patch 4, CIFAR-10 classes), in eval mode."
     from safetensors.torch import load_file
     folder = data_path('model')
-    info = read_json(folder/'course.json', _Course, 'data/model/course.json', 'the file of the repository, or what `vitprune train` wrote')
+    info = read_json(folder/'course.json', _Course, 'data/model/course.json',
+                     'the file of the repository, or what `vitprune train` wrote')
     file = folder/info['file']
-    require(file.name == info['file'] and file.is_file() and sha256(file) == info['sha256'], f'data/model/{info["file"]}', 'a missing or changed file',
+    require(file.name == info['file'] and file.is_file() and sha256(file) == info['sha256'],
+            f'data/model/{info["file"]}', 'a missing or changed file',
             'the file of the repository', 'Restore it with `git checkout data/model`.')
     model = create_vit(info['model'], **model_kwargs(info['kwargs'], 'course.json', from_file=True))
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
@@ -141,10 +156,12 @@ def logits_of(model,          # From images to logits
     except VitpruneError: raise
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
-        refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}', 'a model that takes these images',
+        refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}',
+               'a model that takes these images',
                f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     ok = isinstance(out, torch.Tensor) and out.ndim == 2 and len(out) == len(x) and out.shape[1] > 0
-    require(ok, 'model', f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}', f'logits ({len(x)}, classes)')
+    require(ok, 'model', f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}',
+            f'logits ({len(x)}, classes)')
     return out
 
 @torch.inference_mode()
@@ -168,4 +185,5 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
             correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
     model.train(was_training)
     low, high = wilson_interval(correct, len(ds))
-    return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds), seconds=time.perf_counter() - start)
+    return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds),
+                seconds=time.perf_counter() - start)

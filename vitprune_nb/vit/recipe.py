@@ -23,7 +23,8 @@ from .weights import model_kwargs
 # %% ../../nbs/1_foundations/05a_recipe.ipynb #165cd400
 def _named(module, names:str)->dict:
     "{'timm.QuickGELU': class, …}: what this release has of them."
-    return {f'{module.__name__.split(".")[0]}.{n}': getattr(module, n) for n in names.split() if hasattr(module, n)}
+    return {f'{module.__name__.split(".")[0]}.{n}': getattr(module, n)
+            for n in names.split() if hasattr(module, n)}
 
 KINDS = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}
 NORMS = (_named(layers, 'LayerNorm LayerNormFp32 RmsNorm RmsNormFp32 SimpleNorm SimpleNormFp32')
@@ -44,32 +45,42 @@ def _block_kwargs(model)->dict:
     attn, mlp, scale, dim = model.blocks[0].attn, model.blocks[0].mlp, model.blocks[0].ls1, model.embed_dim
     hidden = mlp.fc1.out_features
     ratio = hidden/dim if int(dim*(hidden/dim)) == hidden else (hidden + .5)/dim      # timm rounds down
-    return dict(num_heads=attn.num_heads, mlp_ratio=ratio, qkv_bias=attn.qkv.bias is not None, qk_norm=_there(attn.q_norm),
-                scale_attn_norm=_there(getattr(attn, 'norm', None)), scale_mlp_norm=_there(getattr(mlp, 'norm', None)),
+    return dict(num_heads=attn.num_heads, mlp_ratio=ratio, qkv_bias=attn.qkv.bias is not None,
+                qk_norm=_there(attn.q_norm),
+                scale_attn_norm=_there(getattr(attn, 'norm', None)),
+                scale_mlp_norm=_there(getattr(mlp, 'norm', None)),
                 proj_bias=attn.proj.bias is not None,
                 init_values=float(getattr(scale, 'init_values', 1e-5)) if _there(scale) else None)
 
 def _model_kwargs(model)->dict:
     "What the rest was made with."
     embed, head = model.patch_embed, model.head
-    return dict(img_size=list(embed.img_size), patch_size=list(embed.patch_size), in_chans=embed.proj.in_channels,
-                num_classes=head.out_features if isinstance(head, nn.Linear) else 0, global_pool=model.global_pool,
+    return dict(img_size=list(embed.img_size), patch_size=list(embed.patch_size),
+                in_chans=embed.proj.in_channels,
+                num_classes=head.out_features if isinstance(head, nn.Linear) else 0,
+                global_pool=model.global_pool,
                 embed_dim=model.embed_dim, depth=len(model.blocks), class_token=model.cls_token is not None,
-                pos_embed='none' if model.pos_embed is None else 'learn', no_embed_class=bool(model.no_embed_class),
-                reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1], pre_norm=_there(model.norm_pre),
+                pos_embed='none' if model.pos_embed is None else 'learn',
+                no_embed_class=bool(model.no_embed_class),
+                reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
+                pre_norm=_there(model.norm_pre),
                 final_norm=_there(model.norm) or _there(model.fc_norm), fc_norm=_there(model.fc_norm),
-                pool_include_prefix=bool(model.pool_include_prefix), dynamic_img_size=bool(model.dynamic_img_size),
-                dynamic_img_pad=bool(embed.dynamic_img_pad), patch_drop_rate=float(getattr(model.patch_drop, 'prob', 0.)))
+                pool_include_prefix=bool(model.pool_include_prefix),
+                dynamic_img_size=bool(model.dynamic_img_size),
+                dynamic_img_pad=bool(embed.dynamic_img_pad),
+                patch_drop_rate=float(getattr(model.patch_drop, 'prob', 0.)))
 
 # %% ../../nbs/1_foundations/05a_recipe.ipynb #ebb34c4d
 def recipe_of(model:nn.Module # A timm VisionTransformer, dense or sliced
               )->dict:        # model, kind, kwargs, norm, eps, act, embed_norm, drop_path: plain values
     "How a ViT was made, read off the model itself; for a sliced one, how the dense one was."
-    block, cut, rate = model.blocks[0], getattr(model, 'channels', {}), lambda m: float(getattr(m, 'drop_prob', 0) or 0)
+    block, cut, rate = model.blocks[0], getattr(model, 'channels',
+                                                {}), lambda m: float(getattr(m, 'drop_prob', 0) or 0)
     of_blocks = {k: cut[k] for k in ('norm', 'eps')} if cut else dict(norm=_name(NORMS, block.norm1), eps=getattr(block.norm1, 'eps', None))
     kwargs = {k: cut['kwargs'][k] for k in _block_kwargs(model)} if cut else _block_kwargs(model)
     embed_norm = model.patch_embed.norm
-    return dict(model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture'), kind=_name(KINDS, model),
+    return dict(model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
+                kind=_name(KINDS, model),
                 kwargs=_model_kwargs(model) | kwargs, **of_blocks, act=_name(ACTS, block.mlp.act),
                 embed_norm=_name(NORMS, embed_norm) if _there(embed_norm) else None,
                 drop_path=[[rate(b.drop_path1), rate(b.drop_path2)] for b in model.blocks])
@@ -92,10 +103,12 @@ class NumbersOnCPU(TorchFunctionMode):
 def from_recipe(recipe:dict       # From `recipe_of`
                 )->nn.Module:     # In eval mode, with random weights
     "Build a dense ViT from its recipe; nothing in a recipe can name a file or code."
-    norm, kind = functools.partial(_look_up(NORMS, recipe['norm'], 'norm'), eps=recipe['eps']), _look_up(KINDS, recipe['kind'], 'kind')
+    norm, kind = functools.partial(_look_up(NORMS, recipe['norm'], 'norm'),
+                                   eps=recipe['eps']), _look_up(KINDS, recipe['kind'], 'kind')
     stem = {} if recipe['embed_norm'] is None else dict(embed_norm_layer=_look_up(NORMS, recipe['embed_norm'], 'embed_norm'))
     kwargs = model_kwargs(_known(recipe['kwargs']), from_file=True)
-    with NumbersOnCPU(): model = kind(**kwargs, norm_layer=norm, act_layer=_look_up(ACTS, recipe['act'], 'act'), **stem)
+    with NumbersOnCPU():
+        model = kind(**kwargs, norm_layer=norm, act_layer=_look_up(ACTS, recipe['act'], 'act'), **stem)
     for b, (p1, p2) in zip(model.blocks, recipe['drop_path'], strict=True):
         b.drop_path1, b.drop_path2 = (DropPath(p) if p else nn.Identity() for p in (p1, p2))
     name = recipe['model']

@@ -17,14 +17,16 @@ from .model import capture
 def patch_similarity(tokens:torch.Tensor, # Patch tokens of one layer, (B, n, D), without prefix tokens
                      )->torch.Tensor:     # (B,), each in [-1/(n-1), 1]
     "Mean cosine of all pairs of different patches within a layer, per image (Patch Slimming, section 3 and Figure 3)."
-    require(tokens.ndim == 3 and tokens.shape[1] >= 2, 'tokens', f'shape {tuple(tokens.shape)}', '(B, n, D) with two patches or more',
+    require(tokens.ndim == 3 and tokens.shape[1] >= 2, 'tokens', f'shape {tuple(tokens.shape)}',
+            '(B, n, D) with two patches or more',
             'Leave the prefix tokens out: tokens[:, model.num_prefix_tokens:].')
     u = F.normalize(tokens.float(), dim=-1); n = tokens.shape[1]
     return (u.sum(1).square().sum(-1) - u.square().sum((1, 2)))/(n*(n - 1))
 
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #2a3fa489
 def _pair(before, after):
-    require(before.shape == after.shape and before.ndim >= 2, 'after', f'shape {tuple(after.shape)}', f'the shape of `before`, {tuple(before.shape)}')
+    require(before.shape == after.shape and before.ndim >= 2, 'after', f'shape {tuple(after.shape)}',
+            f'the shape of `before`, {tuple(before.shape)}')
     return before.float(), after.float()
 
 def adjacent_similarity(before:torch.Tensor, # Tokens that enter a block, (B, n, D)
@@ -54,8 +56,10 @@ def _layer_means(tokens, prefix):
     nothing = patches[0].new_full((len(patches[0]),), float('nan'), dtype=torch.float32)
     pairs = list(zip(patches, patches[1:]))
     means = {name: [nothing] + [f(a, b).mean(1) for a, b in pairs]
-             for name, f in dict(adjacent=adjacent_similarity, update=relative_update, growth=norm_growth).items()}
-    return {k: torch.stack(v).cpu() for k, v in dict(within=[patch_similarity(p) for p in patches], **means).items()}
+             for name, f in dict(adjacent=adjacent_similarity, update=relative_update,
+                                 growth=norm_growth).items()}
+    return {k: torch.stack(v).cpu()
+            for k, v in dict(within=[patch_similarity(p) for p in patches], **means).items()}
 
 @torch.inference_mode()
 def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of standard blocks
@@ -89,4 +93,5 @@ def depth_summary(rows,           # From `similarity_by_depth`
     require(column in names, 'column', column, ', '.join(names))
     require(0 < share < 1, 'share', share, 'a number in (0, 1)')
     by = rows.dropna(subset=[column]).groupby('depth')[column]
-    return by.agg(mean='mean', low=lambda v: v.quantile((1 - share)/2), high=lambda v: v.quantile((1 + share)/2))
+    return by.agg(mean='mean', low=lambda v: v.quantile((1 - share)/2),
+                  high=lambda v: v.quantile((1 + share)/2))

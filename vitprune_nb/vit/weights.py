@@ -20,8 +20,10 @@ def _what_it_is(file, start, error):
     "Why a file is no checkpoint, in words: from its first bytes and from what PyTorch said."
     if isinstance(error, PermissionError): return 'You may not read it.'
     if not start: return 'It is empty.'
-    if start.startswith(b'version https://git-lfs'): return 'It is a Git LFS pointer: fetch the file itself with `git lfs pull`.'
-    if start.lstrip()[:5].lower() in (b'<!doc', b'<html'): return 'It is a web page, not the file that was meant.'
+    if start.startswith(b'version https://git-lfs'):
+        return 'It is a Git LFS pointer: fetch the file itself with `git lfs pull`.'
+    if start.lstrip()[:5].lower() in (b'<!doc', b'<html'):
+        return 'It is a web page, not the file that was meant.'
     if start.startswith(b'\x93NUMPY'): return 'It is a NumPy array.'
     if start.startswith(b'\x89HDF'): return 'It is an HDF5 file.'
     if all(b in b'\t\n\r' or 32 <= b < 127 for b in start): return 'It is a text file.'
@@ -30,7 +32,9 @@ def _what_it_is(file, start, error):
         if any(n.endswith('.npy') for n in names): return 'It is a NumPy archive.'
         if any(n.endswith('constants.pkl') for n in names):
             return 'It is a TorchScript archive, which holds code: save `model.state_dict()` of it instead.'
-    if isinstance(error, pickle.UnpicklingError) and (held := re.search(r'(?:GLOBAL|class|function) ([\w.]+)', str(error))):
+    if isinstance(error,
+                  pickle.UnpicklingError) and (held := re.search(r'(?:GLOBAL|class|function) ([\w.]+)',
+                                                                 str(error))):
         return (f'It holds a {held[1][:80]}, and to read that would be to run code from the file: '
                 'save `model.state_dict()` alone, in the program that made it.')
     return f'It is damaged, cut short or a file of another kind ({type(error).__name__}).'
@@ -56,7 +60,8 @@ def read_checkpoint(file,               # A file of safetensors or of `torch.sav
     return checkpoint
 
 # %% ../../nbs/6_reference/02_weights.ipynb #6a50a4e3
-USED = ('state_dict_ema', 'model_ema', 'ema', 'teacher', 'state_dict', 'model')   # of several whole sets of weights the first one
+# of several whole sets of weights the first one
+USED = ('state_dict_ema', 'model_ema', 'ema', 'teacher', 'state_dict', 'model')
 
 def _tables(checkpoint, path=(), depth=4):
     "All dicts in a checkpoint that hold tensors by name: {path: {name: tensor}}."
@@ -97,24 +102,31 @@ def find_weights(file,               # For `read_checkpoint`
     counts = {path: _prefixes(t, names) for path, t in tables.items()}
     best = max(max(c.values(), default=0) for c in counts.values())
     places = [(path, prefix) for path, c in counts.items() for prefix, n in c.items() if n == best > 0]
-    if not places or 2*best < min(len(names), len(tables[places[0][0]])):   # names of another project; timm may know them
-        path = next((p for p in (('state_dict_ema',), ('model_ema',), ('state_dict',), ('model',), ()) if p in tables),
+    # names of another project; timm may know them
+    if not places or 2*best < min(len(names), len(tables[places[0][0]])):
+        path = next((p
+                     for p in (('state_dict_ema',), ('model_ema',), ('state_dict',), ('model',),
+                               ()) if p in tables),
                     max(tables, key=lambda p: len(tables[p])))
         prefix = ''
     else:
         rank = lambda place: USED.index(place[0][0]) if place[0] and place[0][0] in USED else len(USED)
         first = min(map(rank, places))
         chosen = [p for p in places if rank(p) == first]
-        where = ', '.join('.'.join([*path, prefix.rstrip('.')]).strip('.') or 'the top' for path, prefix in chosen)
-        require(len(chosen) == 1, what, file, 'a checkpoint of one network', f'It holds several, under {where}: save the one that is meant alone.')
+        where = ', '.join('.'.join([*path, prefix.rstrip('.')]).strip('.') or 'the top'
+                          for path, prefix in chosen)
+        require(len(chosen) == 1, what, file, 'a checkpoint of one network',
+                f'It holds several, under {where}: save the one that is meant alone.')
         path, prefix = chosen[0]
         prefix = prefix.removesuffix('visual.trunk.')   # OpenCLIP: timm's filter knows it, and its head
     state = {k[len(prefix):]: v for k, v in tables[path].items() if k.startswith(prefix)}
-    others = ['.'.join([*p, k]) for p, t in tables.items() for k in t if p != path or not k.startswith(prefix)]
+    others = ['.'.join([*p, k]) for p, t in tables.items()
+              for k in t if p != path or not k.startswith(prefix)]
     return state, others
 
 # %% ../../nbs/6_reference/02_weights.ipynb #4a50a4e3
-PARTS = {'cls_token', 'dist_token', 'reg_token', 'pos_embed', 'patch_embed', 'norm_pre', 'blocks', 'norm', 'fc_norm', 'attn_pool'}
+PARTS = {'cls_token', 'dist_token', 'reg_token', 'pos_embed', 'patch_embed', 'norm_pre', 'blocks', 'norm',
+         'fc_norm', 'attn_pool'}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def shape_of(state:dict, k:str): # Tensors by name, one of the names
@@ -133,7 +145,8 @@ def _as_timm(state, model):
     try: new = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
     except Exception: return dict(state)   # shapes that cannot be resized: the comparison names them
     pos, own = state.get('pos_embed'), getattr(model, 'pos_embed', None)
-    if pos is not None and own is not None and pos.shape == own.shape: new['pos_embed'] = pos   # newer timm takes other grids of the same size for square
+    # newer timm takes other grids of the same size for square
+    if pos is not None and own is not None and pos.shape == own.shape: new['pos_embed'] = pos
     return new
 
 # %% ../../nbs/6_reference/02_weights.ipynb #5a50a4e6
@@ -147,7 +160,9 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
     raw, unused = find_weights(file, own, what)
     state = _as_timm(raw, model)
     extra = [k for k in state if k not in own]
-    ours = [k for k in extra if k.split('.')[0] in PARTS | {k.split('.')[0] for k in own} and not k.startswith(heads)]
+    ours = [k
+            for k in extra if k.split('.')[0] in PARTS | {k.split('.')[0]
+                                                          for k in own} and not k.startswith(heads)]
     wrong = [k for k in [*own, *ours] if shape_of(own, k) != shape_of(state, k)]
     head = [k for k in wrong if k.startswith(heads)]
     fits = f'a checkpoint with the shapes of this {type(model).__name__}'
@@ -155,16 +170,28 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
     if bad:
         k = next((k for k in bad if k not in own or k not in state), bad[0])
         hint = 'Positions that form no square can only be used as they are, with img_size=(height, width). ' if k == 'pos_embed' and k in state else ''
-        refuse(what, file, fits, f'{len(bad)} of its tensors {"do" if len(bad) > 1 else "does"} not fit; {k}, say, is {shape_of(state, k)} in the file '
+        refuse(what, file, fits,
+               f'{len(bad)} of its tensors {"do" if len(bad) > 1 else "does"} not fit; {k}, say, is '
+               f'{shape_of(state, k)} in the file '
                f'and {shape_of(own, k)} in the model. {hint}The file holds {in_short(list(raw))}.')
     used = {k: state[k] for k in own if k not in wrong}
-    odd = next((k for k, v in used.items() if own[k].is_floating_point() and (v.dtype not in FLOATS or v.is_quantized or v.is_meta)), None)
-    require(odd is None, what, file, 'a checkpoint of floating-point weights', f'{odd}, say, is {used[odd].dtype if odd else ""}.')
-    require(head or not any('pre_logits' in k for k in raw), what, file, fits, 'It has a layer before the head, pre_logits, that timm no longer builds.')
-    unused += [k for k in extra if k not in ours] + [k for k in raw if k not in state and k.endswith('mask_token')]
-    unused = [k for k in unused if getattr(model, 'num_classes', None) != 0 or not k.startswith(tuple(f'{h}.' for h in heads))]   # no head was asked for
+    odd = next((k
+                for k, v in used.items() if own[k].is_floating_point()
+                and (v.dtype not in FLOATS or v.is_quantized or v.is_meta)), None)
+    require(odd is None, what, file, 'a checkpoint of floating-point weights',
+            f'{odd}, say, is {used[odd].dtype if odd else ""}.')
+    require(head or not any('pre_logits' in k for k in raw), what, file, fits,
+            'It has a layer before the head, pre_logits, that timm no longer builds.')
+    unused += [k for k in extra if k not in ours] + [k
+                                                     for k in raw if k not in state
+                                                     and k.endswith('mask_token')]
+    # no head was asked for
+    unused = [k
+              for k in unused if getattr(model, 'num_classes',
+                                         None) != 0 or not k.startswith(tuple(f'{h}.' for h in heads))]
     if unused: warnings.warn(f'{file}: left out, for this model does not use them: {in_short(unused)}')
-    if any(k in own for k in head): warnings.warn(f'{file}: it has no head that fits, so the head of the model stays untrained')
+    if any(k in own for k in head):
+        warnings.warn(f'{file}: it has no head that fits, so the head of the model stays untrained')
     model.load_state_dict(used, strict=False)
     return model
 
@@ -176,21 +203,24 @@ def model_kwargs(kwargs:dict,          # What shall be passed on to timm
     "Arguments of timm's `VisionTransformer`, checked by name: others make `timm.create_model` open files."
     from timm.models.vision_transformer import VisionTransformer
     own = {k: p.default for k, p in inspect.signature(VisionTransformer).parameters.items()}
-    if from_file: own = {k: v for k, v in own.items() if not isinstance(v, type) and k not in ('device', 'dtype')}
+    if from_file:
+        own = {k: v for k, v in own.items() if not isinstance(v, type) and k not in ('device', 'dtype')}
     require(isinstance(kwargs, dict), what, kwargs, 'a table of arguments of a ViT')
     for k, v in kwargs.items():
         close = difflib.get_close_matches(str(k), own, 1)
         require(k in own, what, k, ', '.join(own), f'Did you mean {close[0]}?' if close else '')
         parts = v if isinstance(v, (list, tuple)) else [v]
         plain = all(p is None or isinstance(p, (bool, int, float, str)) for p in parts)
-        require(plain or not from_file, f'{what}.{k}', v, 'a number, a word, true or false, or a list of them')
+        require(plain or not from_file, f'{what}.{k}', v,
+                'a number, a word, true or false, or a list of them')
     return kwargs
 
 # %% ../../nbs/6_reference/02_weights.ipynb #3f1bad9c
 @contextlib.contextmanager
 def _weights_only():
     "Older timm reads what it fetched from the hub without `weights_only`: PyTorch insists on it within the `with`."
-    before = {k: os.environ.pop(k, None) for k in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')}
+    before = {k: os.environ.pop(k, None)
+              for k in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')}
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
     try: yield
     finally:
@@ -225,8 +255,10 @@ def _grid_kwargs(state, model):
     if getattr(proj, 'ndim', 0) != 4 or getattr(pos, 'ndim', 0) != 3: return out
     patch, (H, W) = tuple(proj.shape[2:]), model.patch_embed.grid_size
     prefix = sum(state[k].shape[1] for k in ('cls_token', 'dist_token', 'reg_token') if k in state)
-    counts = [pos.shape[1], pos.shape[1] - prefix] if model.no_embed_class else [pos.shape[1] - prefix, pos.shape[1]]   # some models give CLS no position
-    n = next((n for n in counts if n == H*W), next((n for n in counts if n > 0 and math.isqrt(n)**2 == n), None))
+    # some models give CLS no position
+    counts = [pos.shape[1], pos.shape[1] - prefix] if model.no_embed_class else [pos.shape[1] - prefix, pos.shape[1]]
+    n = next((n for n in counts if n == H*W),
+             next((n for n in counts if n > 0 and math.isqrt(n)**2 == n), None))
     if n is None: return out
     grid = (H, W) if n == H*W else (math.isqrt(n),)*2
     size = tuple(g*p for g, p in zip(grid, patch))
@@ -237,7 +269,8 @@ def _grid_kwargs(state, model):
     return out
 
 VARIANTS = {'blocks.0.ls1.gamma': dict(init_values=1e-5), 'blocks.0.attn.q_norm.weight': dict(qk_norm=True),
-            'norm_pre.weight': dict(pre_norm=True), 'fc_norm.weight': dict(global_pool='avg')}   # a tensor, and what brings it
+            # a tensor, and what brings it
+            'norm_pre.weight': dict(pre_norm=True), 'fc_norm.weight': dict(global_pool='avg')}
 
 def fit_kwargs(state:dict, # A checkpoint's tensors, from `find_weights`
                model,      # A timm model made without arguments
@@ -251,10 +284,14 @@ def fit_kwargs(state:dict, # A checkpoint's tensors, from `find_weights`
     proj, reg = state.get('patch_embed.proj.weight'), state.get('reg_token')
     for k, kwargs in VARIANTS.items():
         if k in state and k not in own: out |= kwargs
-    if 'blocks.0.gamma_1' in state and 'blocks.0.ls1.gamma' not in own: out['init_values'] = 1e-5   # DeiT III calls it so
-    if 'blocks.0.attn.qkv.weight' in state and 'blocks.0.attn.qkv.bias' in own.keys() - state.keys(): out['qkv_bias'] = False
-    if getattr(reg, 'ndim', 0) == 3 and shape_of(own, 'reg_token') != tuple(reg.shape): out['reg_tokens'] = reg.shape[1]
-    if getattr(proj, 'ndim', 0) == 4 and proj.shape[1] != own['patch_embed.proj.weight'].shape[1]: out['in_chans'] = proj.shape[1]
+    # DeiT III calls it so
+    if 'blocks.0.gamma_1' in state and 'blocks.0.ls1.gamma' not in own: out['init_values'] = 1e-5
+    if 'blocks.0.attn.qkv.weight' in state and 'blocks.0.attn.qkv.bias' in own.keys() - state.keys():
+        out['qkv_bias'] = False
+    if getattr(reg, 'ndim', 0) == 3 and shape_of(own, 'reg_token') != tuple(reg.shape):
+        out['reg_tokens'] = reg.shape[1]
+    if getattr(proj, 'ndim', 0) == 4 and proj.shape[1] != own['patch_embed.proj.weight'].shape[1]:
+        out['in_chans'] = proj.shape[1]
     return out | _grid_kwargs(state, model)
 
 # %% ../../nbs/6_reference/02_weights.ipynb #5a50a4e9
@@ -270,5 +307,7 @@ def fit_vit(name:str,           # A timm model name
         kwargs = fit_kwargs(find_weights(file, model.state_dict(), what)[0], model)
         if kwargs:
             try: model = create_vit(name, **kwargs)
-            except VitpruneError: refuse(what, file, f'a checkpoint of {name}', f'Its shapes ask for {kwargs}, which {name} does not take.')
+            except VitpruneError:
+                refuse(what, file, f'a checkpoint of {name}',
+                       f'Its shapes ask for {kwargs}, which {name} does not take.')
     return load_weights(model, file, what).eval()
