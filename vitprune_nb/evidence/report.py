@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'target', 'stage', 'one_run', 'experiment_table', 'draw_experiment', 'read_pairs', 'leaders', 'leader_text',
-           'gain', 'points', 'chance_lines', 'chance_table', 'report_text', 'write_report']
+           'gain', 'points', 'chance_lines', 'chance_table', 'draw_chance', 'report_text', 'write_report']
 
 # %% ../../nbs/6_reference/25c_report.ipynb #20fb0ac6
 import csv
@@ -189,6 +189,39 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
     lines = chance_lines(rows, pairs)
     shown = [c for c in lines[0] if any(l[c] for l in lines)] if lines else []
     return markdown_table(lines, {c: c for c in shown})
+
+# %% ../../nbs/6_reference/25c_report.ipynb #25c00006
+def draw_chance(rows:list # Of one run
+                ):        # The axes, one for each budget and stage that has pruned models
+    "Points of top-1 lost, each method joined to its chance."
+    import matplotlib.pyplot as plt
+    from vitprune_nb.viz import method_colors, style
+    pruned = [r for r in one_run(rows) if r['method'] != 'dense']
+    dense = next((r for r in rows if r['method'] == 'dense' and stage(r) == STAGES[0]), None)
+    require(dense and pruned, 'rows', f'{len(rows)} rows', 'a dense model and one pruned model at least')
+    panels = sorted({(target(r), stage(r)) for r in pruned}, key=lambda k: (k[0], STAGES.index(k[1])))
+    names = list(dict.fromkeys(r['method'].removeprefix('chance of ') for r in pruned))[::-1]
+    colors = method_colors(names[::-1])
+    lost = {(target(r), stage(r), r['method'], r['seed']): 100*(dense['top1'] - r['top1']) for r in pruned}
+    with style():
+        fig, axes = plt.subplots(1, len(panels), figsize=(1.5 + 5*len(panels), 1 + .35*len(names)),
+                                 sharey=True, squeeze=False, layout='constrained', dpi=80)
+        for ax, where in zip(axes[0], panels):
+            here = {k[2:]: v for k, v in lost.items() if k[:2] == where}
+            for (name, seed), x in here.items():
+                owner = name.removeprefix('chance of ')
+                y, color = names.index(owner), colors[owner]
+                if owner == name:
+                    ax.plot(x, y, 'o', color=color)
+                    if (by_chance := here.get((f'chance of {name}', seed))) is not None:
+                        ax.plot([x, by_chance], [y, y], color=color, lw=1)
+                else: ax.plot(x, y, 'x', ms=8, mew=2, color=color)
+            ax.set_xscale('symlog', linthresh=1)
+            ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50], ticks)
+            ax.minorticks_off()
+            ax.set(title=f'{100*where[0]:g}% fewer MACs, {where[1]}', xlabel='points of top-1 lost')
+        axes[0, 0].set_yticks(range(len(names)), names)
+    return axes[0]
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a8097416
 def report_text(name:str,   # Of the experiment
