@@ -458,7 +458,8 @@ def draw_sessions(table,   # From `timing.timing_table`, of one case
         ax.set_ylim(len(means) - .4, -.6)      # the first on top, however many axes share it
         r = means.iloc[0]
         ax.set(xlabel='saved time / saved MACs',
-               title=f'{r.backbone.split("_patch")[0]}, batch {r.batch}\n{r.machine}, {r.dtype}, {r.engine}')
+               title=f'{r["backbone"].split("_patch")[0]}, batch {r["batch"]}\n'
+                     f'{r["machine"]}, {r["dtype"]}, {r["engine"]}')
     return ax
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #adb7c3c4
