@@ -1,8 +1,11 @@
-"""Timing and memory where a notebook on a CPU cannot look: the CUDA path, real when there is a GPU and acted out when there is none."""
-import time
+"""Timing and memory where a notebook on a CPU cannot look: the CUDA path, real when there is a GPU and acted out when there is none; and bad input."""
+import re, time
 
 import pytest
 import torch
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.evidence import measure, results
+from vitprune_nb.papers import overhead
 from vitprune_nb.evidence.measure import bench, peak_memory, stopwatch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
@@ -40,3 +43,27 @@ def test_bench_and_memory_on_cuda():
     assert row['device'] == 'cuda' and 0 < sum(row['times_ms']) < wall
     on_gpu = x.cuda()
     assert abs(peak_memory(lambda: on_gpu + 1, 'cuda') - on_gpu.numel()*4) <= 2**21
+
+
+X, NET = torch.zeros(4, 3, 8, 8), torch.nn.Flatten()
+ROWS = [dict(name=n, times_ms=[ms]*3, batch=4, device='cpu', dtype='fp32', threads=1, repeats=3) for n, ms in (('dense', 20.), ('slim', 12.))]
+
+
+@pytest.mark.parametrize('call, said', [
+    (lambda: measure.bench({}, X), 'models: got {}; allowed: a dict of at least one name'),
+    (lambda: measure.bench(dict(net=NET), X, repeats=0), 'repeats: got 0; allowed: a positive integer'),
+    (lambda: measure.bench(dict(net=NET), X[:0]), 'a tensor of at least one image'),
+    (lambda: measure.summary([], 1), 'times_ms: got []'),
+    (lambda: measure.ratio_interval([], []), 'new: got []; allowed: a list of times in ms, at least one'),
+    (lambda: measure.time_reduction(ROWS, 'densest'), "base: got densest; allowed: one of ['dense', 'slim']"),
+    (lambda: measure.time_reduction(ROWS, 'dense', macs=dict(dense=1)), "macs: got ['dense']"),
+    (lambda: results.paired_difference([], []), 'right or wrong (bool) for each image'),
+    (lambda: results.mean_interval([1., float('nan')]), 'values: got'),
+    (lambda: results.mean_error(-.1, .03, 1, 6), 'between, within: got (-0.1, 0.03)'),
+    (lambda: results.next_session([1.]), 'two or more'),
+    (lambda: overhead.saved_time(.5, 1.2), 'fixed: got 1.2'),
+    (lambda: overhead.shortfall(dict(a=1.), dict(a=1.), 1.), 'reduction: got 1.0'),
+    (lambda: overhead.operator_ms(NET, [1.]), 'x: got [1.0]'),
+    (lambda: overhead.operator_ms(NET, X, 0), 'repeats: got 0')])
+def test_bad_input_is_named(call, said):
+    with pytest.raises(VitpruneError, match=re.escape(said)): call()
