@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from vitprune_nb.evidence.measure import ratio_interval
-from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_cell, read_rows, write_cell
+from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_cell, read_rows, update_block, write_cell
 from vitprune_nb.papers.imagenet import mean_interval as mean_over_images
 from vitprune_nb.vit.model import wilson_interval
 
@@ -165,3 +165,33 @@ def test_no_recorded_cell_holds_json():
     for file in files:
         with open(file, encoding='utf-8', newline='') as f:
             for row in csv.DictReader(f): assert not [v for v in row.values() if v[:1] in ('{', '[')], file
+
+
+def test_a_file_that_holds_no_rows_is_named(tmp_path):
+    file, row = tmp_path/'r.csv', make_row('a')
+    for path in (tmp_path/'none.csv', tmp_path):
+        with pytest.raises(ValueError, match='allowed: an existing CSV file'): read_rows(path)
+    append_rows(file, [row])
+    whole = file.read_text(encoding='utf-8')
+    for bad in ('', 'a,b\n1,2\n', whole.replace('method', 'methods', 1), '\x00\xff', '# a text\n'):
+        file.write_text(bad, encoding='utf-8')
+        with pytest.raises(ValueError, match='a CSV whose columns are'): read_rows(file)
+        with pytest.raises(ValueError, match='a CSV whose columns are'): append_rows(file, [row])
+        assert file.read_text(encoding='utf-8') == bad
+    for bad in (whole + 'short,row\n', whole.rstrip() + ',one more\n'):
+        file.write_text(bad, encoding='utf-8')
+        with pytest.raises(ValueError, match=r'row \d; allowed: \d+ values in every row'): read_rows(file)
+
+
+def test_a_block_is_replaced_only_between_its_marks(tmp_path):
+    file, start, end = tmp_path/'t.md', '<!-- a:start -->', '<!-- a:end -->'
+    for path in (file, tmp_path):
+        with pytest.raises(ValueError, match='allowed: an existing Markdown file'): update_block(path, 'a', 'new')
+    for bad in ('', start, f'{end} {start}', f'{start}{start}{end}', f'{start}{end}{end}', '<!-- b:start --><!-- b:end -->'):
+        file.write_text(bad, encoding='utf-8')
+        with pytest.raises(ValueError, match='followed by one'): update_block(file, 'a', 'new')
+        assert file.read_text(encoding='utf-8') == bad
+    file.write_bytes(f'before\r\n{start} old {end}after'.encode())
+    with pytest.raises(ValueError, match='text without the two markers'): update_block(file, 'a', f'x {end}')
+    assert update_block(file, 'a', 'new') and not update_block(file, 'a', 'new')
+    assert file.read_bytes() == f'before\r\n{start}\nnew\n{end}after'.encode()
