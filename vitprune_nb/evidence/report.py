@@ -184,10 +184,11 @@ def chance_lines(rows:list, # Of one run
     return out
 
 def chance_table(rows:list, pairs:list, # As for `chance_lines`
-                 )->str: # Markdown, without columns that are empty
+                 )->str: # Markdown, without columns that are empty; '' where no method has a row
     "`chance_lines` as a table."
     lines = chance_lines(rows, pairs)
-    shown = [c for c in lines[0] if any(l[c] for l in lines)] if lines else []
+    if not lines: return ''
+    shown = [c for c in lines[0] if any(l[c] for l in lines)]
     return markdown_table(lines, {c: c for c in shown})
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
@@ -237,7 +238,7 @@ def report_text(name:str,   # Of the experiment
              f"{r['backbone']} ({r['weights']}) on {r['images']:,} {r['split']} images of {r['data']}; "
              f"{len(rows)} rows, {r['device_name']}. Intervals are 95% intervals.",
              '## Accuracy and cost', experiment_table(rows)]
-    if any(r['method'].startswith('chance of ') for r in rows):
+    if any(r['method'].startswith('chance of ') for r in rows) and chance_lines(rows, pairs):
         parts += ['## Against chance',
                   'A method minus random choices with its counts at its places, which is what its choice '
                   'is worth, and minus the dense model, equally trained: points of top-1 on the same images.',
