@@ -1,7 +1,7 @@
 """Whole experiments that are really killed, shared by two processes, and refused."""
 import json, random, subprocess, sys
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from conftest import ONE_THREAD, ROOT
 from PIL import Image
 from vitprune_nb.cli import main
@@ -134,6 +134,14 @@ def short(config):
     return config
 
 
+@pytest.fixture
+def fair(short):
+    "With equal training, and chance beside the method."
+    head = 'training = 0.4\nchance = true\nchance_recovered = [0.25]\n'
+    short.write_text(head + short.read_text().replace('epochs = 0.4\n', 'dtype = "fp32"\n'))
+    return short
+
+
 @pytest.mark.parametrize('change, words', [
     ('methods=lief', 'methods: got lief; allowed: .*attention, .* Did you mean life?'),
     ('reductions=1.0', 'reductions: got 1.0; allowed: shares in'),
@@ -217,6 +225,31 @@ def test_a_method_with_other_options_is_done_again_and_nothing_else(short, tmp_p
     assert main(['run', str(short), '--out', str(out), '--set', two, '--set', 'options.uniform.keys=all']) == 2
     assert main(['run', str(short), '--out', str(out), '--set', two, '--set', 'options.uniform.keys=all', '--redo']) == 0
     assert load_pruned(out/'models/uniform-0.25-s0').info['keys'] == 'all'
+
+
+def test_options_of_a_method_without_rows_may_change(short, tmp_path):
+    out, two = tmp_path/'out', 'methods=uniform,random'
+    run_config(short, out=out, changes=['options.random.keys=kept'])
+    with pytest.raises(VitpruneError, match='options.uniform.keys was None and is kept.* --redo to make the rows of uniform again'):
+        run_config(short, out=out, changes=[two, 'options.random.keys=all', 'options.uniform.keys=kept'])
+    r = run_config(short, out=out, changes=[two, 'options.random.keys=all'])
+    assert {r['schedule']['keys'] for r in r['rows'] if r['method'] == 'random'} == {'all'}
+    with pytest.raises(VitpruneError, match='options.random.keys was all and is kept'):
+        run_config(short, out=out, changes=[two, 'options.random.keys=kept'])
+
+
+def test_a_model_that_was_finished_without_recovery_may_get_one(fair, tmp_path):
+    out, at_once = tmp_path/'out', tmp_path/'at_once'
+    first = run_config(fair, out=out, changes=['chance_recovered=[]'])
+    model = out/'models/chance-of-uniform-0.25-s0'
+    (model/'notes.txt').write_text('mine')
+    plain = load_pruned(model).state_dict()
+    more, whole = run_config(fair, out=out), run_config(fair, out=at_once)
+    new = [r for r in more['rows'] if r not in first['rows']]
+    assert not more['failed'] and [(r['method'], r['recovery'] == 'none') for r in new] == [('chance of uniform', False)]
+    there, wanted = load_pruned(model).state_dict(), load_pruned(at_once/'models/chance-of-uniform-0.25-s0').state_dict()
+    assert all(torch.equal(there[k], wanted[k]) for k in wanted) and any(not torch.equal(there[k], plain[k]) for k in plain)
+    assert (model/'notes.txt').read_text() == 'mine' and not list((out/'work').iterdir())
 
 
 def test_an_experiment_may_grow(short, tmp_path):

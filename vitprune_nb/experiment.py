@@ -404,6 +404,7 @@ def hold_to(file,                  # settings.json of a run; made when missing
             new:dict,              # From `fingerprint`
             accept_code:bool=False, # Go on although the code changed; what it was before is kept in the file, too
             forget=None,           # Called with the methods whose options changed, so that their rows are made again; None: such a change is refused
+            made=None,             # Methods that anything was made of: the options of others may change; None: all
             ):
     "Refuse to go on with other settings than a run began with."
     file = Path(file)
@@ -417,10 +418,12 @@ def hold_to(file,                  # settings.json of a run; made when missing
         changed = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         code = [k.removeprefix('code.') for k in changed if k.startswith('code.')]
         options = [k for k in changed if k.startswith('options.')]
-        remade = sorted({k.split('.')[1] for k in options})
-        hard = [k for k in changed if not k.startswith('code.') and not (forget and k in options)]
+        of = lambda k: k.split('.')[1]
+        free = [k for k in options if forget or (made is not None and of(k) not in made)]
+        remade = sorted({of(k) for k in options if made is None or of(k) in made})
+        hard = [k for k in changed if not k.startswith('code.') and k not in free]
         shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in hard)
-        or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard == options else ''
+        or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard and set(hard) <= set(options) else ''
         require(not shown, 'out', file.parent, 'the settings that its rows were made with',
                 f'Changed: {shown}. Use another folder (--out){or_redo}.')
         require(not code or accept_code, 'out', file.parent, 'the code that its rows were made with',

@@ -249,6 +249,9 @@ REMEMBERED = 2**30     # bytes: where a teacher's logits take more, it is asked 
 
 def recover_step(run:Run, unit:Unit): # -> the recovered model
     "Fine-tune what is left, from the trainer's last checkpoint if there is one."
+    # a run that grew may ask for the recovery of a model that was finished without it
+    if run.acc.is_main_process: copy_folder(run.out/'models'/unit.key, run.work(unit)/'pruned')
+    run.acc.wait_for_everyone()
     model = load_pruned(run.work(unit)/'pruned') if unit.method != 'dense' else copy.deepcopy(run.model)
     recipe = dict(dict(seed=unit.seed), **recovery(run.e, unit))
     same = dict(out=run.work(unit)/'recover', workers=run.e.workers)
@@ -327,12 +330,18 @@ def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or
 
 # %% ../nbs/6_reference/26_run.ipynb #be3c06c4
 def keep_model(run:Run, unit:Unit, model=None): # None: the pruned model of the working folder
-    "Put the finished model of a unit into OUT/models, once."
+    "Put the finished model of a unit into OUT/models; a recovered one takes the place of the one without recovery."
     place, source = run.out/'models'/unit.key, run.work(unit)/'pruned'
-    if not run.acc.is_main_process or unit.method == 'dense' or place.exists(): return
+    if not run.acc.is_main_process or unit.method == 'dense' or (model is None and place.exists()): return
     place.parent.mkdir(parents=True, exist_ok=True)
-    if model is not None: save_pruned(model, place)
-    elif source.is_dir(): os.replace(source, place)
+    if model is not None:
+        source = run.work(unit)/'recovered'
+        remove(source)
+        save_pruned(model, source)
+    if not source.is_dir(): return
+    if not place.exists(): os.replace(source, place)
+    else:
+        for file in source.iterdir(): os.replace(file, place/file.name)
 
 # %% ../nbs/6_reference/26_run.ipynb #bb35d233
 def do_unit(run:Run, unit:Unit, only:str=''): # '', or one of its stages
@@ -493,7 +502,9 @@ def settle(out:Path, csv_file:Path, settings:dict, accept_code:bool, redo:bool):
         book = Ledger(out/'rows', csv_file)
         for m in methods: book.drop(m)
         for left in gone: remove(left)
-    hold_to(out/'settings.json', settings, accept_code, forget if redo else None)
+    rows = Ledger(out/'rows', csv_file, write=False).rows()
+    made = {r['method'].removeprefix('chance of ') for r in rows} | {m for m in METHODS if own_files(out, m)}
+    hold_to(out/'settings.json', settings, accept_code, forget if redo else None, made)
     Ledger(out/'rows', csv_file)
 
 def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False, redo:bool=False)->Run: # As in `Run` and `run_config`
