@@ -244,7 +244,8 @@ def test_a_model_that_was_finished_without_recovery_may_get_one(fair, tmp_path):
     model = out/'models/chance-of-uniform-0.25-s0'
     (model/'notes.txt').write_text('mine')
     plain = load_pruned(model).state_dict()
-    more, whole = run_config(fair, out=out), run_config(fair, out=at_once)
+    more = run_config(fair, out=out)
+    run_config(fair, out=at_once)
     new = [r for r in more['rows'] if r not in first['rows']]
     assert not more['failed'] and [(r['method'], r['recovery'] == 'none') for r in new] == [('chance of uniform', False)]
     there, wanted = load_pruned(model).state_dict(), load_pruned(at_once/'models/chance-of-uniform-0.25-s0').state_dict()
