@@ -473,17 +473,12 @@ case('25c_report', 'check_frontier(frontier)',
      'lambda rows, when: [r for r in right(rows, when) if r["method"] != "dense"]',
      'lambda rows, when: sorted((r for r in rows if stage(r) == when), key=lambda r: r["macs"])')
 
-case('30_cifar100', 'check_open(stays_open)',
+case('30_tournament', 'check_open(stays_open)',
      'lambda pairs, reduction: right([dict(p, recovery="none") for p in pairs], reduction)',                 # both stages
      'lambda pairs, reduction: {frozenset((p["a"], p["b"])) for p in pairs} - right(pairs, reduction)',      # those told apart
      'lambda pairs, reduction: right([dict(p, reduction=reduction) for p in pairs], reduction)')             # all budgets
-case('30_cifar100', 'check_gained(gained)',
-     'lambda rows: {k: -v for k, v in right(rows).items()}',
-     'lambda rows: {k: v/100 for k, v in right(rows).items()}',                       # shares, not points
-     'lambda rows: {m: v for (m, _), v in right(rows).items()}')
-
-case('30a_tournament', 'check_share(share)', '.7', '1 - right', '.7*.65')              # passes, not work
-case('30a_tournament', 'check_worth(worth)',
+case('30_tournament', 'check_share(share)', '.7', '1 - right', '.7*.65')              # passes, not work
+case('30_tournament', 'check_worth(worth)',
      'lambda rows: {k: 1 - v for k, v in right(rows).items()}',
      'lambda rows: {k: max(v, 0.) for k, v in right(rows).items()}',                   # no choice is worse than chance
      'lambda rows: right([r for r in rows if target(r) != .45])')

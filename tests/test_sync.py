@@ -1,11 +1,15 @@
 """Notebooks and package say the same, and the notebooks are clean."""
-import ast, json, re, shutil, signal, subprocess, sys
+import json, re, shutil, signal, subprocess, sys
+from collections import Counter
 
 import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import environment, failures, notebooks, read_cells, run_all
+from notebooks import environment, failures, notebooks, run_all
+from vitprune_nb.evidence.report import target
+from vitprune_nb.evidence.results import read_rows
+from vitprune_nb.experiment import method_options, read_experiment, stages, units
 
 NOTEBOOKS = notebooks()
 SETUP = ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md')
@@ -131,11 +135,17 @@ def test_notebook_links_lead_somewhere(path):
     assert [l for l in links if '://' not in l and not (path.parent/l).is_file()] == []
 
 
-def test_make_record_makes_the_runs_that_lesson_30_names():
-    "Runs on CIFAR-100 with changes stand in the Makefile and in the lesson: the same changes in both."
+def test_make_record_repeats_the_short_runs_on_cifar100():
+    "The changes that stand in the Makefile are those that the recorded rows were made with."
     makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
-    recorded = {name: re.findall(r'--set (\S+)', re.search(rf'^{var} = (.*)$', makefile, re.M)[1]) for name, var in re.findall(r'call cifar100,(\w+),\$\((\w+)\)', makefile)}
-    code = '\n'.join(source for kind, source in read_cells(NAMED['30_cifar100']) if kind == 'code')
-    calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'made_by']
-    named = {n.args[0].value: [a.value for a in n.args[1:]] for n in calls if len(n.args) > 1}
-    assert named and recorded == named
+    changes = {name: re.findall(r'--set (\S+)', re.search(rf'^{var} = (.*)$', makefile, re.M)[1]) for name, var in re.findall(r'call cifar100,(\w+),\$\((\w+)\)', makefile)}
+    assert len(changes) == 4
+    for name, asked in dict(changes, cifar100=[]).items():
+        plan, rows = read_experiment(ROOT/'configs'/'cifar100_cpu.toml', asked), read_rows(ROOT/'data'/'results'/f'{name}.csv')
+        want = Counter((u.method, u.reduction, u.seed, s != 'none') for u in units(plan) for s in stages(plan, u))
+        assert Counter((r['method'], target(r), r['seed'], r['recovery'] != 'none') for r in rows) == want, name
+        assert {r['recovery'].partition(',')[0] for r in rows} - {'none'} == ({f"epochs {plan.recover['epochs']}"} if plan.recover else set()), name
+        for r in rows:
+            if r['method'] != 'dense':
+                made = r['schedule']['options']
+                assert {**method_options(plan, r['method'], target(r)), 'seed': r['seed']}.items() >= made.items(), (name, made)

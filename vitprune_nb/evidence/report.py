@@ -193,36 +193,44 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
 def draw_chance(rows:list # Of one run
-                ):        # The axes, one for each budget and stage that has pruned models
+                ):        # The axes that hold something, a line of panels for each budget
     "Points of top-1 lost, each method joined to its chance."
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import method_colors, style
     pruned = [r for r in one_run(rows) if r['method'] != 'dense']
     dense = next((r for r in rows if r['method'] == 'dense' and stage(r) == STAGES[0]), None)
     require(dense and pruned, 'rows', f'{len(rows)} rows', 'a dense model and one pruned model at least')
-    panels = sorted({(target(r), stage(r)) for r in pruned}, key=lambda k: (k[0], STAGES.index(k[1])))
-    names = list(dict.fromkeys(r['method'].removeprefix('chance of ') for r in pruned))[::-1]
-    colors = method_colors(names[::-1])
+    owner = lambda r: r['method'].removeprefix('chance of ')
+    rivals = {b: list(dict.fromkeys(owner(r) for r in pruned if target(r) == b))[::-1]
+              for b in sorted(set(map(target, pruned)))}
+    shown = [s for s in STAGES if any(stage(r) == s for r in pruned)]
+    colors = method_colors(list(dict.fromkeys(map(owner, pruned))))
     lost = {(target(r), stage(r), r['method'], r['seed']): 100*(dense['top1'] - r['top1']) for r in pruned}
+    heights = [1 + .35*len(names) for names in rivals.values()]
     with style():
-        fig, axes = plt.subplots(1, len(panels), figsize=(1.5 + 5*len(panels), 1 + .35*len(names)),
-                                 sharey=True, squeeze=False, layout='constrained', dpi=80)
-        for ax, where in zip(axes[0], panels):
-            here = {k[2:]: v for k, v in lost.items() if k[:2] == where}
-            for (name, seed), x in here.items():
-                owner = name.removeprefix('chance of ')
-                y, color = names.index(owner), colors[owner]
-                if owner == name:
-                    ax.plot(x, y, 'o', color=color)
-                    if (by_chance := here.get((f'chance of {name}', seed))) is not None:
-                        ax.plot([x, by_chance], [y, y], color=color, lw=1)
-                else: ax.plot(x, y, 'x', ms=8, mew=2, color=color)
-            ax.set_xscale('symlog', linthresh=1)
-            ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50], ticks)
-            ax.minorticks_off()
-            ax.set(title=f'{100*where[0]:g}% fewer MACs, {where[1]}', xlabel='points of top-1 lost')
-        axes[0, 0].set_yticks(range(len(names)), names)
-    return axes[0]
+        fig, axes = plt.subplots(len(rivals), len(shown), figsize=(1.5 + 5*len(shown), sum(heights)),
+                                 sharex=True, sharey='row', squeeze=False, height_ratios=heights,
+                                 layout='constrained', dpi=80)
+        for line, (budget, names) in zip(axes, rivals.items()):
+            for ax, when in zip(line, shown):
+                here = {k[2:]: v for k, v in lost.items() if k[:2] == (budget, when)}
+                ax.set_visible(len(here) > 0)
+                for (name, seed), x in here.items():
+                    whose = name.removeprefix('chance of ')
+                    y, color = names.index(whose), colors[whose]
+                    if whose == name:
+                        ax.plot(x, y, 'o', color=color)
+                        if (by_chance := here.get((f'chance of {name}', seed))) is not None:
+                            ax.plot([x, by_chance], [y, y], color=color, lw=1)
+                    else: ax.plot(x, y, 'x', ms=8, mew=2, color=color)
+                ax.set_xscale('symlog', linthresh=1)
+                ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50], ticks)
+                ax.minorticks_off()
+                ax.tick_params(labelbottom=True)
+                ax.set(title=f'{100*budget:g}% fewer MACs, {when}', xlabel='points of top-1 lost')
+            line[0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names) - .4))
+    return [ax for line in axes for ax in line if ax.get_visible()]
+
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a8097416
 def report_text(name:str,   # Of the experiment
