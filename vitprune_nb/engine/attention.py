@@ -35,7 +35,8 @@ def call(module:nn.Module, # The part of a network that `forward` stands for
         else: module.forward = own
 
 def _project_qkv(attn, xq, xkv):
-    "q (…, Nq, H·d) and k, v (…, Nkv, H·d) through timm's one qkv layer; one product when queries and keys are the same tokens."
+    """q (…, Nq, H·d) and k, v (…, Nkv, H·d) through timm's one qkv layer; one product when queries and keys
+    are the same tokens."""
     w, b, A, watched = attn.qkv.weight, attn.qkv.bias, attn.num_heads*attn.head_dim, hooked(attn.qkv)
     # cut channels: V has fewer rows than Q and K
     if hasattr(attn.qkv, 'project') and not watched: return attn.qkv.project(xq, xkv)
@@ -94,7 +95,7 @@ class Views:
 
     def read(self, attn, q, k, v, bias=None, # as for `attention_map`
              rows=None, # the map, where it is known
-             # token by token: `cls_row` (…, Nkv, H), `keys` and `values` (…, Nkv, H, d), `column_sums` (…, Nkv)
+              # by token: `cls_row` (…, Nkv, H), `keys` and `values` (…, Nkv, H, d), `column_sums` (…, Nkv)
              )->dict:
         "What is seen, by name."
         out = {name: t.transpose(-2, -3) for name, t in (('keys', k), ('values', v)) if name in self.names}
@@ -111,7 +112,7 @@ class Views:
 def attend(attn,            # timm's Attention
            xq,              # (B, Nq, D) normalised tokens that ask
            xkv,             # (B, Nkv, D) normalised tokens that answer
-           bias=None,       # added to the logits: float, or bool with False = never look; broadcasts to (B, H, Nq, Nkv)
+           bias=None,       # added to the logits, (B, H, Nq, Nkv) or less: float, or bool, False = never look
            key_weight=None, # multiplies exp(logit): (B, Nkv) in [0, 1], or (B, 1 or H, Nq, Nkv) for each pair
            views:Views|None=None, # filled in when given
            ):               # (B, Nq, D)
@@ -129,7 +130,8 @@ def attend(attn,            # timm's Attention
 
 def spare_self(kept # (B, n) in [0, 1]: how much of each token is left
                ):   # (B, 1, n, n), for `key_weight` of `attend`
-    "Each token is seen by the others as much as it is kept, and by itself fully (DynamicViT, Rao et al. 2021, eq. 11)."
+    """Each token is seen by the others as much as it is kept, and by itself fully (DynamicViT, Rao et al.
+    2021, eq. 11)."""
     own = torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
     return (kept[:, None]*(1 - own) + own)[:, None]
 
@@ -167,7 +169,8 @@ def merge_tokens(x,    # (B, n, D)
                  size, # (B, n) how many tokens each stands for, 0 for absent ones
                  n_prefix:int, # the first tokens, which take in others only when no patch is kept
                  ):    # x, size
-    "Average each dropped token into its most similar kept patch token; without a kept patch, into the last prefix token."
+    """Average each dropped token into its most similar kept patch token; without a kept patch, into the last
+    prefix token."""
     target = keep.clone(); target[:, :n_prefix] &= ~keep[:, n_prefix:].any(1, keepdim=True)
     u = F.normalize(x.float(), dim=-1)
     sim = (u @ u.transpose(1, 2)).masked_fill(~target[:, None], -math.inf)
@@ -213,8 +216,8 @@ def _boxed_attention(attn, xq, xkv, n_images, size, views):
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #37cf20d4
 def _padded_attention(attn, xq, xkv, qlens, kvlens, size, views):
-    """The same as one map (B, H, longest, longest) for whoever watches `attn_drop`; absent keys are masked, absent queries
-    dropped."""
+    """The same as one map (B, H, longest, longest) for whoever watches `attn_drop`; absent keys are masked,
+    absent queries dropped."""
     pad = lambda t, lens: nn.utils.rnn.pad_sequence(t.split(lens), batch_first=True)
     answer, lens = pad(xkv, kvlens), torch.tensor([qlens, kvlens], device=xkv.device)[..., None]
     asked, there = torch.arange(max(*qlens, *kvlens), device=xkv.device) < lens

@@ -13,7 +13,8 @@ from typing import NamedTuple
 # %% ../../nbs/2_engine/04d_modes.ipynb #d56be455
 import torch
 from torch import nn
-from .attention import Views, attn_branch, call, hooked, key_bias, mlp_branch, ragged_attention, spare_self
+from .attention import (Views, attn_branch, call, hooked, key_bias, mlp_branch,
+                                          ragged_attention, spare_self)
 from ..errors import require
 from .policy import Tokens, needs_of, select, steps_of, views_at
 
@@ -25,7 +26,7 @@ class Decision(NamedTuple):
     at: str                        # 'before', 'queries' or 'middle'
     scores: torch.Tensor|None      # (B, n), meaningless for absent tokens; None for static positions
     keep: torch.Tensor             # (B, n) bool, prefix included; of a soft decision, floats in [0, 1]
-    pos: torch.Tensor              # (B, n) index in the full sequence, prefix included; -1 for a fused token, -2 for padding
+    pos: torch.Tensor              # (B, n) index in the full sequence; -1 for a fused token, -2 for padding
     n_prefix: int
     present: torch.Tensor|None     # (B, n) bool: which were there to choose from; None: all
 
@@ -33,8 +34,8 @@ class Stream:
     "The state between blocks; a mode adds how a block is run."
     GUEST = -3                     # position of a token that goes through a block for others that stay
 
-    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0, record=None,
-                 cuts=None):
+    def __init__(self, x, n_prefix, sized=False, training=False, static=None, trace=None, least=0,
+                 record=None, cuts=None):
         B, n, _ = x.shape
         self.x, self.present, self.n_tokens, self.n_prefix, self.memory = x, None, n, n_prefix, {}
         self.training, self.static, self.trace, self.least = training, static or {}, trace, least
@@ -50,9 +51,11 @@ class Stream:
     def tokens(self, i):
         "What a scorer sees in block i."
         views = {name: v if name == 'column_sums' else v.transpose(1, 2) for name, v in self.views.items()}
-        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, kept=self.kept, layer=self.layer, **views)
+        return Tokens(self.x, self.present, self.pos, i, self.n_prefix, self.memory, kept=self.kept,
+                      layer=self.layer, **views)
 
-    def there(self): return torch.ones_like(self.pos, dtype=torch.bool) if self.present is None else self.present
+    def there(self):
+        return torch.ones_like(self.pos, dtype=torch.bool) if self.present is None else self.present
 
     def note_down(self, i, step, scores, keep):
         if self.record is None: return
@@ -63,14 +66,15 @@ class Stream:
         scores = step.score(self.tokens(i))
         if scores.device.type == 'cpu' and not torch.compiler.is_compiling():
             bad = torch.isnan(scores.detach()) & self.there()
-            require(not bad.any(), 'score', f'NaN from {type(step.score).__name__} in block index {i}', 'finite scores',
-                    'Check the weights and the images for NaN.')
+            require(not bad.any(), 'score', f'NaN from {type(step.score).__name__} in block index {i}',
+                    'finite scores', 'Check the weights and the images for NaN.')
         return scores
 
     def decide(self, i, step):
         "(B, n) bool: which are kept, or floats, how much; and the scores that said so, or None."
         keep, scores = None, None if step.score is None else self.ask(i, step)
-        if self.training and hasattr(step.score, 'soft_keep'): keep = step.score.soft_keep(self.tokens(i), scores)
+        if self.training and hasattr(step.score, 'soft_keep'):
+            keep = step.score.soft_keep(self.tokens(i), scores)
         soft = keep is not None
         fits = not soft or step.at != 'queries' and not step.fate.stays
         require(fits, 'policy', f"a soft decision at '{step.at}' with fate {step.fate}",
@@ -100,7 +104,8 @@ class Stream:
         values, where = self.frozen or empty
         b, j = drop.nonzero(as_tuple=True)
         at = b, self.pos[b, j]
-        self.frozen = values.index_put(at, self.x[b, j]), where.index_put(at, torch.ones_like(b, dtype=torch.bool))
+        here = torch.ones_like(b, dtype=torch.bool)
+        self.frozen = values.index_put(at, self.x[b, j]), where.index_put(at, here)
 
     def grid(self, last): # (B, N, D) after the block before
         "(B, N, D) after this block: tokens at their places; one that has left keeps the value it had last."
@@ -124,7 +129,9 @@ class Stream:
 class Trace:
     "What one forward pass computed: token counts and which patches, block by block."
     def __init__(self): self.rows = []
-    def add(self, nq, nkv, nmlp, pos, real): self.rows.append((nq.float().cpu(), nkv.float().cpu(), nmlp.float().cpu(), pos.cpu(), real.cpu()))
+    def add(self, nq, nkv, nmlp, pos, real):
+        counts = nq.float().cpu(), nkv.float().cpu(), nmlp.float().cpu()
+        self.rows.append((*counts, pos.cpu(), real.cpu()))
 
     @property
     def counts(self)->list:
@@ -134,13 +141,15 @@ class Trace:
     def computed(self, n_tokens:int)->torch.Tensor: # (B, L, n_tokens) bool
         "Which original tokens went through each block's MLP; fused tokens have no place here."
         out = torch.zeros(len(self.rows[0][0]), len(self.rows), n_tokens + 1, dtype=torch.bool)
-        for l, (*_, pos, real) in enumerate(self.rows): out[:, l].scatter_(1, torch.where(real & (pos >= 0), pos, n_tokens), True)
+        for l, (*_, pos, real) in enumerate(self.rows):
+            out[:, l].scatter_(1, torch.where(real & (pos >= 0), pos, n_tokens), True)
         return out[..., :n_tokens]
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #35fb4148
 class Layers:
     "The tokens between the blocks on the full grid: those removed keep the values they had last."
-    def __init__(self): self.tokens = []     # L + 1 of (B, N, D): what enters the first block, then what each block leaves
+    # L + 1 of (B, N, D): what enters the first block, then what each block leaves
+    def __init__(self): self.tokens = []
 
     def start(self, x): self.tokens = [x]
     def add(self, s): self.tokens.append(s.grid(self.tokens[-1]))
@@ -177,7 +186,8 @@ def static_indices(steps:dict,   # {block index: Step, or a tuple of Steps}, as 
 # %% ../../nbs/2_engine/04d_modes.ipynb #1a325174
 def shared_orders(steps:dict # {block index: Step, or a tuple of Steps}, as in a Policy
                   )->dict:   # {(block index, point): 'sort' or 'cut'}
-    "Steps that one order serves, in mode 'gather': the first sorts by falling score, the others keep the front."
+    """Steps that one order serves, in mode 'gather': the first sorts by falling score, the others keep the
+    front."""
     out, head = {}, None
     for i, s in _all(steps):
         plain = s.count is not None and s.fate.just_leave
@@ -216,7 +226,7 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
                training:bool=False, # Scorers may soften their decisions (mode 'mask')
                static:dict=None,    # {(block index, point): constant positions}; None: worked out here
                trace:Trace=None,    # Filled in when given
-               least:int=0,         # Patches that a threshold leaves in any case: 1 where the head averages patches
+               least:int=0,         # Patches that a threshold leaves: 1 where the head averages patches
                layers:'Layers'=None,# Filled in when given
                record:list=None,    # Gets a `Decision` for each step when given
                )->Stream:     # `.x` (B, n, D), `.present` (B, n) or None, and `.weights()` for averages
@@ -226,7 +236,8 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
         found = static_indices(steps, x.shape[1], n_prefix, mode)
         static = {key: torch.tensor(idx, device=x.device) for key, idx in found.items()}
     sized = any(s.fate.sized for _, s in _all(steps))
-    s = MODES[mode](x, n_prefix, sized, training and mode == 'mask', static, trace, least, record, shared_orders(steps))
+    s = MODES[mode](x, n_prefix, sized, training and mode == 'mask', static, trace, least, record,
+                    shared_orders(steps))
     if layers is not None: layers.start(x)
     for i, block in enumerate(blocks):
         s.look, s.next, s.layer = views_at(steps, i), steps_of(steps, i + 1), block
@@ -239,7 +250,8 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
 class Mask(Stream):
     "Dense: the oracle of the other two modes."
     def meet(self, step, keep, scores):
-        "Those outside `keep` meet their fate; returns which are computed from here on, and a guest of this block, or None."
+        """Those outside `keep` meet their fate; returns which are computed from here on, and a guest of this
+        block, or None."""
         if keep.is_floating_point(): self.soften(keep); return self.present, None
         drop, guest = self.there() & ~keep, None
         joined = step.fate.meet(self, keep, drop, scores) if step.fate.acts else None
@@ -426,7 +438,8 @@ class Gather(Sparse):
         self.pos, self.size = _take(self.pos, idx), self.take(self.size, idx)
 
     def meet(self, step, idx, scores):
-        "Those outside `idx` meet their fate; returns where the others stand (None: no other is left), and a guest."
+        """Those outside `idx` meet their fate; returns where the others stand (None: no other is left), and a
+        guest."""
         fate, joined = step.fate, None
         if fate.acts and not (fate.joins and self.count(idx) == self.count()):
             keep = self.chosen(idx)
@@ -483,8 +496,8 @@ class _Rows(NamedTuple):
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #7e718551
 class Packed(Sparse):
-    """Ragged: all tokens of all images in one (total, D) matrix, image after image. Token-wise layers on all of it,
-    attention image by image."""
+    """Ragged: all tokens of all images in one (total, D) matrix, image after image. Token-wise layers on
+    all of it, attention image by image."""
     def __init__(self, x, n_prefix, sized=False, *args):
         super().__init__(x, n_prefix, sized, *args)
         self.view, self.lens = Mask(x, n_prefix, sized), [x.shape[1]]*len(x)

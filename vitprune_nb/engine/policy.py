@@ -50,8 +50,8 @@ def patch_indices(keep, # Whole numbers, in any order
 # %% ../../nbs/1_foundations/04b_policy.ipynb #6f0c4f7a
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is kept at one point of a block: where it is decided, what becomes of the rest, and which patch tokens stay.
-    Prefix tokens (CLS …) always stay."""
+    """What is kept at one point of a block: where it is decided, what becomes of the rest, and which patch
+    tokens stay. Prefix tokens (CLS …) always stay."""
     at: str = 'before'          # 'before', 'queries' or 'middle'
     fate: Fate = 'remove'       # a name out of `FATES`, or a `Fate`; kept as a `Fate`, which equals its name
     keep: tuple = None          # static: patch indices, 0-based in the full grid
@@ -104,7 +104,7 @@ class Tokens:
     cls_row: torch.Tensor|None = None     # (B, H, n) attention of CLS, for scorers whose `needs` name it
     keys: torch.Tensor|None = None        # (B, H, n, d), likewise
     values: torch.Tensor|None = None      # (B, H, n, d), likewise
-    column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads, likewise
+    column_sums: torch.Tensor|None = None # (B, n) what all present queries pay to each, mean over heads
     kept: torch.Tensor|None = None        # (B, n) in [0, 1]: product of all soft decisions so far, prefix 1
     layer: nn.Module|None = None          # the block itself, for scorers that use its weights
 
@@ -119,12 +119,12 @@ def register_scorer(name:str): # What a saved policy calls it
 class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ()       # views of the attention that it wants to be given, out of `VIEWS`: one name, or several
-    follows = None   # class of an earlier step's scorer whose scores it repeats for those that are left: one order for both
+    follows = None   # class of an earlier step's scorer whose scores it repeats: one order for both
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
 
     def macs(self, n:float, dim:int, n_prefix:int=1)->float:
-        """Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix tokens; `needs` is
-        not among them."""
+        """Matrix products of its own, for an image with n patch tokens of width dim behind n_prefix prefix
+        tokens; `needs` is not among them."""
         return 0.
 
     def macs_in(self, layer, n:float, n_prefix:int=1)->float:
@@ -132,13 +132,13 @@ class Scorer(nn.Module):
         return self.macs(n, block_widths(layer).out, n_prefix)
 
     def key_weight(self, t:Tokens):
-        """In training, in mode 'mask': (B, n) weights that multiply exp(logit) of each key in this block, with gradient.
-        None: no such weights."""
+        """In training, in mode 'mask': (B, n) weights that multiply exp(logit) of each key in this block,
+        with gradient. None: no such weights."""
 
     def soft_keep(self, t:Tokens, scores):
-        """In training, in mode 'mask', instead of a choice: (B, n) in [0, 1] with gradient, how much of each token is kept,
-        for tokens with these scores (B, n). Then no token leaves; the product over all steps weighs keys and averages.
-        None: a hard choice."""
+        """In training, in mode 'mask', instead of a choice: (B, n) in [0, 1] with gradient, how much of each
+        token is kept, for tokens with these scores (B, n). Then no token leaves; the product over all steps
+        weighs keys and averages. None: a hard choice."""
 
 def needs_of(score # A scorer, or None
              )->frozenset: # names out of `VIEWS`
@@ -149,7 +149,8 @@ def needs_of(score # A scorer, or None
 def softens(score # A scorer, or None
             )->bool:
     "Does a scorer have a soft form, which carries gradients?"
-    return any(getattr(type(score), f, None) not in (None, getattr(Scorer, f)) for f in ('key_weight', 'soft_keep'))
+    soft = lambda f: getattr(type(score), f, None) not in (None, getattr(Scorer, f))
+    return any(soft(f) for f in ('key_weight', 'soft_keep'))
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #2a64ab6a
@@ -180,7 +181,8 @@ class ClsAttention(Scorer):
 # %% ../../nbs/1_foundations/04b_policy.ipynb #2d3a532d
 @register_scorer('given_counts')
 class GivenCounts(Scorer):
-    "Scores above 0 for exactly counts[b] patches of image b (the same random order for all): ragged budgets on demand."
+    """Scores above 0 for exactly counts[b] patches of image b (the same random order for all): ragged
+    budgets on demand."""
     def __init__(self, counts, seed:int=0):
         super().__init__()
         self.counts, self.seed = list(counts), seed
@@ -200,7 +202,7 @@ def _best(scores, out, count): # out (B, n) bool: which do not take part
 def select(step:Step, # The rule
            t:Tokens,  # The tokens that are there
            scores=None, # (B, n), for a rule with `count` or `threshold`
-           least:int=0, # Patches that a threshold leaves in any case, the best ones: 1 where the head averages patches
+           least:int=0, # Patches that a threshold leaves in any case, the best ones: 1 for an averaging head
            )->torch.Tensor: # (B, n) bool: which of the present tokens are kept
     "Apply a step's rule; prefix tokens are always kept, absent ones never."
     B, n = t.pos.shape
@@ -226,7 +228,8 @@ def steps_of(steps:dict, # {block index: Step, or a tuple of Steps}
 def views_at(steps:dict, # {block index: Step, or a tuple of Steps}
              i:int       # Block index
              )->frozenset:
-    "What the attention of a block must show: to a step in its middle, and to those before the next block's attention."
+    """What the attention of a block must show: to a step in its middle, and to those before the next block's
+    attention."""
     here = [s for s in steps_of(steps, i) if s.at == 'middle']
     later = [s for s in steps_of(steps, i + 1) if s.at != 'middle']
     return frozenset().union(*(needs_of(s.score) for s in here + later))
@@ -352,7 +355,8 @@ def decision_macs(policy:Policy,  # What decides
                   n_tokens:int,   # Tokens of the dense model, prefix included
                   n_prefix:int=1, # CLS, DIST and register tokens
                   )->float:       # MACs of one image
-    "MACs of all decisions of a policy in mode 'gather': scores, the views that they are given, similarities of merging."
+    """MACs of all decisions of a policy in mode 'gather': scores, the views that they are given,
+    similarities of merging."""
     total, n = 0., n_tokens
     for i, used in enumerate(counts):
         w, some = block_widths(blocks[i]), steps_of(policy.steps, i)
@@ -383,7 +387,7 @@ def _from_starts(value, n_blocks)->list:
     return rates[1:]
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #19cd5ada
-def parse_schedule(value,        # 0.7 · [1, 1, .7, …] · {3: .7, 6: .5} (0-based block index) · a JSON file with one of these
+def parse_schedule(value,        # 0.7 · [1, 1, .7, …] · {3: .7, 6: .5} (0-based block index) · a JSON file
                    n_blocks:int, # L
                    )->list:      # L keep rates in (0, 1]
     "The share of the original patch tokens that each block keeps."
@@ -393,7 +397,8 @@ def parse_schedule(value,        # 0.7 · [1, 1, .7, …] · {3: .7, 6: .5} (0-b
     else: rates = list(value) if isinstance(value, (list, tuple)) else [value]*n_blocks
     require(len(rates) == n_blocks, 'schedule', f'{len(rates)} rates', f'{n_blocks}, one for each block')
     for r in rates:
-        require(is_number(r) and 0 < r <= 1, 'keep_rate', r, 'a number in (0, 1]', 'Use 1 to keep every patch.')
+        require(is_number(r) and 0 < r <= 1, 'keep_rate', r, 'a number in (0, 1]',
+                'Use 1 to keep every patch.')
     return [float(r) for r in rates]
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #4cc535a2
@@ -403,7 +408,8 @@ def schedule_policy(schedule,     # See `parse_schedule`
                     score:nn.Module, # The scorer of every step
                     at:str='before', fate:str='remove',
                     name:str='schedule')->Policy:
-    "A step wherever the schedule keeps fewer patches than are still there; counts are rounded down, but one patch stays."
+    """A step wherever the schedule keeps fewer patches than are still there; counts are rounded down, but one
+    patch stays."""
     require(is_whole(n_patches) and n_patches >= 1, 'n_patches', n_patches, 'a whole number, 1 or more')
     steps, now = {}, n_patches
     for i, r in enumerate(parse_schedule(schedule, n_blocks)):
@@ -413,10 +419,16 @@ def schedule_policy(schedule,     # See `parse_schedule`
     return Policy(steps, name)
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #dfb18e21
-def pyramid(n_blocks:int, n_patches:int, rates:dict, seed:int=0, at='before')->Policy: # rates: {block index: keep rate}
+def pyramid(n_blocks:int,  # L
+            n_patches:int, # P
+            rates:dict,    # {block index: keep rate}
+            seed:int=0, at='before')->Policy:
     "Random static nested positions with the given keep rates: for timing, where only the counts matter."
-    for name, v in dict(n_blocks=n_blocks, n_patches=n_patches).items(): require(is_whole(v) and v >= 1, name, v, 'a whole number, 1 or more')
-    ok = isinstance(rates, dict) and all(is_whole(i) and 0 <= i < n_blocks and is_number(r) and 0 < r <= 1 for i, r in rates.items())
+    for name, v in dict(n_blocks=n_blocks, n_patches=n_patches).items():
+        require(is_whole(v) and v >= 1, name, v, 'a whole number, 1 or more')
+    fits = lambda i, r: is_whole(i) and 0 <= i < n_blocks and is_number(r) and 0 < r <= 1
+    ok = isinstance(rates, dict) and all(fits(i, r) for i, r in rates.items())
     require(ok, 'rates', rates, f'{{block index from 0 to {n_blocks - 1}: keep rate in (0, 1]}}')
     order = torch.randperm(n_patches, generator=torch.Generator().manual_seed(check_seed(seed))).tolist()
-    return Policy({i: Step(at, 'remove', keep=tuple(order[:int(r*n_patches)])) for i, r in rates.items()}, f'pyramid {rates}')
+    steps = {i: Step(at, 'remove', keep=tuple(order[:int(r*n_patches)])) for i, r in rates.items()}
+    return Policy(steps, f'pyramid {rates}')

@@ -203,7 +203,8 @@ def _assemble(config:_Pruned)->nn.Module:
 def _first_line(e)->str: return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
 
 def _fill(model, file):
-    "Give a model without memory the tensors of a file, after their names, shapes and kinds have been compared."
+    """Give a model without memory the tensors of a file, after their names, shapes and kinds have been
+    compared."""
     from safetensors import SafetensorError, safe_open
     own = {k: (list(v.shape), v.is_floating_point()) for k, v in model.state_dict().items()}
     try:
@@ -241,7 +242,7 @@ def _probe(model)->torch.Tensor: # (2, classes)
 # %% ../../nbs/2_engine/05b_store.ipynb #be4fea57
 def load_pruned(folder,             # What `save_pruned` wrote
                 mode:str|None=None, # Another mode than it was saved with, for a `SlimViT`
-                )->nn.Module: # In eval mode; `.info`, `.classes` and, if there is one, `.plan` are what was remembered
+                 )->nn.Module: # In eval mode, with `.info`, `.classes` and, if there is one, `.plan`
     "Read a pruned model: a `SlimViT`, a ViT with cut channels, or the one around the other."
     folder = path_of('folder', folder)
     config = read_config(folder)
@@ -252,15 +253,19 @@ def load_pruned(folder,             # What `save_pruned` wrote
     if mode is not None: model = SlimViT(model.model, model.policy, mode)
     _fill(model, folder/'model.safetensors')
     try: _probe(model)       # a policy can be fine step by step and still not run
-    except VitpruneError as e: refuse('config.json', folder, 'a pruned model that runs', f'({_first_line(e)})')
+    except VitpruneError as e:
+        refuse('config.json', folder, 'a pruned model that runs', f'({_first_line(e)})')
     model.info, model.classes = config.info, getattr(config, 'classes', None)
-    if (folder/'plan.json').is_file(): model.plan = _plan_of(folder/'plan.json', getattr(model, 'model', model))
+    plan = folder/'plan.json'
+    if plan.is_file(): model.plan = _plan_of(plan, getattr(model, 'model', model))
     return freeze_choices(model).eval()
 
 def _plan_of(file, vit)->Plan:
     plan = Plan.load(file)
-    given, own = ((len(p), n, k) for p, n, k in ((plan.keep, plan.n_patches, plan.n_prefix), (vit.blocks, vit.patch_embed.num_patches, vit.num_prefix_tokens)))
-    require(given == own, 'plan', file, 'a plan for the model that it lies beside', '{} blocks, {} patches and {} prefix tokens are in it; the model has {}, {} and {}.'.format(*given, *own))
+    given = len(plan.keep), plan.n_patches, plan.n_prefix
+    own = len(vit.blocks), vit.patch_embed.num_patches, vit.num_prefix_tokens
+    hint = '{} blocks, {} patches and {} prefix tokens are in it; the model has {}, {} and {}.'
+    require(given == own, 'plan', file, 'a plan for the model that it lies beside', hint.format(*given, *own))
     return plan
 
 # %% ../../nbs/2_engine/05b_store.ipynb #7e3adeb6
@@ -347,9 +352,11 @@ def _prove(model, saved):
     "Refuse when what was read back gives other logits than the model."
     device = next(model.parameters()).device
     want, got = _probe(model), _probe(saved.to(device))
-    same = got.shape == want.shape and got.dtype == want.dtype and torch.allclose(got, want, rtol=0, atol=0, equal_nan=True)
+    like = got.shape == want.shape and got.dtype == want.dtype
+    same = like and torch.allclose(got, want, rtol=0, atol=0, equal_nan=True)
     hooked = next((n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), None)
-    why = f'{hooked or "The model"} has hooks, which no file can hold.' if hooked is not None else 'A part of it computes something else than its class says.'
+    why = 'A part of it computes something else than its class says.'
+    if hooked is not None: why = f'{hooked or "The model"} has hooks, which no file can hold.'
     gap = '' if got.shape != want.shape else f', by {(got.float() - want.float()).abs().max():.2g}'
     require(same, 'model', f'one whose logits differ after loading{gap}',
             'one that can be built again from its config', why)
@@ -359,7 +366,8 @@ def save_pruned(model,  # From `prune`: a `SlimViT`, a ViT with cut channels, or
                 folder, # A new folder
                 **info, # What shall be remembered besides `model.info`
                 )->Path:
-    "Write a pruned model as config.json, model.safetensors and, if it has a plan, plan.json: logits come back exactly, or nothing is written."
+    """Write a pruned model as config.json, model.safetensors and, if it has a plan, plan.json: logits come
+    back exactly, or nothing is written."""
     from safetensors.torch import save_file
     model = getattr(model, '_orig_mod', model)      # of torch.compile
     require(hasattr(model, 'policy') or hasattr(model, 'channels'), 'model', type(model).__name__,

@@ -31,7 +31,7 @@ from ..vit.cost import meet_budget, tolerance_of
 from ..vit.model import standard_blocks
 
 # %% ../../nbs/3_methods/25_methods.ipynb #a7adf44b
-def turn(make,           # Dial -> (model, its MAC reduction); the reduction should rise along the dial, but need not at each step
+def turn(make,           # Dial -> (model, its MAC reduction), which should rise along the dial
          low:float, high:float, # From the least to the most pruning
          reduction:float,# The wanted one
          tolerance:float=.002, # Near enough to stop
@@ -79,7 +79,8 @@ def option(default,
            shown:str='', # The default in words, where the value does not say it
            ):            # For a field of a `Config`
     "An option of a method: all that validation, --help and refusals need to know about it."
-    return Field(default, description=about, json_schema_extra=dict(allowed=allowed, metavar=metavar, dial=dial, shown=shown))
+    extra = dict(allowed=allowed, metavar=metavar, dial=dial, shown=shown)
+    return Field(default, description=about, json_schema_extra=extra)
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1902
 class Config(BaseModel):
@@ -95,7 +96,8 @@ class Config(BaseModel):
     def _plain(cls, values):
         "NumPy's numbers as Python's, tuples as lists."
         def plain(v):
-            return v.item() if isinstance(v, np.generic) else [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
+            if isinstance(v, np.generic): return v.item()
+            return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v
         return {k: plain(v) for k, v in values.items()}
 
 class Looks(Config):
@@ -172,7 +174,8 @@ class Job:
     def train(self, model, recipe:TrainConfig, name:str, frozen_parts=(), **kw)->list:
         "Train with the course's trainer, its state in a part of the work folder."
         with frozen(*frozen_parts):
-            return fit(model, self.train_set, recipe, out=self.part(name), accelerator=pick_accelerator(self.device), **kw)
+            return fit(model, self.train_set, recipe, out=self.part(name),
+                       accelerator=pick_accelerator(self.device), **kw)
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1904
 # part of the work folder for what `prepare` keeps: a run lends it to all budgets of a method
@@ -414,7 +417,8 @@ def recover(model,         # A pruned model; trained in place
             **kw)->list:   # kw: for `fit`, e.g. test_set, teacher; returns the rows of the log
     "Fine-tune what is left, with the course's trainer."
     check_model(model), check_set(train_set, 'train_set')
-    others = [f for f in TrainConfig.__dataclass_fields__ if f not in ('epochs', 'lr', 'batch_size', 'seed', 'dtype')]
+    named = ('epochs', 'lr', 'batch_size', 'seed', 'dtype')
+    others = [f for f in TrainConfig.__dataclass_fields__ if f not in named]
     ok = recipe is None or isinstance(recipe, dict) and set(recipe) <= set(others)
     require(ok, 'recipe', recipe, f'a dict with some of {", ".join(others)}')
     train_set = match_classes(model, train_set)

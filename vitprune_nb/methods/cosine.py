@@ -34,8 +34,8 @@ SCALES = dict(scaled=lambda c: (1 + c)/2, raw=lambda c: c)
 def keep_labels(cosine:torch.Tensor,  # Of each token with itself one block later, from `adjacent_similarity`
                 threshold:float=.95,  # In (0, 1): a cosine above it means skip
                 scale:str='scaled',   # 'scaled', (1 + cos)/2, or 'raw'
-                growth:torch.Tensor|None=None, # From `norm_growth`; None: look at the angle alone, as the report does
-                tolerance:float=.1,   # With `growth`: also keep what got longer or shorter by more than this share
+                growth:torch.Tensor|None=None, # From `norm_growth`; None: the angle alone, as in the report
+                tolerance:float=.1,   # With `growth`: also keep what got longer or shorter by more than this
                 )->torch.Tensor:      # bool, True = keep (label 1)
     "The labels of the report, section 5.2: skip a patch whose direction the block hardly changes."
     require(scale in SCALES, 'scale', scale, "'scaled' or 'raw'")
@@ -95,7 +95,8 @@ class Seen:
     def threshold_for(self, share:float, scale:str='scaled')->float:
         "The cosine threshold at which `share` of all patches, averaged over blocks, are labelled skip."
         require(0 < share < 1, 'share', share, 'a number in (0, 1)')
-        c = self.cosine.flatten().sort(descending=True).values[min(int(share*self.cosine.numel()), self.cosine.numel() - 1)]
+        n = self.cosine.numel()
+        c = self.cosine.flatten().sort(descending=True).values[min(int(share*n), n - 1)]
         return float(SCALES[scale](c.double()))
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #4d073d4d
@@ -115,8 +116,10 @@ def collect(model,          # A timm VisionTransformer of standard blocks
     device, was_training, parts = pick_device(device), model.training, []
     model.eval().to(device)
     for x, _ in progress(loader(_ready(model, ds), batch_size), 'tokens', unit='batch'):
-        parts.append([[t.cpu() for t in (b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))]
-                      for b, a, last, _ in walk(model, x.to(device), decide, keys)[0]])
+        steps, *_ = walk(model, x.to(device), decide, keys)
+        seen = [(b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))
+                for b, a, last, _ in steps]
+        parts.append([[t.cpu() for t in s] for s in seen])
     model.train(was_training)
     before, cosine, growth, context = zip(*([torch.cat(c) for c in zip(*block)] for block in zip(*parts)))
     return Seen(list(before), torch.stack(cosine), torch.stack(growth), list(context))
@@ -127,8 +130,10 @@ def join(*seen:Seen # Of the same model
     "Several captures as one."
     shapes = {(len(s.before), *s.before[0].shape[1:]) for s in seen}
     require(len(shapes) == 1, 'seen', f'{len(seen)} captures', 'one or more captures of one model')
-    return Seen([torch.cat(b) for b in zip(*(s.before for s in seen))], torch.cat([s.cosine for s in seen], 1),
-                torch.cat([s.growth for s in seen], 1), [torch.cat(c) for c in zip(*(s.context for s in seen))])
+    return Seen([torch.cat(b) for b in zip(*(s.before for s in seen))],
+                torch.cat([s.cosine for s in seen], 1),
+                torch.cat([s.growth for s in seen], 1),
+                [torch.cat(c) for c in zip(*(s.context for s in seen))])
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #0a2db5b4
 @register_scorer('cosine')
@@ -177,7 +182,8 @@ class Pruner:
     @torch.no_grad()
     def probability(self, block:int, before, context=None)->torch.Tensor:
         "Probability of 'keep' for tokens (M, P, D) entering `block` (0-based); context is (M, D)."
-        return self.scores[block].to(before.device).logit(before, None if context is None else context[:, None]).sigmoid()
+        score = self.scores[block].to(before.device)
+        return score.logit(before, None if context is None else context[:, None]).sigmoid()
 
     def decide(self, score_threshold:float=.5):
         "The pruner as a `decide` for `walk` and `collect`."
@@ -201,7 +207,8 @@ def _fit_one(net, x, c, y, epochs, lr, batch_size):
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for _ in range(epochs):
         for i in torch.randperm(len(y)).split(batch_size):
-            loss = F.binary_cross_entropy_with_logits(net.logit(x[i], None if c is None else c[i]), y[i], weight[i])
+            logits = net.logit(x[i], None if c is None else c[i])
+            loss = F.binary_cross_entropy_with_logits(logits, y[i], weight[i])
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
     net.zero_grad()
     with torch.no_grad(): net.fc2.bias += math.log(share/(1 - share))
@@ -219,13 +226,15 @@ def fit_pruner(seen:Seen,              # From `collect`
                seed:int=0,             # Of weights and order
                )->Pruner:
     "Train the report's MLPs on captured tokens (section 5.2, steps 2 to 4)."
-    require(isinstance(seen, Seen) and len(seen.before) > 0 and seen.cosine.numel() > 0, 'seen',
-            'no tokens' if isinstance(seen, Seen) else type(seen).__name__, 'captured tokens of at least one image', 'Make them with collect(model, images).')
+    some = isinstance(seen, Seen) and len(seen.before) > 0 and seen.cosine.numel() > 0
+    require(some, 'seen', 'no tokens' if isinstance(seen, Seen) else type(seen).__name__,
+            'captured tokens of at least one image', 'Make them with collect(model, images).')
     keep = keep_labels(seen.cosine, cosine_threshold, scale).flatten(1).float()     # (L, patches)
     share, top = keep.mean(1).tolist(), float(SCALES[scale](seen.cosine.double()).max())
     both = any(0 < s < 1 for s in share) or (shared and len(set(share)) > 1)
     require(both, 'cosine_threshold', cosine_threshold, 'one that leaves both labels in some block',
-            f'Here every block has a single class of labels; the largest {scale} cosine is {top:.3f}. seen.threshold_for(0.2) finds one.')
+            f'Here every block has a single class of labels; the largest {scale} cosine is {top:.3f}. '
+            'seen.threshold_for(0.2) finds one.')
     L, D, P = len(seen.before), seen.before[0].shape[-1], seen.cosine.shape[-1]
     groups = [range(L)] if shared else [[l] for l in range(L)]
     nets = []
@@ -263,9 +272,12 @@ def label_report(pruner:Pruner, # From `fit_pruner`
         p = pruner.probability(l, seen.before[l], seen.context[l])
         said = p > score_threshold
         recall, specific, k = share(~said & ~y, ~y), share(said & y, y), y.float().mean().item()
-        out.append(dict(block=l + 1, always_keep=k, majority=max(k, 1 - k), accuracy=(said == y).float().mean().item(),
-                        balanced=(recall + specific)/2, precision=share(~said & ~y, ~said), recall=recall,
-                        calibration_error=calibration_error(p, y), labelled_skip=1 - k, said_skip=1 - said.float().mean().item()))
+        out.append(dict(block=l + 1, always_keep=k, majority=max(k, 1 - k),
+                        accuracy=(said == y).float().mean().item(),
+                        balanced=(recall + specific)/2,
+                        precision=share(~said & ~y, ~said), recall=recall,
+                        calibration_error=calibration_error(p, y),
+                        labelled_skip=1 - k, said_skip=1 - said.float().mean().item()))
     return out
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #f2c535d1
@@ -298,7 +310,8 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
     pruner that it does not have."""
     at = 'queries' if keys == 'all' else 'before'
     counts = [math.ceil(k - 1e-6) for k in kept]
-    steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k) for l, k in enumerate(counts) if k < n_patches}
+    steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k)
+             for l, k in enumerate(counts) if k < n_patches}
     return Policy(steps, f'random, keys of {keys}')
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #0e705756
@@ -361,8 +374,9 @@ class CosineConfig(Looks):
                                           shown='0.95; with a budget, one that fits it')
     keys: Literal['all', 'kept'] = option('all', "keys and values of 'all' tokens, or of 'kept' ones",
                                           "'all' or 'kept'", 'KIND')
-    rounds: Annotated[int, Field(ge=0, le=10**6)] = option(0, "trainings on the pruned model's own tokens",
-                                                           'a whole number, 0 or more, and at most a million', 'N')
+    rounds: Annotated[int, Field(ge=0, le=10**6)] = option(
+        0, "trainings on the pruned model's own tokens",
+        'a whole number, 0 or more, and at most a million', 'N')
 
 @method('cosine', 'skip, block by block, the patches that hardly turn (cosine labels)',
         'report on a cosine-label MLP pruner', PALETTE['purple'])

@@ -17,7 +17,8 @@ from ..errors import is_number, refuse, require
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #41cf2461
 class Widths(NamedTuple):
-    "How many channels enter and leave the Linear layers of one block; in a plain ViT all but those of the MLP are D."
+    """How many channels enter and leave the Linear layers of one block; in a plain ViT all but those of the
+    MLP are D."""
     attn_in: int # columns of `attn.qkv`
     qk: int      # rows of `attn.qkv` that make Q; as many make K
     v: int       # rows of `attn.qkv` that make V
@@ -44,7 +45,8 @@ def block_macs(nq,      # Tokens with a query
                mlp_dim:int, # Hidden width of the MLP
                attn_dim:int|None=None, # Width of all heads together; None: D
                ):       # MACs, an int when all counts are
-    "MACs of one block: 2·nq·D² + 2·nkv·D² + 2·nq·nkv·D + 2·nmlp·D·D_mlp (where the heads are D wide together)."
+    """MACs of one block: 2·nq·D² + 2·nkv·D² + 2·nq·nkv·D + 2·nmlp·D·D_mlp (where the heads are D wide
+    together)."""
     A = attn_dim or dim
     return sum(block_terms(nq, nkv, nmlp, Widths(dim, A, A, A, dim, dim, mlp_dim, mlp_dim)).values())
 
@@ -61,16 +63,19 @@ def _odd_block(b)->bool:
     layers = [getattr(attn, 'qkv', None), getattr(attn, 'proj', None), getattr(mlp, 'fc1', None),
               getattr(mlp, 'fc2', None)]
     linear = all(getattr(getattr(l, 'weight', None), 'ndim', 0) == 2 for l in layers)
-    return type(b) is not Block or not isinstance(attn, Attention) or not linear or getattr(attn, 'gate', None) is not None
+    gated = getattr(attn, 'gate', None) is not None
+    return type(b) is not Block or not isinstance(attn, Attention) or not linear or gated
 
 def _odd_stem(embed)->bool:
     "Do patches come from anything but one convolution, a patch at a time?"
     proj = getattr(embed, 'proj', None)
     if not isinstance(proj, torch.nn.Conv2d) or hasattr(embed, 'backbone'): return True
-    return tuple(proj.kernel_size) != tuple(proj.stride) or proj.groups != 1 or any(p != 0 for p in proj.padding)
+    padded = any(p != 0 for p in proj.padding)
+    return tuple(proj.kernel_size) != tuple(proj.stride) or proj.groups != 1 or padded
 
 def _strange_matrices(vit)->list:
-    "Names of weight matrices and tensors that no formula knows: adapters, talking heads, relative positions, a head of several layers."
+    """Names of weight matrices and tensors that no formula knows: adapters, talking heads, relative
+    positions, a head of several layers."""
     known = {'patch_embed.proj.weight', 'pos_embed', 'cls_token', 'dist_token', 'reg_token', 'head.weight',
              'head_dist.weight'}
     known |= {f'blocks.{i}.{l}.weight' for i in range(len(vit.blocks))
@@ -80,7 +85,8 @@ def _strange_matrices(vit)->list:
 
 def not_by_formula(model # Any network; a SlimViT is judged by what it wraps
                    )->str: # e.g. 'which pools by attention'; '' where the formulas hold
-    "Why the cost of a model does not follow from token counts and widths, but must be counted in a forward pass."
+    """Why the cost of a model does not follow from token counts and widths, but must be counted in a forward
+    pass."""
     from timm.models.vision_transformer import VisionTransformer
     vit = _bare(model)
     if not hasattr(vit, 'patch_embed') or not hasattr(vit, 'blocks'):
@@ -149,10 +155,11 @@ def check_counts(counts,   # One (nq, nkv, nmlp) per block; floats are means ove
 # %% ../../nbs/1_foundations/03_cost.ipynb #1179bfe0
 def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read)
               counts=None, # L triples (nq, nkv, nmlp); None = dense
-              )->list:     # dict(block, part, tokens, macs, params) for each part of each block; block -1 embeds, block L is the head
+              )->list:     # dict(block, part, tokens, macs, params); block -1 embeds, block L is the head
     "The cost of a ViT, part by part, block by block."
     vit, blocks = vit_blocks(model)
-    n, embed, size = n_tokens(model), vit.patch_embed, lambda *ms: sum(p.numel() for m in ms for p in m.parameters())
+    n, embed = n_tokens(model), vit.patch_embed
+    size = lambda *ms: sum(p.numel() for m in ms for p in m.parameters())
     patches = embed.num_patches
     rows = [dict(block=-1, part='patch embedding', tokens=patches, macs=patches*embed.proj.weight.numel(),
                  params=size(embed.proj))]
@@ -169,11 +176,12 @@ def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (wh
                         macs=sum(h.weight.numel() for h in heads), params=size(*heads))]
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #0a326c79
-def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read: pass its counts)
-               counts=None, # L triples (nq, nkv, nmlp), entry i for `blocks[i]`; floats are means over images; None = dense
+def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (pass its policy's counts)
+               counts=None, # L triples (nq, nkv, nmlp); floats are means over images; None = dense
                extra=0,     # MACs that the method adds, e.g. those of a predictor
                ):           # MACs of one image
-    "MACs of one forward pass: patch embedding, blocks, head, and what the method adds. Norms, softmax and GELU are not counted."
+    """MACs of one forward pass: patch embedding, blocks, head, and what the method adds. Norms, softmax and
+    GELU are not counted."""
     require(is_number(extra) and extra >= 0, 'extra', extra, 'MACs, 0 or more')
     return sum(r['macs'] for r in cost_rows(model, counts)) + extra
 
@@ -187,7 +195,7 @@ def cost_table(model,       # As for `model_macs`
                counts=None, # As for `model_macs`
                extra=0,     # As for `model_macs`
                by:str='part', # 'part' or 'block': what a row is
-               ):           # pandas.DataFrame of part, tokens (mean over blocks), macs, share, params; the last row is the total
+               ):           # DataFrame of part, tokens (mean over blocks), macs, share, params; total last
     "Where the MACs and the parameters are."
     import pandas as pd
     require(isinstance(by, str) and by in ('part', 'block'), 'by', by, "'part' or 'block'")
@@ -232,17 +240,21 @@ def _input_size(model)->tuple: # (channels, height, width)
     return (channels, *size) if size else (channels, *full[1:])
 
 def flop_counter():
-    "PyTorch's `FlopCounterMode`, told of the CPU's fused attention kernel, which not every release of it knows (2.13 and 2.14 do not); two of its operations are one MAC."
+    """PyTorch's `FlopCounterMode`, told of the CPU's fused attention kernel, which not every release of it
+    knows (2.13 and 2.14 do not); two of its operations are one MAC."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     return FlopCounterMode(display=False, custom_mapping={
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)})
+        forward: lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
+        backward: lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)})
 
 def count_macs(model:torch.nn.Module, # Any network, also on the 'meta' device
                x=None, # Its input; None: one blank image of the model's size
                )->int: # MACs of the whole batch
-    "MACs that a forward pass really does, by PyTorch's FlopCounterMode: matrix products, convolutions, fused attention."
+    """MACs that a forward pass really does, by PyTorch's FlopCounterMode: matrix products, convolutions,
+    fused attention."""
     return _watch(model, x)[0]
 
 def _watch(model, x=None)->tuple: # (MACs, {name of a module: its MACs})
@@ -291,7 +303,8 @@ def count_table(model:torch.nn.Module, # Any network
 # %% ../../nbs/1_foundations/03_cost.ipynb #b0d9e701
 def tolerance_of(model # A ViT
                  )->float: # Share of the MACs
-    "How far a saved share may be from the one that was asked for: 0.02, or half of a patch where that is more."
+    """How far a saved share may be from the one that was asked for: 0.02, or half of a patch where that is
+    more."""
     vit, _ = vit_blocks(model)
     return max(.02, .5/vit.patch_embed.num_patches)
 

@@ -25,7 +25,8 @@ def attention_rows(attn,              # A timm Attention module
                    qkv:torch.Tensor,  # Output of its `qkv` Linear, (B, N, 3·H·head_dim)
                    rows=slice(None),  # Which queries; slice(0, 1) is CLS alone
                    )->torch.Tensor:   # (B, H, queries, N), each row sums to 1
-    "The softmax rows that `attn` works with, recomputed because the fused kernel does not return them (Patch Slimming eq. 1, scale corrected)."
+    """The softmax rows that `attn` works with, recomputed because the fused kernel does not return them
+    (Patch Slimming eq. 1, scale corrected)."""
     B, N, _ = qkv.shape
     # each (B, H, N, head_dim)
     q, k, _ = qkv.reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -36,7 +37,8 @@ def attention_rows(attn,              # A timm Attention module
 # %% ../../nbs/1_foundations/02_vit.ipynb #f157d21c
 def standard_blocks(model # A timm VisionTransformer
                     )->torch.nn.ModuleList: # Its L blocks
-    "The blocks of a model that this course can take apart; anything but timm's standard `Block` is refused by name."
+    """The blocks of a model that this course can take apart; anything but timm's standard `Block` is refused
+    by name."""
     from timm.models.vision_transformer import Attention, Block
     require(not hasattr(model, '_orig_mod'), 'model', 'one from torch.compile',
             'the module before it was compiled', 'Pass model._orig_mod.')
@@ -57,7 +59,8 @@ def standard_blocks(model # A timm VisionTransformer
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #27951f71
 class Captured:
-    "What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention` (L of (B, H, N, N)), `cls_rows` (L of (B, H, N)); of a SlimViT also `computed` (L of (B, N))."
+    """What `capture` collects from the latest forward pass: `tokens` (L+1 of (B, N, D)), `attention`
+    (L of (B, H, N, N)), `cls_rows` (L of (B, H, N)); of a SlimViT also `computed` (L of (B, N))."""
     def __init__(self): self.clear()
 
     def clear(self):
@@ -66,16 +69,18 @@ class Captured:
 
     def __repr__(self):
         shape = tuple(self.tokens[0].shape) if self.tokens else None
-        return f'Captured({len(self.tokens)} × tokens {shape}, {len(self.attention)} attention maps, {len(self.cls_rows)} CLS rows)'
+        return (f'Captured({len(self.tokens)} × tokens {shape}, {len(self.attention)} attention maps, '
+                f'{len(self.cls_rows)} CLS rows)')
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #99d99228
 @contextlib.contextmanager
 def capture(model,               # A timm VisionTransformer of standard blocks, or a SlimViT around one
             attention:bool=True, # Keep the full maps (B, H, N, N); False keeps only the CLS rows
             ):                   # Yields a `Captured`
-    """Within the `with`, each forward pass fills `tokens` (the input of block 1, then the output of each block), `attention`
-    and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook outlives the `with`. For a SlimViT, all of
-    it is on the full grid, and `computed` says which tokens are new in each block: see `SlimViT.capture`."""
+    """Within the `with`, each forward pass fills `tokens` (the input of block 1, then the output of each
+    block), `attention` and, if the model has a CLS token, `cls_rows`. Tensors keep their gradients. No hook
+    outlives the `with`. For a SlimViT, all of it is on the full grid, and `computed` says which tokens are
+    new in each block: see `SlimViT.capture`."""
     if hasattr(model, 'capture') and not hasattr(model, '_orig_mod'):
         with model.capture(attention) as cap: yield cap
         return
@@ -115,7 +120,8 @@ class _Course(TypedDict, total=False):
     sha256: Required[str]
 
 def course_model()->torch.nn.Module:
-    "The trained ViT that ships with the course (12 blocks, 384 wide, 32×32 px, patch 4, CIFAR-10 classes), in eval mode."
+    """The trained ViT that ships with the course (12 blocks, 384 wide, 32×32 px, patch 4, CIFAR-10
+    classes), in eval mode."""
     from safetensors.torch import load_file
     folder = data_path('model')
     info = read_json(folder/'course.json', _Course, 'data/model/course.json',

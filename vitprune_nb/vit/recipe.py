@@ -76,7 +76,8 @@ def recipe_of(model:nn.Module # A timm VisionTransformer, dense or sliced
     "How a ViT was made, read off the model itself; for a sliced one, how the dense one was."
     block, cut, rate = model.blocks[0], getattr(model, 'channels',
                                                 {}), lambda m: float(getattr(m, 'drop_prob', 0) or 0)
-    of_blocks = {k: cut[k] for k in ('norm', 'eps')} if cut else dict(norm=_name(NORMS, block.norm1), eps=getattr(block.norm1, 'eps', None))
+    plain = dict(norm=_name(NORMS, block.norm1), eps=getattr(block.norm1, 'eps', None))
+    of_blocks = {k: cut[k] for k in ('norm', 'eps')} if cut else plain
     kwargs = {k: cut['kwargs'][k] for k in _block_kwargs(model)} if cut else _block_kwargs(model)
     embed_norm = model.patch_embed.norm
     return dict(model=(getattr(model, 'pretrained_cfg', None) or {}).get('architecture'),
@@ -96,7 +97,8 @@ def _known(kwargs:dict)->dict:
     return {k: v for k, v in kwargs.items() if k in own or v}
 
 class NumbersOnCPU(TorchFunctionMode):
-    "Within it, `torch.linspace` has values on the meta device, too: early releases of timm read drop-path rates from it."
+    """Within it, `torch.linspace` has values on the meta device, too: early releases of timm read drop-path
+    rates from it."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **dict(kwargs or {}, **(dict(device='cpu') if func is torch.linspace else {})))
 
@@ -105,7 +107,9 @@ def from_recipe(recipe:dict       # From `recipe_of`
     "Build a dense ViT from its recipe; nothing in a recipe can name a file or code."
     norm, kind = functools.partial(_look_up(NORMS, recipe['norm'], 'norm'),
                                    eps=recipe['eps']), _look_up(KINDS, recipe['kind'], 'kind')
-    stem = {} if recipe['embed_norm'] is None else dict(embed_norm_layer=_look_up(NORMS, recipe['embed_norm'], 'embed_norm'))
+    stem = {}
+    if recipe['embed_norm'] is not None:
+        stem['embed_norm_layer'] = _look_up(NORMS, recipe['embed_norm'], 'embed_norm')
     kwargs = model_kwargs(_known(recipe['kwargs']), from_file=True)
     with NumbersOnCPU():
         model = kind(**kwargs, norm_layer=norm, act_layer=_look_up(ACTS, recipe['act'], 'act'), **stem)

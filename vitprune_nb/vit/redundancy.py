@@ -16,7 +16,8 @@ from .model import capture
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #b965bfc0
 def patch_similarity(tokens:torch.Tensor, # Patch tokens of one layer, (B, n, D), without prefix tokens
                      )->torch.Tensor:     # (B,), each in [-1/(n-1), 1]
-    "Mean cosine of all pairs of different patches within a layer, per image (Patch Slimming, section 3 and Figure 3)."
+    """Mean cosine of all pairs of different patches within a layer, per image (Patch Slimming, section 3 and
+    Figure 3)."""
     require(tokens.ndim == 3 and tokens.shape[1] >= 2, 'tokens', f'shape {tuple(tokens.shape)}',
             '(B, n, D) with two patches or more',
             'Leave the prefix tokens out: tokens[:, model.num_prefix_tokens:].')
@@ -67,7 +68,7 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
                         batch_size:int=32,     # Images at once; does not change the result
                         device='cpu',          # Where to compute
                         dtype='fp32',          # 'fp32', 'bf16' or 'auto'
-                        ):                     # DataFrame: image, depth (0 to L), within, adjacent, update, growth
+                        ):                     # DataFrame: image, depth, within, adjacent, update, growth
     "Both similarities, averaged over the patches of each image at each depth."
     import pandas as pd
     device = pick_device(device)
@@ -78,8 +79,10 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
         for x, _ in progress(loader(ds, batch_size), 'similarity', unit='batch'):
             model(x.to(device))
             means = _layer_means(cap.tokens, model.num_prefix_tokens)
-            depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), torch.arange(first, first + len(x)), indexing='ij')
-            rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **{k: v.flatten() for k, v in means.items()})))
+            here = torch.arange(first, first + len(x))
+            depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), here, indexing='ij')
+            flat = {k: v.flatten() for k, v in means.items()}
+            rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **flat)))
             first += len(x)
     return pd.concat(rows).sort_values(['image', 'depth'], ignore_index=True)
 
