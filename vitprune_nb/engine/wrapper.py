@@ -127,8 +127,9 @@ class TimmNames(nn.Module):
         self.register_load_state_dict_pre_hook(_our_names)
         self.register_load_state_dict_post_hook(_reported_names)
 
-    (num_classes, in_chans, num_features, embed_dim, pretrained_cfg, patch_embed, norm_pre, norm, fc_norm, head,
-     head_dist, cls_token, dist_token, reg_token, pos_embed) = (part_of(f'model.{name}') for name in TIMM)
+    (num_classes, in_chans, num_features, embed_dim, pretrained_cfg, patch_embed, norm_pre, norm, fc_norm,
+     head, head_dist,
+     cls_token, dist_token, reg_token, pos_embed) = (part_of(f'model.{name}') for name in TIMM)
     num_prefix_tokens = part_of('backbone.n_prefix')
     blocks = part_of('backbone.blocks')
 
