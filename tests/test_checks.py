@@ -707,6 +707,55 @@ case('notation', 'check_compound(compound)',
      'lambda rates: rates', 'lambda rates: right(rates[::-1])[::-1]', 'lambda rates: [right(rates)[-1]]*len(rates)')
 
 
+# projects
+
+case('project_three_ways', 'check_pixels(fewer_pixels)', 'lambda model, side: right(model, 24)', 'lambda model, side: right(model, max(side, 28))')
+case('project_three_ways', 'check_tokens(fewer_tokens)',
+     'lambda model: SlimViT(model, Policy({2: Step(score=NormScore(), count=50)})).eval()',    # too little
+     'lambda model: SlimViT(model, Policy({2: Step(score=NormScore(), count=10)})).eval()')    # too much
+case('project_three_ways', 'check_blocks(fewer_blocks)',
+     'lambda model, gone: right(model, [i + 1 for i in gone])',                       # counted from 1
+     'lambda model, gone: right(model, gone[:1])')
+case('project_three_ways', 'check_table(table)',
+     'lambda ways, images: [dict(r, low=-r["high"], high=-r["low"]) for r in right(ways, images)]',    # first minus second
+     'lambda ways, images: [dict(r, saved=1 - r["saved"]) for r in right(ways, images)]',
+     'lambda ways, images: right(dict(reversed(ways.items())), images)')
+case('project_fault_finder', 'check_finder(find_fault)', 'lambda engine: None', 'lambda engine: "broken"',
+     'lambda engine: None if torch.allclose(engine(net, images, {}), net(images)) else "identity"',    # one of six properties
+     'lambda engine: None if torch.allclose(engine(net, images, {2: 7}), honest(net, images, {2: 7})) else "agreement"')
+case('project_fault_finder', 'check_named(named)', 'dict(right, a="batch")', 'dict(right, h="identity")')
+case('project_own_method', 'check_scorer(Mine)', """class wrong(Scorer):                                   # the same patches for every image
+    def forward(self, t): return -t.pos.float()""",
+     """class wrong(Scorer):                                                         # removed patches are in the mean
+    def forward(self, t): return (t.x - t.x[:, t.n_prefix:].mean(1, keepdim=True)).norm(dim=-1)""")
+case('project_own_method', 'check_method(MyMethod)', """class wrong(right):
+    config = Config                                                                  # no dial""", """class wrong(right):
+    def plan(self, job, state, rate): return Policy({2: Step(score=Mine(), count=max(1, round(32*rate)))})    # 1 does not keep all""")
+case('project_own_method', 'check_worth(worth)',
+     'lambda *a: [dict(g, difference=-g["difference"]) for g in right(*a)]',          # chance minus method
+     'lambda *a: right(*a)[:1]')
+case('project_referee', 'check_unequal(unequal)', 'lambda a, b: right(a, b) - {"macs"}', 'lambda a, b: right(a, b) | {"method"}')
+case('project_referee', 'check_ruling(ruling)',
+     'lambda pair, better: "holds" if pair["difference"] > 0 else "fails"',           # no interval
+     'lambda pair, better: right(pair, pair["b"])')
+case('project_referee', 'check_family(family)',
+     'lambda p, level=.05: [v < level for v in p]', 'lambda p, level=.05: [v < level/len(p) for v in p]',    # each alone; Bonferroni
+     'lambda p, level=.05: [v <= level/(len(p) - sorted(p).index(v)) for v in p]')    # does not stop
+case('project_referee', 'check_rulings(rulings)', 'dict(right, B="follows")', 'dict(right, C="follows")', 'dict(right, E="follows")')
+case('project_one_decimal', 'check_rates(rates_behind)',
+     'lambda printed, cost: (right(printed, cost) or (0., 0.))[::-1]', 'lambda printed, cost: right(printed, cost) or (0., 0.)')
+case('project_one_decimal', 'check_slack(slack)', 'lambda printed: 10/printed', 'lambda printed: right(printed)/100')
+case('project_one_decimal', 'check_unequal_by(unequal_by)',
+     'lambda table, model, a, b: right(table, model, b, a)', 'lambda table, model, a, b: right(table, model, a, b)[::-1]')
+case('project_own_images', 'check_folder(as_folder)',
+     'lambda ds, folder: right(ds.subset(range(10)), folder)', 'lambda ds, folder: right(ds, Path(folder)/"images")')
+case('project_own_images', 'check_experiment(experiment)',
+     'lambda data: right(data).replace("chance = true", "")', 'lambda data: right(data).replace("0.45", "0.5")')
+case('project_own_images', 'check_cheapest(cheapest)', 'lambda rows, points: right(rows, points/100)',
+     """lambda rows, points: min((r for r in rows if r["method"] != "dense" and .9 - r["top1"] <= points/100),    # chance as well
+                             key=lambda r: r["macs"], default=None)""")
+
+
 ### the tests
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import ROOT, notebooks
 
-LESSONS = {p.stem: p for p in notebooks() if p.parent.name[:1] in '12345'}
+# a project leaves its verdict to the reader
+LESSONS = {p.stem: p for p in notebooks() if p.parent.name[:1] in '12345' and not p.stem.startswith('project')}
 HEAD = re.compile(r'^## (What we found|Verdict)\b', re.M)
 NUMBER = re.compile(r'(?<![\w.^/{])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:e[-+]?\d+)?(?![\w^]|\.\d)')
 # names, places in papers and in the network, and years: no results
