@@ -20,7 +20,8 @@ import typer.core
 
 # %% ../nbs/6_reference/24_cli.ipynb #3f45ec3b
 class Commands(typer.core.TyperGroup):
-    "The options of `prune` come from the methods, whose modules take seconds to import: they are asked when `prune` is."
+    """The options of `prune` come from the methods, whose modules take seconds to import: they are asked
+    when `prune` is."""
     def resolve_command(self, ctx, args):
         if args and args[0] == 'prune': self.commands['prune'] = prune_command()
         return super().resolve_command(ctx, args)
@@ -29,13 +30,15 @@ app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pre
 
 def in_words_of_ours(e:Exception # From this package or one below it
                      )->str|None: # None for what is a bug
-    "A refusal as it stands; what a disk or a memory that is too small, or a damaged file, makes of a library."
+    """A refusal as it stands; what a disk or a memory that is too small, or a damaged file, makes of a
+    library."""
     import torch
     from safetensors import SafetensorError
     from vitprune_nb.errors import VitpruneError, for_shell
     if isinstance(e, VitpruneError): return for_shell(str(e))
     if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e): return 'out of memory. Choose a smaller --batch.'
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
+        return 'out of memory. Choose a smaller --batch.'
 
 def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug
@@ -62,9 +65,11 @@ def main(args:Optional[list]=None # The words after `vitprune`; None takes them 
     "The console script."
     code, before = 0, warnings.formatwarning
     warnings.formatwarning = one_line
-    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # file names may hold any byte
+    # file names may hold any byte
+    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        code = app(args=args, prog_name='vitprune', standalone_mode=False)   # an int after typer.Exit, else a command's record
+        # an int after typer.Exit, else a command's record
+        code = app(args=args, prog_name='vitprune', standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:   # `vitprune cost | head -3`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +81,8 @@ def main(args:Optional[list]=None # The words after `vitprune`; None takes them 
     return code if isinstance(code, int) else 0
 
 # %% ../nbs/6_reference/24_cli.ipynb #156eae63
-KEYS = 'model data images macs params reduction top1 top1_low top1_high throughput latency_ms batch device'.split()
+KEYS = ['model', 'data', 'images', 'macs', 'params', 'reduction', 'top1', 'top1_low', 'top1_high',
+        'throughput', 'latency_ms', 'batch', 'device']
 
 def finish(record:dict,  # Whatever the command found out
            as_json:bool, # --json
@@ -95,13 +101,24 @@ def in_words(d:dict # From `cost_of`
     return f"{d['macs']/1e9:.3f} G MACs{less}, {d['params']/1e6:.2f} M parameters{how}"
 
 # %% ../nbs/6_reference/24_cli.ipynb #2ad5fa54
-Model = Annotated[str, typer.Argument(metavar='MODEL', help="'course', a timm name such as deit_small_patch16_224, or a folder that `vitprune prune` wrote")]
-Weights = Annotated[Optional[str], typer.Option(metavar='FILE', help='checkpoint for course or a timm name; without it, a timm name has random weights')]
-Data = Annotated[Optional[str], typer.Option(metavar='NAME|DIR', help="'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or test/  [default: VITPRUNE_DATA, else embedded]")]
+Model = Annotated[str, typer.Argument(metavar='MODEL',
+                                      help="'course', a timm name such as deit_small_patch16_224, or a "
+                                           "folder that `vitprune prune` wrote")]
+Weights = Annotated[Optional[str],
+                    typer.Option(metavar='FILE',
+                                 help='checkpoint for course or a timm name; without it, a timm name has '
+                                      'random weights')]
+Data = Annotated[Optional[str],
+                 typer.Option(metavar='NAME|DIR',
+                              help="'embedded', 'cifar10', 'cifar100', or a folder with train/ and val/ or "
+                                   "test/  [default: VITPRUNE_DATA, else embedded]")]
 Limit = Annotated[Optional[int], typer.Option(metavar='N', help='only N images, balanced over the classes')]
-Skip = Annotated[bool, typer.Option('--skip-damaged', help='open every image file first, leave out those that cannot be read, and name them')]
+Skip = Annotated[bool, typer.Option('--skip-damaged',
+                                    help='open every image file first, leave out those that cannot be read, '
+                                         'and name them')]
 Device = Annotated[str, typer.Option(metavar='NAME', help="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")]
-Dtype = Annotated[str, typer.Option(metavar='NAME', help="'fp32', 'bf16', or 'auto': bf16 where it is native")]
+Dtype = Annotated[str, typer.Option(metavar='NAME',
+                                    help="'fp32', 'bf16', or 'auto': bf16 where it is native")]
 Batch = Annotated[int, typer.Option(metavar='N', help='images at once')]
 Seed = Annotated[int, typer.Option(metavar='N', help='decides every random choice')]
 Json = Annotated[bool, typer.Option('--json', help='end standard output with one JSON object')]
@@ -113,7 +130,8 @@ HELP = {}   # what `vitprune COMMAND --help` says
 
 Every command works without arguments on the model and the images that ship with the course, needs no network,
 and explains itself: vitprune COMMAND --help.''')
-def root(ctx:typer.Context, version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
+def root(ctx:typer.Context,
+         version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
     "What `vitprune` does before, or without, a command."
     from vitprune_nb import __version__
     if version: print(__version__)
@@ -146,13 +164,15 @@ def table_of(model,  # Any network, pruned or not
 
 @app.command('cost', short_help='MACs and parameters, part by part', help=HELP['cost'])
 def cli_cost(model:Model='course', weights:Weights=None,
-             by:Annotated[str, typer.Option(help="'part' or 'block': what a row is")]='part', json_:Json=False):
+             by:Annotated[str, typer.Option(help="'part' or 'block': what a row is")]='part',
+             json_:Json=False):
     "Print a model's MACs and parameters as a table."
     from vitprune_nb.engine.store import open_model
     m = open_model(model, weights)
     from vitprune_nb.engine.macs import cost_of
     d, table = cost_of(m), table_of(m, by)
-    shown = dict(tokens='{:.1f}'.format, macs=lambda v: f'{v/1e6:,.1f} M', share='{:.1%}'.format, params='{:,}'.format)
+    shown = dict(tokens='{:.1f}'.format, macs=lambda v: f'{v/1e6:,.1f} M', share='{:.1%}'.format,
+                 params='{:,}'.format)
     print(table.to_string(index=False, formatters=shown, na_rep=''))
     print(f'{model}: {in_words(d)}')
     return finish(dict(model=model, **d), json_)
@@ -171,8 +191,11 @@ def open_data(data,       # As for `load_data`
     from vitprune_nb.demo import check_classes
     ds = load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
     if model is None: return ds
-    if rename and getattr(model, 'classes', None): ds = ds.but(classes=model.classes if len(model.classes) == len(ds.classes) else ds.classes)
-    ds = match_classes(model, ds, 'Rename the folders; where they are the same classes in the same order, `vitprune eval --rename-classes` says so.')
+    if rename and getattr(model, 'classes', None):
+        ds = ds.but(classes=model.classes if len(model.classes) == len(ds.classes) else ds.classes)
+    ds = match_classes(model, ds,
+                       'Rename the folders; where they are the same classes in the same order, `vitprune '
+                       'eval --rename-classes` says so.')
     check_classes(model, ds)
     return ds
 
@@ -180,8 +203,9 @@ def open_data(data,       # As for `load_data`
 HELP['eval'] = '''Measure the top-1 accuracy of a model, with its 95% interval.
 
 The interval is Wilson's. Two models should differ by more than its width, or be compared image by image.
-A pruned model knows the names of its classes. Folders in another order are matched by name, and names that it does not know are refused;
---rename-classes says that they are the same classes, in the same order.
+A pruned model knows the names of its classes. Folders in another order are matched by name, and names
+that it does not know are refused; --rename-classes says that they are the same classes, in the same
+order.
 
 \b
 Examples:
@@ -191,8 +215,12 @@ Examples:
 
 # %% ../nbs/6_reference/24_cli.ipynb #2edb9312
 @app.command('eval', short_help='top-1 accuracy with its interval', help=HELP['eval'])
-def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False, limit:Limit=None, device:Device='auto', dtype:Dtype='fp32',
-             batch:Batch=64, rename:Annotated[bool, typer.Option('--rename-classes', help='class folders of other names are the classes of the model, in its order')]=False, json_:Json=False):
+def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False,
+             limit:Limit=None, device:Device='auto', dtype:Dtype='fp32',
+             batch:Batch=64,
+             rename:Annotated[bool, typer.Option('--rename-classes',
+                                                 help='class folders of other names are the classes of the '
+                                                      'model, in its order')]=False, json_:Json=False):
     "Print a model's top-1 accuracy on test images."
     from vitprune_nb.engine.store import open_model
     from vitprune_nb.core import pick_device
@@ -200,11 +228,14 @@ def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_da
     from vitprune_nb.vit.model import evaluate
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged, rename=rename)
-    d, r = cost_of(m, first_images(m, ds, min(batch, len(ds)))), evaluate(m, ds, batch, device, dtype, f'eval {model}')
-    print(f'{model} on {ds.name} {ds.split}: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f}), '
+    d = cost_of(m, first_images(m, ds, min(batch, len(ds))))
+    r = evaluate(m, ds, batch, device, dtype, f'eval {model}')
+    print(f'{model} on {ds.name} {ds.split}: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to '
+          f'{100*r["top1_high"]:.1f}), '
           f'{r["correct"]:,} of {r["images"]:,} images right, in {r["seconds"]:.1f} s')
     print(in_words(d))
-    return finish(dict(model=model, data=ds.name, **d, **r, batch=batch, device=device.type, dtype=dtype), json_)
+    return finish(dict(model=model, data=ds.name, **d, **r, batch=batch, device=device.type, dtype=dtype),
+                  json_)
 
 # %% ../nbs/6_reference/24_cli.ipynb #fed35b50
 def first_images(model,  # Decides the transform
@@ -225,11 +256,13 @@ def is_pruned_folder(folder # Any path
     "Does it hold a pruned model of ours, and nothing else?"
     folder = Path(folder)
     if folder.is_symlink() or not folder.is_dir(): return False
-    if {p.name for p in folder.iterdir()} - {'plan.json'} != {'config.json', 'model.safetensors'}: return False
+    if {p.name for p in folder.iterdir()} - {'plan.json'} != {'config.json', 'model.safetensors'}:
+        return False
     try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError): return False
     is_dict = isinstance(config, dict)
-    return is_dict and (str(config.get('format')).startswith('vitprune') or {'model', 'kwargs', 'info'} <= set(config))
+    ours = str(config.get('format')).startswith('vitprune') if is_dict else False
+    return is_dict and (ours or {'model', 'kwargs', 'info'} <= set(config))
 
 def check_out(out,              # The folder that shall be written
               force:bool=False, # Replace a pruned model that is there
@@ -255,7 +288,8 @@ def write_folder(model, # From `methods.prune`
     from vitprune_nb.files import write_folder_atomic
     from vitprune_nb.engine.store import save_pruned
     out = check_out(out, force)
-    with write_folder_atomic(out, lambda f: force and is_pruned_folder(f), 'out') as new: save_pruned(model, new, **info)
+    with write_folder_atomic(out, lambda f: force and is_pruned_folder(f), 'out') as new:
+        save_pruned(model, new, **info)
     return out
 
 # %% ../nbs/6_reference/24_cli.ipynb #ba2bd5af
@@ -270,11 +304,15 @@ def check_unfinished(out, # The folder that shall be written in the end
     if not work.is_dir() or not any(work.iterdir()): return work
     try: old = json.loads((work/'options.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): old = None
-    ours = isinstance(old, dict) and ('options.json' in made_in(work) or {'model', 'weights', 'method', 'data'} <= set(old))
-    require(ours, 'out', f'{out}, beside which {work.name} was not made by vitprune', 'a name where OUT.unfinished is free too',
+    named = isinstance(old, dict) and {'model', 'weights', 'method', 'data'} <= set(old)
+    ours = isinstance(old, dict) and ('options.json' in made_in(work) or named)
+    require(ours, 'out', f'{out}, beside which {work.name} was not made by vitprune',
+            'a name where OUT.unfinished is free too',
             'The state of the work is kept there. Name another folder.')
-    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}' for k in {**old, **options} if old.get(k) != options.get(k))
-    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run', f'Repeat them, or delete {work}.')
+    changed = ', '.join(f'{k.replace("_", "-")} {old.get(k)}'
+                        for k in {**old, **options} if old.get(k) != options.get(k))
+    require(not changed, 'out', f'{out}, whose unfinished run had {changed}', 'the options of that run',
+            f'Repeat them, or delete {work}.')
     return work
 
 @contextlib.contextmanager
@@ -282,7 +320,8 @@ def unfinished(out,         # The folder that shall be written in the end
                needed:bool, # False: yield None
                **options,   # All that decides the pruned model
                ):
-    "Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work is done or was never begun."
+    """Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work
+    is done or was never begun."""
     from vitprune_nb.errors import VitpruneError
     from vitprune_nb.files import claim, remove, write_atomic
     if not needed:
@@ -333,7 +372,9 @@ def option(name:str,   # An option of methods
     about = '; '.join(f'{", ".join(ms)}: {text}' for text, ms in said_by.items())
     if 2*len(users) > of: about = field.description
     if said['dial']: about += ', instead of --reduction'
-    shown = said['shown'] or ('' if default is None or kind is bool else f'{default:g}' if kind is not str else default)
+    if default is None or kind is bool: usual = ''
+    else: usual = f'{default:g}' if kind is not str else default
+    shown = said['shown'] or usual
     if name == 'reduction': shown = f'{BUDGET:g}, unless a dial of the method is given'
     metavar = None if kind is bool else said['metavar'] or None
     typed = typer.Option(flag(name), metavar=metavar, help=about + (f'  [default: {shown}]' if shown else ''))
@@ -341,8 +382,11 @@ def option(name:str,   # An option of methods
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 # %% ../nbs/6_reference/24_cli.ipynb #db9c73c4
-Recover = Annotated[float, typer.Option(metavar='EPOCHS', help='fine-tune the pruned model for so many passes over the training images')]
-RecoverLr = Annotated[Optional[float], typer.Option(metavar='RATE', help='peak learning rate of --recover  [default: 0.0001]')]
+Recover = Annotated[float, typer.Option(metavar='EPOCHS',
+                                        help='fine-tune the pruned model for so many passes over the '
+                                             'training images')]
+RecoverLr = Annotated[Optional[float],
+                      typer.Option(metavar='RATE', help='peak learning rate of --recover  [default: 0.0001]')]
 
 # %% ../nbs/6_reference/24_cli.ipynb #04b2a6da
 def listed(text,     # '0.7' or '4,7,10'; None stays None
@@ -359,8 +403,9 @@ def listed(text,     # '0.7' or '4,7,10'; None stays None
 # %% ../nbs/6_reference/24_cli.ipynb #4135480d
 ABOUT_PRUNE = '''Prune a model and write it as a folder that eval, bench, cost and load_pruned read.
 
-Prints what each block keeps and what that saves; `vitprune eval DIR` shows what it costs. DIR gets config.json, model.safetensors
-and, from methods that make one, plan.json. A run that was stopped goes on when the same command line is given again.
+Prints what each block keeps and what that saves; `vitprune eval DIR` shows what it costs. DIR gets
+config.json, model.safetensors and, from methods that make one, plan.json. A run that was stopped goes on
+when the same command line is given again.
 
 \b
 Methods, and the options that they read:
@@ -374,7 +419,7 @@ Examples:
   vitprune prune --method vtp --ratio 0.4 --l1 1e-4 --recover 1 --out cut
   vitprune prune --method life --keep-rate 0.7 --stages 4,7,10 --out lives
   vitprune prune --method cosine --cosine-threshold 0.9 --score-threshold 0.5 --out skips
-  vitprune prune --eps 0.02 --tune-epochs 3 --recover 1 --out best   the paper's pipeline: hours on two cores'''
+  vitprune prune --eps 0.02 --tune-epochs 3 --recover 1 --out best   the paper's pipeline: takes hours'''
 
 # %% ../nbs/6_reference/24_cli.ipynb #e116e99b
 BUDGET = .45   # share of the MACs that `prune` saves when neither a budget nor a dial is given
@@ -400,7 +445,8 @@ def prune_options(method:str,   # One of METHODS
     from vitprune_nb.methods.base import METHODS, read_options
     require(0 <= recover <= 1e6, 'recover', recover, 'zero or a positive number of epochs, at most a million')
     require(recover_lr is None or recover, 'recover-lr', recover_lr, 'nothing without --recover')
-    require(recover_lr is None or is_number(recover_lr) and recover_lr > 0, 'recover-lr', recover_lr, 'a number above 0')
+    require(recover_lr is None or is_number(recover_lr) and recover_lr > 0, 'recover-lr', recover_lr,
+            'a number above 0')
     require(method in METHODS, 'method', method, ', '.join(METHODS))
     m = METHODS[method]
     for name, field in m.options.items():
@@ -425,11 +471,14 @@ def what_is_left(model # From `methods.prune`
     return patches, '\n'.join(lines)
 
 # %% ../nbs/6_reference/24_cli.ipynb #1b110d70
-def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to write')], model:Model='course',
-              method:Annotated[str, typer.Option(metavar='NAME', help='one of the methods above')]='patch-slimming',
+def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to write')],
+              model:Model='course',
+              method:Annotated[str, typer.Option(metavar='NAME',
+                                                 help='one of the methods above')]='patch-slimming',
               recover:Recover=0., recover_lr:RecoverLr=None, data:Data=None, skip_damaged:Skip=False,
               weights:Weights=None, device:Device='auto',
-              force:Annotated[bool, typer.Option('--force', help='replace a pruned model that is in DIR')]=False,
+              force:Annotated[bool, typer.Option('--force',
+                                                 help='replace a pruned model that is in DIR')]=False,
               json_:Json=False, **options):
     "Prune a model and save it."
     from vitprune_nb.engine.macs import cost_of
@@ -445,16 +494,19 @@ def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to
     if long: check_unfinished(out, **settings)
     net, device = open_model(model, weights), pick_device(device)
     labelled = net if recover or m.trains else None
-    train = open_data(data, 'train', labelled, skip_damaged=skip_damaged)    # refuses other classes now, not after the search
+    # refuses other classes now, not after the search
+    train = open_data(data, 'train', labelled, skip_damaged=skip_damaged)
     check_out(out, force, need=4*sum(p.numel() for p in net.parameters())*(6 if long else 1))
     with only_one(out, beside=True), unfinished(out, long, **settings) as work:
         with default_budget(m, options.get('reduction') is None):
             pruned = methods.prune(method, net, train, device=device, work=work, **given)
         log = []
         if recover:
-            log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=config.seed, device=device, out=work/'recover')
+            log = methods.recover(pruned, train, recover, recover_lr or 1e-4, seed=config.seed, device=device,
+                                  out=work/'recover')
         (patches, line), d = what_is_left(pruned), cost_of(pruned)
-        record = {k: v for k, v in pruned.info.items() if k != 'counts'} | dict(patches=patches, recover=recover, device=device.type, **d)
+        remembered = {k: v for k, v in pruned.info.items() if k != 'counts'}
+        record = remembered | dict(patches=patches, recover=recover, device=device.type, **d)
         write_folder(pruned, out, force, backbone=model, **record)
     told = ''.join(f', {k} {record[k]}' for k in own_options(m) if k in given or k == m.dial)
     print(f'{model} -> {out}: {method}{told}, {train.name} {train.split}, seed {config.seed}')
@@ -474,7 +526,8 @@ def prune_command(): # -> a click command
     def command(**given): return cli_prune(**given)
     command.__signature__ = inspect.Signature([*fixed[:3], *own, *fixed[3:]])
     command.__annotations__ = {p.name: p.annotation for p in (*fixed, *own)}
-    lines = [f'  {m.name:15} {m.about}\n  {"":15} {" ".join(map(flag, own_options(m)))}' for m in METHODS.values()]
+    lines = [f'  {m.name:15} {m.about}\n  {"":15} {" ".join(map(flag, own_options(m)))}'
+             for m in METHODS.values()]
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command('prune', help=ABOUT_PRUNE.format(methods='\n'.join(lines)))(command)
     return typer.main.get_command(alone)
@@ -495,7 +548,8 @@ Examples:
 
 # %% ../nbs/6_reference/24_cli.ipynb #fab30fd7
 @app.command('bench', short_help='latency and throughput', help=HELP['bench'])
-def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False, batch:Batch=64,
+def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_damaged:Skip=False,
+              batch:Batch=64,
               repeats:Annotated[int, typer.Option(metavar='N', help='rounds that count')]=10,
               warmup:Annotated[int, typer.Option(metavar='N', help='rounds before counting starts')]=3,
               device:Device='auto', dtype:Dtype='fp32', json_:Json=False):
@@ -506,17 +560,22 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
     from vitprune_nb.evidence.measure import bench, time_reduction
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', skip_damaged=skip_damaged)
-    if getattr(m, 'classes', None) and not set(ds.classes) <= set(m.classes): print('vitprune: these images show other classes than the model knows; its time is the same for all images of a size', file=sys.stderr)
+    if getattr(m, 'classes', None) and not set(ds.classes) <= set(m.classes):
+        print('vitprune: these images show other classes than the model knows; its time is the same for all '
+              'images of a size', file=sys.stderr)
     x = first_images(m, ds, batch)
     pair = {model: m} if dense_of(m) is m else {'dense': dense_of(m).eval(), model: m}
     d, rows = cost_of(m, x), bench(pair, x, warmup, repeats, device, dtype)
-    for r in rows: print(f'{r["name"]}: {r["latency_ms"]:.1f} ms a batch of {r["batch"]} (quartiles {r["latency_low"]:.1f} to {r["latency_high"]:.1f}), '
-                         f'{r["throughput"]:.0f} images/s, on {r["device"]}, {r["dtype"]}, {r["threads"]} threads')
+    for r in rows:
+        print(f'{r["name"]}: {r["latency_ms"]:.1f} ms a batch of {r["batch"]} (quartiles '
+              f'{r["latency_low"]:.1f} to {r["latency_high"]:.1f}), '
+              f'{r["throughput"]:.0f} images/s, on {r["device"]}, {r["dtype"]}, {r["threads"]} threads')
     extra = {}
     if len(rows) > 1:
         t = time_reduction(rows, 'dense')[1]
         extra = dict(speed_up=t['speed_up'], time_reduction=t['time_reduction'])
-        print(f'{t["speed_up"]:.2f} times as fast as dense ({1/(1 - t["time_reduction_low"]):.2f} to {1/(1 - t["time_reduction_high"]):.2f})')
+        print(f'{t["speed_up"]:.2f} times as fast as dense ({1/(1 - t["time_reduction_low"]):.2f} to '
+              f'{1/(1 - t["time_reduction_high"]):.2f})')
     print(in_words(d))
     last = {k: v for k, v in rows[-1].items() if k not in ('name', 'times_ms')}
     return finish(dict(model=model, images=batch, **d, **last, **extra), json_)
@@ -524,7 +583,8 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
 # %% ../nbs/6_reference/24_cli.ipynb #2af8efe0
 HELP['demo'] = '''Prune the course model, compare it with its rivals at equal MACs, write a report.
 
-Prints a table with top-1, MACs and speed; DIR gets report.html, kept.png, accuracy_macs.png, results.csv and model/.
+Prints a table with top-1, MACs and speed; DIR gets report.html, kept.png, accuracy_macs.png, results.csv
+and model/.
 
 \b
 Examples:
@@ -534,9 +594,12 @@ Examples:
 
 # %% ../nbs/6_reference/24_cli.ipynb #a957e203
 @app.command('demo', short_help='prune, compare and write a report', help=HELP['demo'])
-def cli_demo(out:Annotated[str, typer.Option(metavar='DIR', help='where everything is written')]='demo', data:Data=None, skip_damaged:Skip=False,
-             reduction:Annotated[float, typer.Option(metavar='SHARE', help='share of MACs to save, in (0, 1)')]=.45,
-             images:Annotated[int, typer.Option(metavar='N', help='test images, balanced over the classes')]=1000,
+def cli_demo(out:Annotated[str, typer.Option(metavar='DIR', help='where everything is written')]='demo',
+             data:Data=None, skip_damaged:Skip=False,
+             reduction:Annotated[float, typer.Option(metavar='SHARE',
+                                                     help='share of MACs to save, in (0, 1)')]=.45,
+             images:Annotated[int, typer.Option(metavar='N',
+                                                help='test images, balanced over the classes')]=1000,
              calibration:Annotated[int, typer.Option(metavar='N', help='training images to search on')]=64,
              repeats:Annotated[int, typer.Option(metavar='N', help='rounds of timing that count')]=5,
              batch:Batch=64, seed:Seed=0, device:Device='cpu', json_:Json=False):
@@ -545,14 +608,17 @@ def cli_demo(out:Annotated[str, typer.Option(metavar='DIR', help='where everythi
     from vitprune_nb.demo import run_demo
     rows = run_demo(out, data, reduction, images, calibration, repeats, batch, seed, device, skip_damaged)
     dense, ours = (next(r for r in rows if r['method'] == n) for n in ('dense', 'patch_slimming'))
-    record = {k: ours[k] for k in KEYS if k in ours} | dict(model=str(Path(out)/'model'), macs=round(ours['macs']), reduction=1 - ours['macs']/dense['macs'])
+    record = {k: ours[k] for k in KEYS if k in ours} | dict(model=str(Path(out)/'model'),
+                                                            macs=round(ours['macs']),
+                                                            reduction=1 - ours['macs']/dense['macs'])
     return finish(record | dict(speed_up=dense['latency_ms']/ours['latency_ms'], rows=rows), json_)
 
 # %% ../nbs/6_reference/24_cli.ipynb #b19d1700
 HELP['train'] = '''Make the course model again from a checkpoint of vit_small_patch14_dinov2.
 
-Fits a 4x4 patch projection by least squares, then fine-tunes at 32x32 px. DIR gets checkpoint.pt, log.csv and model/. A run that
-was stopped goes on from its last checkpoint when it is started again. It takes hours on two cores, minutes with a GPU.
+Fits a 4x4 patch projection by least squares, then fine-tunes at 32x32 px. DIR gets checkpoint.pt, log.csv
+and model/. A run that was stopped goes on from its last checkpoint when it is started again. It takes
+hours on two cores, minutes with a GPU.
 
 \b
 Examples:
@@ -562,24 +628,38 @@ Examples:
 # %% ../nbs/6_reference/24_cli.ipynb #1e9b5a01
 @app.command('train', short_help='make the course model again', help=HELP['train'])
 def cli_train(weights:Annotated[str, typer.Option(metavar='FILE', help='the checkpoint to start from')],
-              data:Annotated[str, typer.Option(metavar='NAME|DIR', help="'cifar10', 'embedded', or a folder with train/ and test/")]='cifar10', skip_damaged:Skip=False,
-              out:Annotated[str, typer.Option(metavar='DIR', help='checkpoint, log and finished model')]='runs/course',
-              epochs:Annotated[Optional[float], typer.Option(metavar='N', help="passes over the training images in each of the two stages  [default: the course's]")]=None,
-              lr:Annotated[Optional[float], typer.Option(metavar='RATE', help="peak learning rate  [default: the course's]")]=None,
-              batch:Annotated[int, typer.Option(metavar='N', help='images per step')]=64, limit:Limit=None, seed:Seed=0,
+              data:Annotated[str, typer.Option(metavar='NAME|DIR',
+                                               help="'cifar10', 'embedded', or a folder with train/ and "
+                                                    "test/")]='cifar10', skip_damaged:Skip=False,
+              out:Annotated[str, typer.Option(metavar='DIR',
+                                              help='checkpoint, log and finished model')]='runs/course',
+              epochs:Annotated[Optional[float],
+                               typer.Option(metavar='N',
+                                            help="passes over the training images in each of the two stages  "
+                                                 "[default: the course's]")]=None,
+              lr:Annotated[Optional[float],
+                           typer.Option(metavar='RATE',
+                                        help="peak learning rate  [default: the course's]")]=None,
+              batch:Annotated[int, typer.Option(metavar='N', help='images per step')]=64, limit:Limit=None,
+              seed:Seed=0,
               device:Device='auto', dtype:Dtype='auto', json_:Json=False):
     "Train the course model."
     from vitprune_nb.train.course import train_course
-    recipe = {k: v for k, v in dict(epochs=epochs, lr=lr, batch_size=batch, seed=seed, dtype=dtype).items() if v is not None}
+    recipe = {k: v for k, v in dict(epochs=epochs, lr=lr, batch_size=batch, seed=seed, dtype=dtype).items()
+              if v is not None}
     r = train_course(weights, data, out, device, limit, skip_damaged=skip_damaged, **recipe)
-    print(f'{out}/model: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f}) on {r["images"]:,} test images, '
+    print(f'{out}/model: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f}) on '
+          f'{r["images"]:,} test images, '
           f'after {r["seconds"]/60:.1f} minutes')
-    return finish({**r, **dict(model=str(Path(out)/'model'), data=data, batch=batch, device=r['environment']['device'])}, json_)
+    return finish({**r, **dict(model=str(Path(out)/'model'), data=data, batch=batch,
+                               device=r['environment']['device'])}, json_)
 
 # %% ../nbs/6_reference/24_cli.ipynb #217dc6a9
-HELP['run'] = '''Do a whole experiment: dense baseline, each method at each budget, recovery, accuracy and time; a row of a CSV for each result, and a report.
+HELP['run'] = '''Do a whole experiment: dense baseline, each method at each budget, recovery, accuracy and
+time; a row of a CSV for each result, and a report.
 
-A run that was killed goes on when the same command is given again. A method that fails is named, the others go on, the exit code is 1.
+A run that was killed goes on when the same command is given again. A method that fails is named, the
+others go on, the exit code is 1.
 
 \b
 Examples:
@@ -588,20 +668,41 @@ Examples:
 
 # %% ../nbs/6_reference/24_cli.ipynb #a27b8617
 @app.command('run', short_help='a whole experiment, resumable', help=HELP['run'])
-def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG', help='a small TOML file; the ones of the course are in configs/')],
-            data:Data=None, skip_damaged:Skip=False, weights:Annotated[Optional[str], typer.Option(metavar='FILE', help='checkpoint to start from')]=None,
-            out:Annotated[Optional[str], typer.Option(metavar='DIR', help='state, log, finished models and report.md  [default: runs/NAME]')]=None,
-            results:Annotated[Optional[str], typer.Option(metavar='FILE', help="the CSV of rows  [default: CONFIG's, else DIR/results.csv]")]=None,
-            set_:Annotated[Optional[list[str]], typer.Option('--set', metavar='KEY=VALUE', help='change a setting of CONFIG; may be repeated')]=None,
+def cli_run(config:Annotated[str, typer.Argument(metavar='CONFIG',
+                                                 help='a small TOML file; the ones of the course are in '
+                                                      'configs/')],
+            data:Data=None, skip_damaged:Skip=False,
+            weights:Annotated[Optional[str],
+                              typer.Option(metavar='FILE', help='checkpoint to start from')]=None,
+            out:Annotated[Optional[str],
+                          typer.Option(metavar='DIR',
+                                       help='state, log, finished models and report.md  [default: '
+                                            'runs/NAME]')]=None,
+            results:Annotated[Optional[str],
+                              typer.Option(metavar='FILE',
+                                           help="the CSV of rows  [default: CONFIG's, else "
+                                                "DIR/results.csv]")]=None,
+            set_:Annotated[Optional[list[str]],
+                           typer.Option('--set', metavar='KEY=VALUE',
+                                        help='change a setting of CONFIG; may be repeated')]=None,
             dry_run:Annotated[bool, typer.Option('--dry-run', help='print the plan and stop')]=False,
-            accept_code:Annotated[bool, typer.Option('--accept-code', help='go on although the code changed since the run began')]=False,
-            redo:Annotated[bool, typer.Option('--redo', help='make the rows of methods again whose options changed since')]=False,
-            device:Annotated[Optional[str], typer.Option(metavar='NAME', help="'auto', 'cpu', 'cuda' or 'mps'")]=None, json_:Json=False):
+            accept_code:Annotated[bool, typer.Option('--accept-code',
+                                                     help='go on although the code changed since the run '
+                                                          'began')]=False,
+            redo:Annotated[bool, typer.Option('--redo',
+                                              help='make the rows of methods again whose options changed '
+                                                   'since')]=False,
+            device:Annotated[Optional[str],
+                             typer.Option(metavar='NAME', help="'auto', 'cpu', 'cuda' or 'mps'")]=None,
+            json_:Json=False):
     "Run an experiment; --data, --weights, --results and --device win over CONFIG."
     from vitprune_nb.run import run_config
-    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code=accept_code, redo=redo, skip_damaged=skip_damaged)
+    r = run_config(config, data, weights, out, results, dry_run, set_ or (), device, accept_code=accept_code,
+                   redo=redo, skip_damaged=skip_damaged)
     first = int(os.environ.get('RANK', 0)) == 0      # of several processes one speaks
-    for unit, why in r.get('failed', {}).items() if first else (): print(f'vitprune: {unit} failed: {why}', file=sys.stderr)
+    for unit, why in r.get('failed', {}).items() if first else ():
+        print(f'vitprune: {unit} failed: {why}', file=sys.stderr)
     if finish(r, json_ and first).get('failed'): raise typer.Exit(1)
     return r
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # python -m vitprune_nb.cli, where no console script is at hand
+# python -m vitprune_nb.cli, where no console script is at hand
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -27,7 +27,8 @@ def to_sheet(images:np.ndarray, # uint8 (n, h, w, 3); n a multiple of `columns`
     "Images side by side, row by row, as one picture."
     n, h, w, _ = images.shape
     require(n % columns == 0, 'columns', columns, f'a divisor of the number of images, {n}')
-    return images.reshape(n//columns, columns, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(n//columns*h, columns*w, 3)
+    sheets = images.reshape(n//columns, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
+    return sheets.reshape(n//columns*h, columns*w, 3)
 
 def from_sheet(sheet:np.ndarray, # uint8 (rows * size, columns * size, 3)
                size:int=32,      # Side of a tile in pixels
@@ -44,7 +45,8 @@ def image_formats()->list: # e.g. ['BMP', 'GIF', 'JPEG', …]
     "What Pillow decodes here, by its own code, plugins included that were registered."
     Image.init()
     is_stub = lambda opener: isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
-    return [name for name, (opener, _) in Image.OPEN.items() if name not in _NO_PICTURES and not is_stub(opener)]
+    return [name for name, (opener, _) in Image.OPEN.items() if name not in _NO_PICTURES
+            and not is_stub(opener)]
 
 def image_endings()->set: # {'.png', '.jpg', '.jpeg', …}, in lower case
     "The endings of their files."
@@ -62,14 +64,16 @@ def _eight_bits(im):
     if not (0 <= values.min() and values.max() <= white):   # also where there is a NaN
         raise ValueError(f'it has values outside 0 to {white}, save it with 8 or 16 bits')
     grey = np.rint(values.astype(np.float32)*(255/white)).astype(np.uint8)
-    if tags.get(262) == 0: grey = 255 - grey                # "white is zero", which Pillow heeds for 8 bits only
+    # "white is zero", which Pillow heeds for 8 bits only
+    if tags.get(262) == 0: grey = 255 - grey
     out, key = Image.fromarray(grey), im.info.get('transparency')
     if key is not None: out.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return out
 
 def as_shown(im:Image.Image # Of any mode
              )->Image.Image: # 8-bit RGB
-    "What a viewer shows: all bits scaled to 8, transparent pixels before white; ValueError where nothing says what is white."
+    """What a viewer shows: all bits scaled to 8, transparent pixels before white; ValueError where nothing
+    says what is white."""
     if im.mode[0] in 'IF': im = _eight_bits(im)
     if im.has_transparency_data:
         im = im.convert('RGBA')
@@ -91,10 +95,12 @@ def open_image(path # An image file
     "A picture as it is shown, or a refusal that names the file."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')   # a large picture or one with odd tags is read, a huge one refused
+            # a large picture or one with odd tags is read, a huge one refused
+            warnings.simplefilter('ignore')
             with Image.open(path, formats=image_formats()) as im: shown = as_shown(im)
         if max(shown.size) > 1000*min(shown.size):   # a resized strip would fill the memory
-            raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many one way as the other')
+            raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many '
+                             'one way as the other')
     except Exception as e: _refuse_image(path, e)
     return shown
 
@@ -142,7 +148,9 @@ class ImageSet(torch.utils.data.Dataset):
         if self.seed is not None: set_seed(fold_seed(self.seed, int(i)))
         return (im if self.transform is None else self.transform(im)), int(self.targets[i])
 
-    def __repr__(self): return f'{self.name} {self.split}: {len(self):,} images, {len(self.classes)} classes, hash {self.digest[:10]}'
+    def __repr__(self):
+        return (f'{self.name} {self.split}: {len(self):,} images, {len(self.classes)} classes, '
+                f'hash {self.digest[:10]}')
 
     def but(self, **changes)->'ImageSet':
         "A copy with other attributes, e.g. `ds.but(transform=t)`."
@@ -168,9 +176,11 @@ def write_sheets(ds:ImageSet,  # 32×32 images in memory
     out = {}
     for k, cls in enumerate(ds.classes):
         idx = np.flatnonzero(ds.targets == k)[:per_class]
-        require(len(idx) == per_class, 'per_class', per_class, f"at most {len(idx)}, which is what class '{cls}' has")
+        require(len(idx) == per_class, 'per_class', per_class,
+                f"at most {len(idx)}, which is what class '{cls}' has")
         path = Path(folder)/ds.split/f'{cls}.png'
-        with write_atomic(path) as tmp: Image.fromarray(to_sheet(ds.images[idx])).save(tmp, format='PNG', optimize=True)
+        with write_atomic(path) as tmp:
+            Image.fromarray(to_sheet(ds.images[idx])).save(tmp, format='PNG', optimize=True)
         out[f'{ds.split}/{cls}.png'] = sha256(path)
     return out
 
@@ -185,15 +195,18 @@ def embedded(split:str='test', # 'train' (5,000 images) or 'test' (2,000)
     images, targets = [], []
     for k, cls in enumerate(CIFAR10):
         sheet = f'{split}/{cls}.png'
-        require((folder/sheet).is_file() and sha256(folder/sheet) == manifest[sheet], 'data/embedded/' + sheet,
-                'a missing or changed file', 'the file of the repository', 'Restore it with `git checkout data/embedded`.')
+        require((folder/sheet).is_file() and sha256(folder/sheet) == manifest[sheet],
+                'data/embedded/' + sheet,
+                'a missing or changed file', 'the file of the repository',
+                'Restore it with `git checkout data/embedded`.')
         tiles = from_sheet(np.asarray(open_image(folder/sheet)))
         images.append(tiles); targets += [k]*len(tiles)
     digest = hashlib.sha256(''.join(manifest[f'{split}/{c}.png'] for c in CIFAR10).encode()).hexdigest()
     return ImageSet(np.concatenate(images), targets, CIFAR10, 'embedded', split, digest, transform)
 
 # %% ../nbs/6_reference/01_data.ipynb #1985cbde
-SYSTEM_NAMES = {'__macosx', '__pycache__', '@eadir', '$recycle.bin', 'system volume information', 'lost+found',
+SYSTEM_NAMES = {'__macosx', '__pycache__', '@eadir', '$recycle.bin', 'system volume information',
+                'lost+found',
                 'thumbs.db', 'ehthumbs.db', 'desktop.ini'}
 
 def is_hidden(name:str # Of a file or folder, without its path
@@ -202,15 +215,18 @@ def is_hidden(name:str # Of a file or folder, without its path
     return name.startswith('.') or name.lower() in SYSTEM_NAMES
 
 def _refuse_folder(e):
-    refuse('data', e.filename, 'folders that can be read', f'This one cannot ({e.strerror or e}). Change its permissions, or move it away.')
+    refuse('data', e.filename, 'folders that can be read',
+           f'This one cannot ({e.strerror or e}). Change its permissions, or move it away.')
 
 def visible_files(folder # Where to begin
                   ):     # Yields (folder, names of folders in it, names of other files in it), sorted
     "`os.walk` through links, each real folder once, without hidden names; what cannot be read is refused."
-    seen = {str(p) for p in Path(os.path.realpath(folder)).parents}   # a link to a folder above would never end
+    # a link to a folder above would never end
+    seen = {str(p) for p in Path(os.path.realpath(folder)).parents}
     for place, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real, is_link = os.path.realpath(place), lambda name: os.path.islink(os.path.join(place, name))
-        folders[:] = [] if real in seen else sorted((d for d in folders if not is_hidden(d)), key=lambda d: (is_link(d), d))
+        below = sorted((d for d in folders if not is_hidden(d)), key=lambda d: (is_link(d), d))
+        folders[:] = [] if real in seen else below
         if real not in seen: yield place, sorted(folders), sorted(f for f in files if not is_hidden(f))
         seen.add(real)
 
@@ -224,10 +240,12 @@ def few(names:list, # Of anything
         n:int=5,    # At most so many are shown
         )->str:
     "The first names of a list, and how many more there are."
-    return printable(', '.join(map(str, names[:n])) + (f' and {len(names) - n:,} more' if len(names) > n else ''))
+    more = f' and {len(names) - n:,} more' if len(names) > n else ''
+    return printable(', '.join(map(str, names[:n])) + more)
 
 def _folder_files(base):
-    "The classes below a split's folder, its (path, class index) pairs in a fixed order, and the files that are no images."
+    """The classes below a split's folder, its (path, class index) pairs in a fixed order, and the files
+    that are no images."""
     _, classes, loose = next(visible_files(base))
     endings, images, others = image_endings(), [], [base/name for name in loose]
     for k, c in enumerate(classes):
@@ -245,9 +263,12 @@ def _check_classes_of_splits(root, base, classes):
     other = next((n for n in others if os.path.isdir(root/n)), None)
     try: theirs = class_folders(root/other) if other else []
     except VitpruneError: return      # images that are kept from this user, and not asked for
-    lone = [f'{c} only in {s}/' for a, b, s in ((classes, theirs, base.name), (theirs, classes, other)) for c in sorted(set(a) - set(b))]
-    require(not theirs or not lone, 'data', f'{root}, with {few(lone)}', f'the same class folders in {base.name}/ and {other}/',
-            'The order of the folders numbers the classes. Rename them, or add empty ones where a class has no images.')
+    lone = [f'{c} only in {s}/' for a, b, s in ((classes, theirs, base.name), (theirs, classes, other))
+            for c in sorted(set(a) - set(b))]
+    require(not theirs or not lone, 'data', f'{root}, with {few(lone)}',
+            f'the same class folders in {base.name}/ and {other}/',
+            'The order of the folders numbers the classes. Rename them, or add empty ones where a class has '
+            'no images.')
 
 # %% ../nbs/6_reference/01_data.ipynb #82e2c5d5
 def _bytes_of(path, decode):
@@ -286,13 +307,16 @@ def folder_data(root,               # A folder with train/ and val/ or test/, ea
                 transform=None,     # From a PIL image to whatever the model takes
                 skip_damaged:bool=False, # Leave out files that cannot be read, and say so
                 )->ImageSet:
-    "Images of an ImageFolder tree; paths are kept and files are opened when asked for. What is left out is printed."
+    """Images of an ImageFolder tree; paths are kept and files are opened when asked for. What is left out
+    is printed."""
     require(split in ('train', 'test'), 'split', split, "'train' or 'test'")
     root = Path(os.path.expanduser(path_of('data', root)))
     require(os.path.isdir(root), 'data', root, "'embedded', 'cifar10', 'cifar100' or an existing folder")
     names = ('train',) if split == 'train' else ('val', 'test')
     base = next((root/n for n in names if os.path.isdir(root/n)), None)
-    if base is None: refuse('data', root, 'a folder that holds ' + ' or '.join(n + '/' for n in names) + ' with one folder per class')
+    if base is None:
+        refuse('data', root,
+               'a folder that holds ' + ' or '.join(n + '/' for n in names) + ' with one folder per class')
     name = printable(os.path.basename(os.path.abspath(root)))
     say = lambda text: print(f'{name}/{base.name}: {text}')
     classes, files, others = _folder_files(base)
@@ -301,7 +325,8 @@ def folder_data(root,               # A folder with train/ and val/ or test/, ea
     for note in _notes(classes, kept, others): say(note)
     h = hashlib.sha256()
     for p, _, size in kept: h.update(f'{p.relative_to(base)}\0{size}\0'.encode('utf-8', 'surrogateescape'))
-    return ImageSet([p for p, _, _ in kept], [k for _, k, _ in kept], [printable(c) for c in classes], name, split, h.hexdigest(), transform)
+    return ImageSet([p for p, _, _ in kept], [k for _, k, _ in kept], [printable(c) for c in classes], name,
+                    split, h.hexdigest(), transform)
 
 # %% ../nbs/6_reference/01_data.ipynb #5cedab11
 def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
@@ -317,11 +342,14 @@ def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
     root = Path(os.path.expanduser(path_of('root', root or '~/.cache/vitprune')))
     cls = torchvision.datasets.CIFAR10 if name == 'cifar10' else torchvision.datasets.CIFAR100
     try:
-        with writing(root/cls.base_folder, 'root'): ds = cls(str(root), train=split == 'train', download=download)
+        with writing(root/cls.base_folder, 'root'):
+            ds = cls(str(root), train=split == 'train', download=download)
     except (OSError, RuntimeError) as e:
         refuse('data', name, f'a network, or {cls.filename} unpacked below {root}',
-               f"Fetch it from {cls.url} elsewhere, unpack it there, or point --data to an ImageFolder tree. ({type(e).__name__})")
-    return ImageSet(ds.data, ds.targets, ds.classes, name, split, hashlib.sha256(ds.data.tobytes()).hexdigest(), transform)
+               f"Fetch it from {cls.url} elsewhere, unpack it there, or point --data to an ImageFolder tree. "
+               f"({type(e).__name__})")
+    return ImageSet(ds.data, ds.targets, ds.classes, name, split,
+                    hashlib.sha256(ds.data.tobytes()).hexdigest(), transform)
 
 # %% ../nbs/6_reference/01_data.ipynb #8d9611e3
 def class_subset(ds:ImageSet,     # Any image set
@@ -332,25 +360,30 @@ def class_subset(ds:ImageSet,     # Any image set
     check_set(ds)
     seed = check_seed(seed)
     if is_whole(classes):
-        require(1 <= classes <= len(ds.classes), 'classes', classes, f'1 to {len(ds.classes)}, the classes of {ds.name}')
+        require(1 <= classes <= len(ds.classes), 'classes', classes,
+                f'1 to {len(ds.classes)}, the classes of {ds.name}')
         chosen = sorted(random.Random(seed).sample(ds.classes, classes))
     else:
-        require(isinstance(classes, (list, tuple)), 'classes', classes, 'a number of classes, or a list of their names')
+        require(isinstance(classes, (list, tuple)), 'classes', classes,
+                'a number of classes, or a list of their names')
         chosen = list(classes)
         require(len(set(map(str, chosen))) == len(chosen), 'classes', chosen, 'different names')
         missing = [c for c in chosen if c not in ds.classes]
         require(not missing and chosen, 'classes', missing or chosen, f'class names of {ds.name}')
     new = {ds.classes.index(c): i for i, c in enumerate(chosen)}
     out = ds.subset([i for i, t in enumerate(ds.targets) if t in new])
-    require(len(out) > 0, 'classes', few(chosen), f'classes with images; these have none in {ds.name} {ds.split}')
-    return out.but(targets=np.array([new[t] for t in out.targets]), classes=chosen, name=f'{ds.name}-{len(chosen)}')
+    require(len(out) > 0, 'classes', few(chosen),
+            f'classes with images; these have none in {ds.name} {ds.split}')
+    return out.but(targets=np.array([new[t] for t in out.targets]), classes=chosen,
+                   name=f'{ds.name}-{len(chosen)}')
 
 # %% ../nbs/6_reference/01_data.ipynb #79d5be4a
 def check_set(ds, # What was given
               argument:str='ds')->ImageSet: # Its name
     "Refuse what is no set of images, or has none."
     given = 'no images' if isinstance(ds, ImageSet) else type(ds).__name__
-    require(isinstance(ds, ImageSet) and len(ds) > 0, argument, given, 'an ImageSet with images, e.g. from load_data')
+    require(isinstance(ds, ImageSet) and len(ds) > 0, argument, given,
+            'an ImageSet with images, e.g. from load_data')
     return ds
 
 def calibration(ds:ImageSet, # Usually a training set
@@ -370,16 +403,20 @@ def calibration(ds:ImageSet, # Usually a training set
 # %% ../nbs/6_reference/01_data.ipynb #c1a55e02
 def match_classes(model, # Anything; `model.classes`, where it is known, names the outputs of its head
                   ds:ImageSet, # Images with class names
-                  todo:str='If they are the same under other names, say so: ds.but(classes=model.classes).', # For the refusal
+                  # For the refusal
+                  todo:str='If they are the same under other names, say so: ds.but(classes=model.classes).',
                   )->ImageSet: # The same images, numbered as the model numbers its classes
     "Images by the classes of a model; names that it does not know are refused."
     names = list(getattr(model, 'classes', None) or [])
-    if not names or len(names) != getattr(model, 'num_classes', len(names)) or list(ds.classes) == names: return ds
+    if not names or len(names) != getattr(model, 'num_classes', len(names)) or list(ds.classes) == names:
+        return ds
     strange, unused = ([c for c in a if c not in b] for a, b in ((ds.classes, names), (names, ds.classes)))
     say = lambda cs: ', '.join(map(str, cs[:5])) + (f' and {len(cs) - 5} more' if len(cs) > 5 else '')
-    meant = f'the classes that the model was pruned for, {say(unused)} among them' if unused else 'the classes that the model was pruned for'
+    meant = 'the classes that the model was pruned for'
+    if unused: meant += f', {say(unused)} among them'
     require(not strange, 'data', f'{ds.name} {ds.split} with the class {say(strange)}', meant, todo)
-    return ds.but(classes=names, targets=np.asarray([names.index(c) for c in ds.classes], dtype=np.int64)[ds.targets])
+    return ds.but(classes=names,
+                  targets=np.asarray([names.index(c) for c in ds.classes], dtype=np.int64)[ds.targets])
 
 # %% ../nbs/6_reference/01_data.ipynb #9b9bd28f
 def data_config(model # A timm model, or anything with its `pretrained_cfg`
@@ -394,10 +431,13 @@ def data_config(model # A timm model, or anything with its `pretrained_cfg`
 
 def _check_config(cfg):
     allowed = 'what data_config gives: input_size, interpolation, mean, std, crop_pct'
-    require(isinstance(cfg, dict) and set(cfg) == {'input_size', 'interpolation', 'mean', 'std', 'crop_pct'}, 'cfg', cfg, allowed)
+    require(isinstance(cfg, dict) and set(cfg) == {'input_size', 'interpolation', 'mean', 'std', 'crop_pct'},
+            'cfg', cfg, allowed)
     size = cfg['input_size']
-    require(isinstance(size, (list, tuple)) and len(size) == 3 and all(is_whole(n) and n > 0 for n in size), 'input_size', size, '(channels, height, width)')
-    require(size[0] == 3, 'input_size', size, 'three channels: pictures are read as RGB', 'Put a model of other channels behind a layer that makes them from RGB.')
+    require(isinstance(size, (list, tuple)) and len(size) == 3 and all(is_whole(n) and n > 0 for n in size),
+            'input_size', size, '(channels, height, width)')
+    require(size[0] == 3, 'input_size', size, 'three channels: pictures are read as RGB',
+            'Put a model of other channels behind a layer that makes them from RGB.')
     return cfg
 
 def eval_transform(cfg:dict # From `data_config`
@@ -408,22 +448,26 @@ def eval_transform(cfg:dict # From `data_config`
 
 # %% ../nbs/6_reference/01_data.ipynb #0c1ee282
 def train_transform(cfg:dict,            # From `data_config`
-                    augment:str='light', # 'none', 'light' (flip and shifted crop) or 'deit' (RandomResizedCrop, RandAugment, erasing)
+                    augment:str='light', # 'none', 'light' (flip, shifted crop), 'deit' (RandAugment and more)
                     ):                   # PIL image -> float tensor (3, H, W)
     "A training transform from torchvision's and timm's parts."
     import timm.data
     from torchvision import transforms as T
-    require(isinstance(augment, str) and augment in ('none', 'light', 'deit'), 'augment', augment, "'none', 'light' or 'deit'")
+    require(isinstance(augment, str) and augment in ('none', 'light', 'deit'), 'augment', augment,
+            "'none', 'light' or 'deit'")
     height, width = _check_config(cfg)['input_size'][1:]
     if augment == 'deit':   # mmax9: above it timm posterises to 0 bits, which Pillow 13 refuses
-        return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mmax9-mstd0.5-inc1', re_prob=.25, re_mode='pixel')
+        return timm.data.create_transform(**cfg, is_training=True, auto_augment='rand-m9-mmax9-mstd0.5-inc1',
+                                          re_prob=.25, re_mode='pixel')
     if augment == 'none': return eval_transform(cfg)
-    mode = T.InterpolationMode(cfg['interpolation']) if cfg['interpolation'] in ('bicubic', 'bilinear') else T.InterpolationMode.BICUBIC
-    return T.Compose([T.Resize((height, width), interpolation=mode), T.RandomCrop((height, width), padding=(width//8, height//8)),
+    known = cfg['interpolation'] in ('bicubic', 'bilinear')
+    mode = T.InterpolationMode(cfg['interpolation'] if known else 'bicubic')
+    return T.Compose([T.Resize((height, width), interpolation=mode),
+                      T.RandomCrop((height, width), padding=(width//8, height//8)),
                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg['mean'], cfg['std'])])
 
 # %% ../nbs/6_reference/01_data.ipynb #d3ae3f06
-def load_data(data:str|Path|None=None, # 'embedded', 'cifar10', 'cifar100' or a folder; default: VITPRUNE_DATA, else 'embedded'
+def load_data(data:str|Path|None=None, # 'embedded', 'cifar10', 'cifar100' or a folder; default: VITPRUNE_DATA
               split:str='test',        # 'train' or 'test'
               transform=None,          # From a PIL image to whatever the model takes
               limit:int|None=None,     # A class-balanced subset of so many images
@@ -448,7 +492,9 @@ def loader(ds:ImageSet,      # With a transform that gives tensors
            workers:int=0,    # Processes that load; 0 loads in this one
            ):
     "Batches in order, for evaluation and calibration."
-    require(isinstance(ds, torch.utils.data.Dataset), 'ds', type(ds).__name__, 'an ImageSet, e.g. from load_data')
+    require(isinstance(ds, torch.utils.data.Dataset), 'ds', type(ds).__name__,
+            'an ImageSet, e.g. from load_data')
     require(is_whole(batch_size) and batch_size >= 1, 'batch_size', batch_size, 'a positive integer')
-    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers, 'a number of processes from 0 to 256')
+    require(is_whole(workers) and 0 <= workers <= 256, 'workers', workers,
+            'a number of processes from 0 to 256')
     return torch.utils.data.DataLoader(ds, batch_size=min(batch_size, max(1, len(ds))), num_workers=workers)

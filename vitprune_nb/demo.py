@@ -34,7 +34,8 @@ def rival_plans(model,           # A timm ViT that reads its CLS token
     "Patch slimming's plan (Tang et al., Algorithm 1) and two others that save as many MACs."
     plan = for_budget(model, images, reduction, device=device)
     scores = significance(model, images, device=device)
-    return dict(patch_slimming=plan, uniform=uniform_plan(model, scores, plan.reduction(model)), random=random_plan(plan, seed))
+    return dict(patch_slimming=plan, uniform=uniform_plan(model, scores, plan.reduction(model)),
+                random=random_plan(plan, seed))
 
 # %% ../nbs/6_reference/23_demo.ipynb #3b77ec1f
 def measure_models(models:dict,     # {name: module}, the dense model under 'dense'
@@ -55,7 +56,8 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
         n, correct = t['name'], int(right[t['name']].sum())
         low, high = wilson_interval(correct, len(ds))
         accuracy = dict(correct=correct, images=len(ds), top1=correct/len(ds), top1_low=low, top1_high=high)
-        rows.append(make_row(n, backbone, ds, accuracy, t, macs=macs[n], params=model_params(models[n]), schedule=kept[n], seed=seed, recovery='none'))
+        rows.append(make_row(n, backbone, ds, accuracy, t, macs=macs[n], params=model_params(models[n]),
+                             schedule=kept[n], seed=seed, recovery='none'))
     return rows, right
 
 # %% ../nbs/6_reference/23_demo.ipynb #9b315888
@@ -63,11 +65,16 @@ def cells(rows:list # Result rows, the dense one among them
           )->list:  # The headings, then one list of strings a row
     "What a comparison shows of each row."
     dense = [r for r in rows if r['method'] == 'dense']
-    require(len(dense) == 1, 'rows', [r['method'] for r in rows], "rows of which exactly one is 'dense'", 'Reduction and speed-up are relative to it.')
-    d, out = dense[0], [['method', 'top-1 % (95% interval)', 'MACs (G)', 'reduction', 'images/s (quartiles)', 'speed-up']]
+    require(len(dense) == 1, 'rows', [r['method'] for r in rows], "rows of which exactly one is 'dense'",
+            'Reduction and speed-up are relative to it.')
+    head = ['method', 'top-1 % (95% interval)', 'MACs (G)', 'reduction', 'images/s (quartiles)', 'speed-up']
+    d, out = dense[0], [head]
     for r in rows:
-        out.append([r['method'].replace('_', ' '), f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})", f"{r['macs']/1e9:.3f}",
-                    f"{100*(1 - r['macs']/d['macs']):.1f}%", f"{r['throughput']:.0f} ({r['throughput_low']:.0f}–{r['throughput_high']:.0f})",
+        out.append([r['method'].replace('_', ' '),
+                    f"{100*r['top1']:.1f} ({100*r['top1_low']:.1f}–{100*r['top1_high']:.1f})",
+                    f"{r['macs']/1e9:.3f}",
+                    f"{100*(1 - r['macs']/d['macs']):.1f}%",
+                    f"{r['throughput']:.0f} ({r['throughput_low']:.0f}–{r['throughput_high']:.0f})",
                     f"{d['latency_ms']/r['latency_ms']:.2f}"])
     return out
 
@@ -77,7 +84,8 @@ def table_text(rows:list # Result rows, the dense one among them
     "The comparison for a terminal."
     lines = cells(rows)
     width = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(l, width))) for l in lines)
+    return '\n'.join('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(l, width)))
+                     for l in lines)
 
 # %% ../nbs/6_reference/23_demo.ipynb #bac34c1c
 def result_table(rows:list # Result rows, the dense one among them
@@ -93,15 +101,19 @@ def summary(rows:list # Result rows: dense, patch_slimming and rivals
     by = {r['method']: r for r in rows}
     d, s = by['dense'], by['patch_slimming']
     pct = lambda r: f"{100*r['top1']:.1f}%"
-    rivals = ' and '.join(f"{n.replace('_', ' ')} {pct(r)}" for n, r in by.items() if n not in ('dense', 'patch_slimming'))
-    return (f"Patch slimming saves {100*(1 - s['macs']/d['macs']):.1f}% of the MACs and runs {d['latency_ms']/s['latency_ms']:.2f} times as fast; "
-            f"top-1 goes from {pct(d)} to {pct(s)} without any fine-tuning.\nWith as many MACs saved, the rivals reach: {rivals}.")
+    rivals = ' and '.join(f"{n.replace('_', ' ')} {pct(r)}"
+                          for n, r in by.items() if n not in ('dense', 'patch_slimming'))
+    return (f"Patch slimming saves {100*(1 - s['macs']/d['macs']):.1f}% of the MACs and runs "
+            f"{d['latency_ms']/s['latency_ms']:.2f} times as fast; "
+            f"top-1 goes from {pct(d)} to {pct(s)} without any fine-tuning.\nWith as many MACs saved, the "
+            f"rivals reach: {rivals}.")
 
 # %% ../nbs/6_reference/23_demo.ipynb #dee1ee6b
 def comparisons(right:dict,  # {name: right or wrong, image by image}
                 )->list:     # Dicts: a, b, difference with its interval, only_a, only_b, p_value
     "Patch slimming against each of the others, image by image."
-    return [dict(a=n.replace('_', ' '), b='patch slimming', **paired_difference(r, right['patch_slimming'])) for n, r in right.items() if n != 'patch_slimming']
+    return [dict(a=n.replace('_', ' '), b='patch slimming', **paired_difference(r, right['patch_slimming']))
+            for n, r in right.items() if n != 'patch_slimming']
 
 # %% ../nbs/6_reference/23_demo.ipynb #05059088
 def verdict(pairs:list, # From `comparisons`
@@ -109,8 +121,11 @@ def verdict(pairs:list, # From `comparisons`
             )->str:
     "In words, which differences are more than luck."
     groups = {'better than': [], 'worse than': [], 'not told apart from': []}
-    for p in pairs: groups['not told apart from' if p['p_value'] > level else 'better than' if p['difference'] > 0 else 'worse than'].append(p['a'])
-    return 'On these images patch slimming is ' + '; '.join(f"{k} {' and '.join(v)}" for k, v in groups.items() if v) + '.'
+    for p in pairs:
+        groups['not told apart from' if p['p_value'] > level else 'better than' if p['difference'] > 0
+               else 'worse than'].append(p['a'])
+    return 'On these images patch slimming is ' + '; '.join(f"{k} {' and '.join(v)}"
+                                                            for k, v in groups.items() if v) + '.'
 
 # %% ../nbs/6_reference/23_demo.ipynb #b69a9653
 def kept_picture(slim,       # A `SlimViT`
@@ -127,7 +142,8 @@ def kept_picture(slim,       # A `SlimViT`
     x = torch.stack([t(ds.image(i)) for i in pick]).to(next(slim.parameters()).device)
     with torch.inference_mode(): said, kept = classes_of(slim(x)).tolist(), slim.kept(x).cpu()
     layers = layers_to_show(kept[0].numpy()) if layers is None else layers
-    fig, axes = plt.subplots(len(pick), len(layers) + 1, figsize=(1.5*(len(layers) + 1), 1.78*len(pick)), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(len(pick), len(layers) + 1, figsize=(1.5*(len(layers) + 1), 1.78*len(pick)),
+                             squeeze=False, layout='constrained')
     for row, i, k, s in zip(axes, pick, kept, said):
         show_kept(ds.image(i), k, layers, f'{ds.classes[ds.targets[i]]}\nsays {ds.classes[s]}', axes=row)
     return fig
@@ -135,24 +151,38 @@ def kept_picture(slim,       # A `SlimViT`
 # %% ../nbs/6_reference/23_demo.ipynb #5103f924
 STYLE = """
 :root{--ink:#1d2730;--soft:#5b6873;--line:#dfe5e9;--tint:#f4f7f8;--blue:#0072B2}
-*{box-sizing:border-box} body{margin:0;color:var(--ink);background:#fff;font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:960px;margin:0 auto;padding:48px 24px 72px} h1{font-size:34px;line-height:1.2;margin:0 0 12px} h2{font-size:22px;margin:48px 0 8px}
-.lead{font-size:19px;color:var(--soft);margin:0 0 28px;max-width:42em;white-space:pre-line} p{max-width:44em} .note,figcaption{color:var(--soft);font-size:14.5px}
+*{box-sizing:border-box}
+body{margin:0;color:var(--ink);background:#fff;
+  font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:960px;margin:0 auto;padding:48px 24px 72px}
+h1{font-size:34px;line-height:1.2;margin:0 0 12px} h2{font-size:22px;margin:48px 0 8px}
+.lead{font-size:19px;color:var(--soft);margin:0 0 28px;max-width:42em;white-space:pre-line}
+p{max-width:44em} .note,figcaption{color:var(--soft);font-size:14.5px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:0}
-.tiles div{background:var(--tint);border-top:3px solid var(--blue);padding:14px 16px;border-radius:4px} .tiles dt{color:var(--soft);font-size:14px}
-.tiles dd{margin:0;font-size:25px;font-weight:650;white-space:nowrap} .tiles small{display:block;font-size:14px;font-weight:400;color:var(--soft);white-space:normal}
-.wide{overflow-x:auto} table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:14px 0} th{color:var(--soft);font-weight:600;font-size:14px}
-th,td{padding:9px 12px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap} th{white-space:normal;vertical-align:bottom;line-height:1.3} th:first-child,td:first-child{text-align:left}
-tr.ours td{background:#eaf4fa;font-weight:600} figure{margin:18px 0} img{max-width:100%;height:auto;display:block;margin:0 auto 6px} figure.chart img{max-width:640px;width:100%;margin-left:0}
-dl.what{display:grid;grid-template-columns:max-content 1fr;gap:5px 18px;font-size:15px} dl.what dt{font-weight:600} dl.what dd{margin:0;color:var(--soft)}
+.tiles div{background:var(--tint);border-top:3px solid var(--blue);padding:14px 16px;border-radius:4px}
+.tiles dt{color:var(--soft);font-size:14px}
+.tiles dd{margin:0;font-size:25px;font-weight:650;white-space:nowrap}
+.tiles small{display:block;font-size:14px;font-weight:400;color:var(--soft);white-space:normal}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:14px 0}
+th{color:var(--soft);font-weight:600;font-size:14px}
+th,td{padding:9px 12px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom;line-height:1.3} th:first-child,td:first-child{text-align:left}
+tr.ours td{background:#eaf4fa;font-weight:600} figure{margin:18px 0}
+img{max-width:100%;height:auto;display:block;margin:0 auto 6px}
+figure.chart img{max-width:640px;width:100%;margin-left:0}
+dl.what{display:grid;grid-template-columns:max-content 1fr;gap:5px 18px;font-size:15px}
+dl.what dt{font-weight:600} dl.what dd{margin:0;color:var(--soft)}
 pre{background:var(--tint);padding:14px 16px;border-radius:4px;overflow-x:auto;font-size:14px;line-height:1.5}
-@media (max-width:600px){main{padding:28px 16px} h1{font-size:27px} dl.what{grid-template-columns:1fr} dl.what dd{margin-bottom:6px}}
+@media (max-width:600px){main{padding:28px 16px} h1{font-size:27px} dl.what{grid-template-columns:1fr}
+dl.what dd{margin-bottom:6px}}
 @media print{main{max-width:none;padding:0} h2{break-after:avoid} figure,table,.tiles{break-inside:avoid}}
 """
 
 # %% ../nbs/6_reference/23_demo.ipynb #ac47b5df
 PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport"
+content="width=device-width,initial-scale=1">
 <title>What pruning did to this Vision Transformer</title><style>$style</style></head><body><main>
 <h1>What pruning did to this Vision Transformer</h1>
 <p class="lead">$summary</p>
@@ -162,14 +192,20 @@ PAGE = Template("""<!doctype html>
 <dl class="what">$columns</dl>
 <h2>What is kept</h2>
 <figure><img alt="Test images and, block by block, the patches that are still computed" src="$kept">
-<figcaption>The first picture of a row is the input, with its class and the pruned model&#8217;s answer. Patches that a block no longer computes are pale. The plan is the same for all images, and nested: what a block drops stays dropped.</figcaption></figure>
+<figcaption>The first picture of a row is the input, with its class and the pruned model&#8217;s answer.
+Patches that a block no longer computes are pale. The plan is the same for all images, and nested: what a
+block drops stays dropped.</figcaption></figure>
 <figure class="chart"><img alt="Patches computed in each block, by method" src="$depth">
-<figcaption>How many of the $patches patches each block computes. Patch slimming and random keep equally many, at different places.</figcaption></figure>
+<figcaption>How many of the $patches patches each block computes. Patch slimming and random keep equally
+many, at different places.</figcaption></figure>
 <h2>Accuracy against cost</h2>
 <figure class="chart"><img alt="Top-1 with its interval over the MACs of one image" src="$accuracy">
-<figcaption>The bars are 95% intervals over $images test images. The three pruned models cost the same and are drawn side by side.</figcaption></figure>
+<figcaption>The bars are 95% intervals over $images test images. The three pruned models cost the same and
+are drawn side by side.</figcaption></figure>
 <h2>Image by image</h2>
-<p>The same images, one model against the other. Only images count that one gets right and the other wrong; the p-value says how often luck alone would split them so unevenly (McNemar&#8217;s exact test).</p>
+<p>The same images, one model against the other. Only images count that one gets right and the other
+wrong; the p-value says how often luck alone would split them so unevenly (McNemar&#8217;s exact
+test).</p>
 <div class="wide">$pairs</div>
 <p>$verdict</p>
 <h2>How it was measured</h2>
@@ -177,12 +213,14 @@ PAGE = Template("""<!doctype html>
 <h2>What to do with it</h2>
 <p>The pruned model is the folder <code>$model</code>, beside this page.</p>
 <pre>$use</pre>
-<p class="note">Written by vitprune_nb. Method: Tang et al., Patch Slimming for Efficient Vision Transformers, arXiv 2106.02852. Images: CIFAR-10 (Krizhevsky, 2009), unless other data was given.</p>
+<p class="note">Written by vitprune_nb. Method: Tang et al., Patch Slimming for Efficient Vision
+Transformers, arXiv 2106.02852. Images: CIFAR-10 (Krizhevsky, 2009), unless other data was given.</p>
 </main></body></html>
 """)
 
 # %% ../nbs/6_reference/23_demo.ipynb #afaea6fa
-COLUMNS = {'top-1': 'share of test images whose most likely class is the right one; Wilson&#8217;s 95% interval in brackets',
+COLUMNS = {'top-1': 'share of test images whose most likely class is the right one; Wilson&#8217;s 95% '
+                    'interval in brackets',
            'MACs': 'multiply-accumulates of one image, in billions; papers often call the same number FLOPs',
            'reduction': 'share of the dense model&#8217;s MACs that is saved: 1 &#8722; new/old',
            'images/s': 'median throughput, models timed in turn; the quartiles in brackets',
@@ -208,10 +246,12 @@ def _tiles(rows):
     "The four figures at the top of the page."
     by = {r['method']: r for r in rows}; d, s = by['dense'], by['patch_slimming']
     tile = lambda name, new, old: f'<div><dt>{name}</dt><dd>{new}<small>{old}</small></dd></div>'
-    return (tile('MACs saved', f"{100*(1 - s['macs']/d['macs']):.1f}%", f"{s['macs']/1e9:.3f} G of {d['macs']/1e9:.3f} G")
+    return (tile('MACs saved', f"{100*(1 - s['macs']/d['macs']):.1f}%",
+                 f"{s['macs']/1e9:.3f} G of {d['macs']/1e9:.3f} G")
             + tile('Top-1', f"{100*s['top1']:.1f}%", f"dense: {100*d['top1']:.1f}%")
             + tile('Throughput', f"{s['throughput']:.0f} images/s", f"dense: {d['throughput']:.0f} images/s")
-            + tile('Speed-up', f"{d['latency_ms']/s['latency_ms']:.2f}×", f"latency {s['latency_ms']:.0f} ms, dense {d['latency_ms']:.0f} ms, batch {d['batch']}"))
+            + tile('Speed-up', f"{d['latency_ms']/s['latency_ms']:.2f}×",
+                   f"latency {s['latency_ms']:.0f} ms, dense {d['latency_ms']:.0f} ms, batch {d['batch']}"))
 
 # %% ../nbs/6_reference/23_demo.ipynb #1817d7af
 def report_html(rows:list,     # Result rows
@@ -223,16 +263,27 @@ def report_html(rows:list,     # Result rows
     r = rows[0]
     image = {k: 'data:image/png;base64,' + base64.b64encode(v).decode() for k, v in pictures.items()}
     compared, points = comparisons(right), lambda v: f'{100*v:+.1f}'.replace('-', '−')
-    pairs = [['patch slimming against', 'difference in top-1, points (95% interval)', 'only the other is right', 'only patch slimming is right', 'p-value']]
-    pairs += [[p['a'], f"{points(p['difference'])} ({points(p['low'])} to {points(p['high'])})", str(p['only_a']), str(p['only_b']), f"{p['p_value']:.2g}"] for p in compared]
-    machine = {'Machine': f"{html.escape(r['device_name'])}, {r['threads']} threads" if r['device'] == 'cpu' else html.escape(r['device_name']),
-               'Arithmetic': f"{r['dtype']}, batches of {r['batch']}, {r['repeats']} counted rounds after one that warms up",
-               'Images': f"{r['images']:,} of {html.escape(r['data'])} {r['split']}, hash {r['data_hash'][:12]}",
-               'Code': f"Python {r['python']}, PyTorch {r['torch']}, timm {r['timm']}" + (f", commit {r['commit']}" if r['commit'] else ''),
+    pairs = [['patch slimming against', 'difference in top-1, points (95% interval)',
+              'only the other is right', 'only patch slimming is right', 'p-value']]
+    pairs += [[p['a'], f"{points(p['difference'])} ({points(p['low'])} to {points(p['high'])})",
+               str(p['only_a']), str(p['only_b']), f"{p['p_value']:.2g}"] for p in compared]
+    machine = {'Machine': f"{html.escape(r['device_name'])}, {r['threads']} threads" if r['device'] == 'cpu'
+               else html.escape(r['device_name']),
+               'Arithmetic': f"{r['dtype']}, batches of {r['batch']}, {r['repeats']} counted rounds after "
+                             "one that warms up",
+               'Images': f"{r['images']:,} of {html.escape(r['data'])} {r['split']}, hash "
+                         f"{r['data_hash'][:12]}",
+               'Code': f"Python {r['python']}, PyTorch {r['torch']}, timm {r['timm']}"
+               + (f", commit {r['commit']}" if r['commit'] else ''),
                'Date': r['date']}
-    use = f'vitprune eval {model}\nvitprune bench {model}\n\n&gt;&gt;&gt; from vitprune_nb.engine.slim import load_slim\n&gt;&gt;&gt; model = load_slim("{model}")'
-    return PAGE.substitute(image, style=STYLE, summary=html.escape(summary(rows)), tiles=_tiles(rows), table=_table(cells(rows), 'patch slimming'),
-                           columns=_list(COLUMNS), pairs=_table(pairs), verdict=html.escape(verdict(compared)), machine=_list(machine), use=use, model=model, images=f"{r['images']:,}",
+    use = (f'vitprune eval {model}\nvitprune bench {model}\n\n'
+           '&gt;&gt;&gt; from vitprune_nb.engine.slim import load_slim\n'
+           f'&gt;&gt;&gt; model = load_slim("{model}")')
+    return PAGE.substitute(image, style=STYLE, summary=html.escape(summary(rows)), tiles=_tiles(rows),
+                           table=_table(cells(rows), 'patch slimming'),
+                           columns=_list(COLUMNS), pairs=_table(pairs),
+                           verdict=html.escape(verdict(compared)), machine=_list(machine), use=use,
+                           model=model, images=f"{r['images']:,}",
                            patches=max(max(_schedule(x)) for x in rows))
 
 def _schedule(row):
@@ -245,7 +296,8 @@ def check_classes(model, # Anything with num_classes
                   ):
     "Refuse images whose classes the model's head does not have."
     require(len(ds.classes) == model.num_classes, 'data', f'{ds.name} with {len(ds.classes)} classes',
-            f'images of the {model.num_classes} classes that this model tells apart', 'Choose other data, or weights with such a head.')
+            f'images of the {model.num_classes} classes that this model tells apart',
+            'Choose other data, or weights with such a head.')
 
 # %% ../nbs/6_reference/23_demo.ipynb #3a9b09ef
 def _charts(slim, ds, rows):
@@ -253,11 +305,14 @@ def _charts(slim, ds, rows):
     from vitprune_nb.viz import accuracy_macs, layer_curve
     shown = [dict(r, method=r['method'].replace('_', ' ')) for r in rows]
     depth = layer_curve({r['method']: _schedule(r) for r in shown}, 'patches computed', size=(6.4, 3.2))
-    aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]   # equal costs would hide each other
-    return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure), depth=picture(depth.figure))
+    # equal costs would hide each other
+    aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]
+    return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure),
+                depth=picture(depth.figure))
 
 # %% ../nbs/6_reference/23_demo.ipynb #11a517e3
-WRITES = ('report.html', 'kept.png', 'accuracy_macs.png', 'results.csv', 'model')   # what a demo leaves in its folder
+# what a demo leaves in its folder
+WRITES = ('report.html', 'kept.png', 'accuracy_macs.png', 'results.csv', 'model')
 
 def run_demo(out='demo',        # Folder for the report, the pictures, the rows and the pruned model
              data=None,         # As for `load_data`; ten classes, as the course model has
@@ -272,13 +327,16 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
              )->list:           # Result rows
     "Prune the course model, compare, draw, report."
     start, out, device = time.perf_counter(), check_output(out), pick_device(device)     # '' is no folder
-    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.45')
-    for name, n in (('images', images), ('calibration', calibration_images)): require(is_whole(n) and n >= 1, name, n, 'a positive number of images')
+    require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction,
+            'a share in (0, 1), e.g. 0.45')
+    for name, n in (('images', images), ('calibration', calibration_images)):
+        require(is_whole(n) and n >= 1, name, n, 'a positive number of images')
     check_ours([out/n for n in WRITES], out)
     train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
     test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
     check_classes(model, test)
-    require(calibration_images <= len(train), 'calibration', calibration_images, f'1 to {len(train)}, the images of {train.name} {train.split}')
+    require(calibration_images <= len(train), 'calibration', calibration_images,
+            f'1 to {len(train)}, the images of {train.name} {train.split}')
     check_output(out, need=4*sum(p.numel() for p in model.parameters()) + 2**21)
     with only_one(out):
         transform = eval_transform(data_config(model))
@@ -287,14 +345,20 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
         plans = rival_plans(model, cal, reduction, seed, device)
         models = dict(dense=model, **{n: p.slim(model) for n, p in plans.items()})
         counts = {n: plans[n].counts() if n in plans else None for n in models}
-        kept = {n: [len(k) for k in plans[n].keep] if n in plans else [model.patch_embed.num_patches]*len(model.blocks) for n in models}
+        kept = {n: [len(k) for k in plans[n].keep] if n in plans
+                else [model.patch_embed.num_patches]*len(model.blocks) for n in models}
         print(f'2/4  measuring {len(models)} models, on {len(test):,} test images', flush=True)
-        rows, right = measure_models(models, test.but(transform=transform), kept, {n: model_macs(model, c) for n, c in counts.items()},
+        rows, right = measure_models(models, test.but(transform=transform), kept,
+                                     {n: model_macs(model, c) for n, c in counts.items()},
                                      batch, repeats, device, seed=seed)
-        for r in rows: r['note'] = f'{len(cal)} calibration images; search and measurements took {time.perf_counter() - start:.0f} s'
+        for r in rows:
+            spent = f'{time.perf_counter() - start:.0f} s'
+            r['note'] = f'{len(cal)} calibration images; search and measurements took {spent}'
         print('3/4  drawing and writing', flush=True)
-        _write(out, models['patch_slimming'], test, rows, right, reduction=reduction, calibration=len(cal), data=train.name)
-        print(f'4/4  done in {time.perf_counter() - start:.0f} s\n\n{table_text(rows)}\n\n{summary(rows)}\n\nThe report: {out/"report.html"}')
+        _write(out, models['patch_slimming'], test, rows, right, reduction=reduction, calibration=len(cal),
+               data=train.name)
+        print(f'4/4  done in {time.perf_counter() - start:.0f} '
+              f's\n\n{table_text(rows)}\n\n{summary(rows)}\n\nThe report: {out/"report.html"}')
         return rows
 
 # %% ../nbs/6_reference/23_demo.ipynb #5b749ade
@@ -310,7 +374,9 @@ def _write(out, slim, test, rows, right, **info):
             (stage/'accuracy_macs.png').write_bytes(charts['accuracy'])
             append_rows(stage/'results.csv', rows)
             ours = next(r for r in rows if r['method'] == 'patch_slimming')
-            save_slim(slim, stage/'model', method='patch-slimming', macs=ours['macs'], top1=ours['top1'], images=ours['images'], **info)
-            (stage/'report.html').write_text(report_html(rows, right, charts, f'{out.name}/model'), encoding='utf-8')
+            save_slim(slim, stage/'model', method='patch-slimming', macs=ours['macs'], top1=ours['top1'],
+                      images=ours['images'], **info)
+            (stage/'report.html').write_text(report_html(rows, right, charts, f'{out.name}/model'),
+                                             encoding='utf-8')
             publish(stage, out)
         finally: shutil.rmtree(stage, ignore_errors=True)

@@ -18,12 +18,15 @@ from .evidence.measure import num_threads
 from .files import write_atomic
 
 # %% ../nbs/4_evidence/33_deploy.ipynb #cf58a73e
-ABOUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'classes')   # what a file says of itself, as JSON
+# what a file says of itself, as JSON
+ABOUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'classes')
 
 def onnx_runtime():
     "The onnxruntime module; without it, or without what the exporter needs, one sentence."
     try: import onnx, onnxruntime, onnxscript     # noqa: F401 (the exporter imports them)
-    except ImportError as e: refuse('onnx', f'an environment without {e.name}', 'one with onnx, onnxruntime and onnxscript', 'Run `pip install onnx onnxruntime onnxscript`.')
+    except ImportError as e:
+        refuse('onnx', f'an environment without {e.name}', 'one with onnx, onnxruntime and onnxscript',
+               'Run `pip install onnx onnxruntime onnxscript`.')
     return onnxruntime
 
 def _read_about(session):
@@ -41,13 +44,18 @@ class OnnxModel:
         with num_threads(threads) as n: options.intra_op_num_threads = n
         options.log_severity_level = 3
         try: self.session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-        except Exception as e: refuse('path', path, 'an ONNX file that this onnxruntime can run', f'({type(e).__name__}: {str(e).splitlines()[0][:120]})')
+        except Exception as e:
+            refuse('path', path, 'an ONNX file that this onnxruntime can run',
+                   f'({type(e).__name__}: {str(e).splitlines()[0][:120]})')
         self.input, self.threads = self.session.get_inputs()[0], n
-        self.about = _read_about(self.session)      # input_size, mean, std, interpolation … and classes, where the file has them
+        # input_size, mean, std, interpolation … and classes, where the file has them
+        self.about = _read_about(self.session)
     def __call__(self, x):
         want = self.input.shape            # a word where any number will do
-        fits = x.dtype == torch.float32 and x.ndim == len(want) and all(isinstance(w, str) or w == s for w, s in zip(want, x.shape))
-        require(fits, 'x', f'{x.dtype} of shape {tuple(x.shape)}', f'torch.float32 of shape {tuple(want)}', 'Export again for another batch, or with dynamic=True.')
+        alike = all(isinstance(w, str) or w == s for w, s in zip(want, x.shape))
+        fits = x.dtype == torch.float32 and x.ndim == len(want) and alike
+        require(fits, 'x', f'{x.dtype} of shape {tuple(x.shape)}', f'torch.float32 of shape {tuple(want)}',
+                'Export again for another batch, or with dynamic=True.')
         return torch.from_numpy(self.session.run(None, {self.input.name: x.detach().cpu().numpy()})[0])
 
 # %% ../nbs/4_evidence/33_deploy.ipynb #56c5cd36
@@ -57,8 +65,10 @@ def _quiet():
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter('ignore'); yield
+        quiet = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            warnings.simplefilter('ignore')
+            yield
     finally: logging.disable(level)
 
 def first_cause(error:BaseException # A failed export
@@ -90,9 +100,11 @@ def _write(model, path, images, dynamic):
     with _quiet(), torch.no_grad():
         try: torch.onnx.export(model, (images,), str(path), dynamo=True, verbose=False, external_data=False,
                               custom_translation_table={torch.ops.aten.sort.stable: _stable_sort}, **shapes)
-        except Exception as e: failed = first_cause(e)      # every stage of the exporter has errors of its own
+        # every stage of the exporter has errors of its own
+        except Exception as e: failed = first_cause(e)
         else: return
-    refuse('model', type(model).__name__, 'one that computes the same operations for all images', f'The exporter says: {failed}')
+    refuse('model', type(model).__name__, 'one that computes the same operations for all images',
+           f'The exporter says: {failed}')
 
 # %% ../nbs/4_evidence/33_deploy.ipynb #a10c878e
 def _describe(path, model, images, classes):
@@ -101,8 +113,10 @@ def _describe(path, model, images, classes):
     model = getattr(model, 'slim', model)
     classes = getattr(model, 'classes', None) if classes is None else classes
     with torch.no_grad(): n = model(images[:1]).shape[-1]
-    require(classes is None or len(classes) == n, 'classes', f'{len(classes or ())} names', f'{n}, as many as the model has logits')
-    about = dict(data_config(model), input_size=list(images.shape[1:]), classes=None if classes is None else [str(c) for c in classes])
+    require(classes is None or len(classes) == n, 'classes', f'{len(classes or ())} names',
+            f'{n}, as many as the model has logits')
+    about = dict(data_config(model), input_size=list(images.shape[1:]),
+                 classes=None if classes is None else [str(c) for c in classes])
     proto = onnx.load(str(path))
     onnx.helper.set_model_props(proto, {k: json.dumps(about[k]) for k in ABOUT if about.get(k) is not None})
     onnx.save(proto, str(path))
@@ -112,27 +126,34 @@ def export_onnx(model,        # A ViT in eval mode: timm's, sliced, a `SlimViT`
                 images,       # (B, 3, H, W): example images; also those that the file is checked on
                 dynamic:bool=False, # True: any batch size; False: B
                 tol:float=1e-4, # Largest allowed difference of logits
-                classes:list|None=None, # Names of the classes, in the order of the logits; None: `model.classes`, where it has them
+                classes:list|None=None, # Names, in the order of the logits; None: `model.classes`
                 )->Path:
-    """Write a model as one ONNX file, and keep it only if ONNX Runtime gives the same logits; with dynamic=True also for one
-    image, and for one more than B. The file says in its metadata how its images are made: see `OnnxModel.about`."""
+    """Write a model as one ONNX file, and keep it only if ONNX Runtime gives the same logits; with
+    dynamic=True also for one image, and for one more than B. The file says in its metadata how its images
+    are made: see `OnnxModel.about`."""
     onnx_runtime()
     path = Path(path)
-    require(isinstance(model, torch.nn.Module) and not model.training, 'model', f'a {type(model).__name__} in training mode' if isinstance(model, torch.nn.Module) else model, 'a module in eval mode', 'Call model.eval().')
+    require(isinstance(model, torch.nn.Module) and not model.training, 'model',
+            f'a {type(model).__name__} in training mode' if isinstance(model, torch.nn.Module) else model,
+            'a module in eval mode', 'Call model.eval().')
     require(path.suffix == '.onnx', 'path', path, 'a file name that ends in .onnx')
-    require(isinstance(images, torch.Tensor) and images.ndim == 4 and len(images) > int(dynamic) and images.dtype == torch.float32, 'images', getattr(images, 'shape', images),
+    require(isinstance(images, torch.Tensor) and images.ndim == 4 and len(images) > int(dynamic)
+            and images.dtype == torch.float32, 'images', getattr(images, 'shape', images),
             'float32 images (B, 3, H, W)' + (', two at least' if dynamic else ''))
-    require(all(t.device.type == images.device.type == 'cpu' for t in model.parameters()), 'model', 'one on another device', 'a model and images on the CPU', 'Call model.cpu().')
+    require(all(t.device.type == images.device.type == 'cpu' for t in model.parameters()), 'model',
+            'one on another device', 'a model and images on the CPU', 'Call model.cpu().')
     with write_atomic(path) as tmp:
         _write(model, tmp, images, dynamic)
         _describe(tmp, model, images, classes)
         file, sizes = OnnxModel(tmp), [images]
         if dynamic:
-            require(isinstance(file.input.shape[0], str), 'dynamic', True, f'False for this {type(model).__name__}, whose file takes {len(images)} images',
+            require(isinstance(file.input.shape[0], str), 'dynamic', True,
+                    f'False for this {type(model).__name__}, whose file takes {len(images)} images',
                     'Export one file for each batch size.')
             sizes += [images[:1], torch.cat([images, images[:1]])]
         gap = max(logit_gap(file, model, x) for x in sizes)
-        require(gap <= tol, 'model', f'logits that differ by {gap:.1e} in ONNX Runtime', f'at most {tol:g}', 'Raise tol only if you know why they differ.')
+        require(gap <= tol, 'model', f'logits that differ by {gap:.1e} in ONNX Runtime', f'at most {tol:g}',
+                'Raise tol only if you know why they differ.')
     return path
 
 # %% ../nbs/4_evidence/33_deploy.ipynb #aeb392bd
@@ -164,8 +185,11 @@ def try_exports(models:dict, # {name: model in eval mode}
             row = dict(name=name, exports=True, gap=None, sorts=None, megabytes=None, reason='')
             try:
                 path = export_onnx(m, Path(folder or tmp)/f'{name}.onnx', images)
-                row.update(gap=logit_gap(OnnxModel(path), m, images), sorts=sum(n for o, n in onnx_ops(path).items() if o in ('TopK', 'Sort')), megabytes=path.stat().st_size/1e6)
-            except VitpruneError as e: row.update(exports=False, reason=str(e).split('The exporter says: ')[-1])
+                row.update(gap=logit_gap(OnnxModel(path), m, images),
+                           sorts=sum(n for o, n in onnx_ops(path).items() if o in ('TopK', 'Sort')),
+                           megabytes=path.stat().st_size/1e6)
+            except VitpruneError as e:
+                row.update(exports=False, reason=str(e).split('The exporter says: ')[-1])
             rows.append(row)
     return rows
 
@@ -173,8 +197,9 @@ def try_exports(models:dict, # {name: model in eval mode}
 def quantised(model,  # A model for `export_onnx`
               path,   # The file with int8 weights, *.onnx
               images, # (B, 3, H, W): for the export and the check
-              )->tuple: # ({'as exported', 'pre-processed'}: matrix products left in floating point; largest difference of logits)
-    "Dynamic int8 quantisation by ONNX Runtime, after the pre-processing that it needs; counted without it too."
+              )->tuple: # ({'as exported', 'pre-processed'}: products left in floating point; gap of logits)
+    """Dynamic int8 quantisation by ONNX Runtime, after the pre-processing that it needs; counted without it
+    too."""
     onnx_runtime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -28,9 +28,11 @@ def refuse(argument:str, # Name of the argument as the caller knows it
            ):
     "Raise a `VitpruneError` that names the argument, what was given, what is allowed and what to do next."
     shown = str(given) if isinstance(given, (str, os.PathLike)) else repr(given)
-    if not shown.strip() or not shown.isprintable(): shown = repr(shown)        # '' and line breaks are seen as such
+    # '' and line breaks are seen as such
+    if not shown.strip() or not shown.isprintable(): shown = repr(shown)
     if len(shown) > 400: shown = f'{shown[:300]} … ({len(shown):,} characters)'
-    raise VitpruneError(printable(f"{argument}: got {shown}; allowed: {allowed}." + (f" {todo}" if todo else "")))
+    hint = f' {todo}' if todo else ''
+    raise VitpruneError(printable(f'{argument}: got {shown}; allowed: {allowed}.{hint}'))
 
 # %% ../nbs/6_reference/00_errors.ipynb #7fab3066
 def require(ok:bool,      # The condition that must hold

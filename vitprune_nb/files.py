@@ -15,7 +15,8 @@ from .errors import VitpruneError, path_of, refuse, require
 
 # %% ../nbs/6_reference/00b_files.ipynb #c2f0b7e4
 def temp_folder()->Path:
-    "A new empty folder, removed with all that is in it when this Python process ends (not when it is killed)."
+    """A new empty folder, removed with all that is in it when this Python process ends (not when it is
+    killed)."""
     folder = Path(tempfile.mkdtemp(prefix='vitprune-'))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -44,7 +45,9 @@ def _why_not_written(err, place):
         code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
         named = os.path.abspath(os.fsdecode(getattr(err, 'filename', None) or here))
         if code in _REASONS and (named.startswith(here) or here.startswith(named)): return _REASONS[code]
-        if re.search('PytorchStreamWriter|inline_container|iostream error', str(err)): return _REASONS[errno.ENOSPC]   # torch.save does not say why
+        # torch.save does not say why
+        if re.search('PytorchStreamWriter|inline_container|iostream error', str(err)):
+            return _REASONS[errno.ENOSPC]
         err = err.__cause__ or err.__context__
     return None
 
@@ -63,7 +66,8 @@ def writing(place,               # The file or folder that is being written
             with contextlib.suppress(OSError): folder.rmdir()
         why = _why_not_written(err, place)
         if why is None: raise
-        shown = re.sub(r'(^|/)\.([^/]+)\.\d+\.vitprune\.tmp', r'\1\2', str(place))     # the user knows its final name
+        # the user knows its final name
+        shown = re.sub(r'(^|/)\.([^/]+)\.\d+\.vitprune\.tmp', r'\1\2', str(place))
         raise VitpruneError(f'{argument}: got {shown}; allowed: a place that can be written. {why}') from err
 
 # %% ../nbs/6_reference/00b_files.ipynb #a1c0de04
@@ -74,7 +78,8 @@ def temporary_path(path # Where something shall be in the end
     return Path(path).with_name(f'.{name}.{os.getpid()}.vitprune.tmp')
 
 def remove(path):
-    "Remove a file, a link or a folder with all that is in it; no link is followed, and a kill leaves no half folder under its name."
+    """Remove a file, a link or a folder with all that is in it; no link is followed, and a kill leaves no
+    half folder under its name."""
     path = Path(path)
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -105,7 +110,8 @@ def _sweep_of(path):
     "Remove what dead processes left of a write to this very file or folder."
     name = Path(path).name.lstrip('.')
     for left in _left_behind(Path(path).parent):
-        if left.name.lstrip('.').startswith(f'{name}.'): remove(left)      # '..NAME…' is of a write within a write
+        # '..NAME…' is of a write within a write
+        if left.name.lstrip('.').startswith(f'{name}.'): remove(left)
 
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
@@ -138,7 +144,7 @@ def check_output(path,               # A file or folder that shall be written
                  argument:str='out', # What the caller calls it
                  folder:bool=True,   # False: it is a file
                  need:int=0,         # Bytes that it will take, about
-                 renamed:bool=False, # The folder is made elsewhere and then renamed, in place of what is there
+                 renamed:bool=False, # The folder is made elsewhere and then renamed
                  )->Path:
     "Refuse a place that cannot be written, is a link or has too little room; nothing is touched."
     text, kind = str(path), 'a folder' if folder else 'a file'
@@ -147,20 +153,25 @@ def check_output(path,               # A file or folder that shall be written
     path = Path(path)
     require(text.strip() and '\0' not in text, argument, repr(text), allowed)
     if os.path.islink(path):
-        refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed, f'Name the {kind[2:]} itself.')
+        refuse(argument, f'{path}, which is a link to {os.readlink(path)}', allowed,
+               f'Name the {kind[2:]} itself.')
     right = not os.path.lexists(path) or (os.path.isdir(path) if folder else os.path.isfile(path))
     found = 'a folder' if os.path.isdir(path) else 'a file' if os.path.isfile(path) else 'a device'
     require(right, argument, f'{path}, which is {found}', allowed)
     there, new = _nearest(path)
     if renamed:
         fixed = os.path.lexists(path) and (os.path.ismount(path) or os.path.samefile(path, '.'))
-        require(not fixed, argument, f'{path}, which cannot be replaced', 'a folder that can be renamed', 'Name a new folder in it.')
-    if there == Path(os.path.abspath(path)) and (renamed or os.path.isfile(path)): there = there.parent     # where the name stands
+        require(not fixed, argument, f'{path}, which cannot be replaced', 'a folder that can be renamed',
+                'Name a new folder in it.')
+    # where the name stands
+    if there == Path(os.path.abspath(path)) and (renamed or os.path.isfile(path)): there = there.parent
     require(there.is_dir(), argument, f'{path}, but {there} is no folder', 'a path through folders')
     longest = os.pathconf(there, 'PC_NAME_MAX') if hasattr(os, 'pathconf') else 255
-    require(all(len(os.fsencode(n)) <= longest for n in new), argument, path, f'names of at most {longest} bytes')
+    require(all(len(os.fsencode(n)) <= longest for n in new), argument, path,
+            f'names of at most {longest} bytes')
     may_write = os.access(there, os.W_OK | os.X_OK)
-    require(may_write, argument, f'{path}, but you may not write in {there}', 'a place that can be written', _ELSEWHERE)
+    require(may_write, argument, f'{path}, but you may not write in {there}', 'a place that can be written',
+            _ELSEWHERE)
     free = shutil.disk_usage(there).free
     require(free >= need, argument, f'{path}, on a disk with {free/1e6:,.0f} MB free',
             f'a disk with {need/1e6:,.0f} MB free', 'Free some space, or name another place.')
@@ -238,7 +249,8 @@ def write_folder_atomic(folder,             # The folder to write
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
-                f'{folder}, which is not empty', 'a new or an empty folder', 'Delete it or choose another name.')
+                f'{folder}, which is not empty', 'a new or an empty folder',
+                'Delete it or choose another name.')
     check()
     new = temporary_path(folder)
     with writing(folder, argument):
@@ -270,7 +282,8 @@ def read_json(path,         # The file
               argument:str, # What the caller calls it
               allowed:str,  # What would have been fine
               ):            # An object of that kind
-    "A JSON file in UTF-8 whose content has a given type; anything else is refused with the place and the reason."
+    """A JSON file in UTF-8 whose content has a given type; anything else is refused with the place and the
+    reason."""
     from pydantic import TypeAdapter, ValidationError
     require(path_of(argument, path).is_file(), argument, path, 'an existing JSON file')
     try: return TypeAdapter(kind).validate_json(Path(path).read_bytes(), strict=True)
@@ -358,7 +371,8 @@ def sign(owner,    # The folder with the mark
 def publish(stage, # A folder with finished files and folders, on the same disk
             owner, # Where they go; what is there under their names must be ours
             ):
-    "Move finished things into a folder, each in one step, and enter them in its mark; nothing else is touched."
+    """Move finished things into a folder, each in one step, and enter them in its mark; nothing else is
+    touched."""
     new = {Path(owner)/p.name: p for p in sorted(Path(stage).iterdir())}
     sign(owner, new)
     for path, source in new.items():

@@ -23,14 +23,17 @@ SPARE = ('#332288', '#882255', '#999933', '#117733')   # for names that are no m
 
 
 # %% ../nbs/6_reference/06_viz.ipynb #1102e58b
-STYLE = {'figure.dpi': 100, 'figure.constrained_layout.use': True, 'font.size': 11, 'axes.titlesize': 11, 'axes.labelsize': 11,
+STYLE = {'figure.dpi': 100, 'figure.constrained_layout.use': True, 'font.size': 11, 'axes.titlesize': 11,
+         'axes.labelsize': 11,
          'xtick.labelsize': 10, 'ytick.labelsize': 10, 'legend.fontsize': 10, 'legend.frameon': False,
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e4e4e4', 'axes.axisbelow': True}
+         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e4e4e4',
+         'axes.axisbelow': True}
 
 @contextlib.contextmanager
 def style():
     "The course's plot style, as a context (`with style(): …`) or a decorator (`@style()`)."
-    old = {k: plt.rcParams[k] for k in STYLE}   # not rc_context: in a first cell it would also undo Jupyter's interactive mode
+    # not rc_context: in a first cell it would also undo Jupyter's interactive mode
+    old = {k: plt.rcParams[k] for k in STYLE}
     plt.rcParams.update(STYLE)
     try: yield
     finally: plt.rcParams.update(old)
@@ -61,14 +64,16 @@ def as_image(image,     # PIL image, uint8 (H, W, 3), or a tensor (3, H, W)
              )->np.ndarray: # float (H, W, 3) in [0, 1]
     "Any image as an array to draw."
     if isinstance(image, torch.Tensor):
-        require(image.ndim == 3 and image.shape[0] == 3, 'image', f'a tensor of shape {tuple(image.shape)}', '(3, H, W)', 'Pick one image of a batch with x[i].')
+        require(image.ndim == 3 and image.shape[0] == 3, 'image', f'a tensor of shape {tuple(image.shape)}',
+                '(3, H, W)', 'Pick one image of a batch with x[i].')
         a = image.detach().float().cpu().permute(1, 2, 0).numpy()
         if norm is not None: a = np.clip(a*np.asarray(norm['std']) + np.asarray(norm['mean']), 0, 1)
     else:
         a = np.asarray(image)
         require(a.ndim == 3 and a.shape[-1] == 3, 'image', f'an array of shape {a.shape}', '(H, W, 3)')
         if a.dtype == np.uint8: a = a/255
-    require(a.min() >= -1e-6 and a.max() <= 1 + 1e-6, 'image', f'values from {a.min():.2f} to {a.max():.2f}', 'values from 0 to 1',
+    require(a.min() >= -1e-6 and a.max() <= 1 + 1e-6, 'image', f'values from {a.min():.2f} to {a.max():.2f}',
+            'values from 0 to 1',
             'A normalised tensor needs norm=data_config(model).')
     return a
 
@@ -99,7 +104,8 @@ def show_images(images,      # A list of images, or a batch (B, 3, H, W)
     require(n > 0, 'images', n, 'at least one image')
     require(titles is None or len(titles) == n, 'titles', titles, f'{n} titles')
     cols = min(columns, n); rows = math.ceil(n/cols)
-    _, axes = plt.subplots(rows, cols, figsize=(size*cols, (size + .25*(titles is not None))*rows), squeeze=False)
+    _, axes = plt.subplots(rows, cols, figsize=(size*cols, (size + .25*(titles is not None))*rows),
+                           squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for i, im in enumerate(images): show_image(im, '' if titles is None else titles[i], axes.flat[i], norm)
     return axes.flat[:n]
@@ -114,7 +120,8 @@ def patch_mask(kept,         # (P,) bool, in reading order, without prefix token
     kept = np.asarray(kept, dtype=bool)
     side = math.isqrt(kept.size)
     rows, cols = grid or (side, side)
-    require(kept.ndim == 1 and rows*cols == kept.size, 'kept', f'{kept.size} values for a grid of {rows}×{cols}', 'one value a patch of a square grid',
+    require(kept.ndim == 1 and rows*cols == kept.size, 'kept',
+            f'{kept.size} values for a grid of {rows}×{cols}', 'one value a patch of a square grid',
             'Leave out CLS and other prefix tokens, or pass grid=(rows, columns).')
     return kept.reshape(rows, cols)[np.arange(height)[:, None]*rows//height, np.arange(width)*cols//width]
 
@@ -147,7 +154,8 @@ def show_kept(image,        # As the model saw it: PIL image, uint8 (H, W, 3), o
               ):            # Array of axes: the image, then one a layer
     "The image, then what is left of it block by block: dropped patches are greyed."
     im, kept = as_image(image, norm), np.asarray(torch.as_tensor(kept).cpu(), dtype=bool)
-    require(kept.ndim == 2 and len(kept) > 0, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches', 'Pick one image of a batch with kept[i].')
+    require(kept.ndim == 2 and len(kept) > 0, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches',
+            'Pick one image of a batch with kept[i].')
     layers = layers_to_show(kept) if layers is None else list(layers)
     bad = [l for l in layers if not 0 <= l < len(kept)]
     require(not bad, 'layers', bad, f'block indices from 0 to {len(kept) - 1}')
@@ -157,7 +165,8 @@ def show_kept(image,        # As the model saw it: PIL image, uint8 (H, W, 3), o
     require(len(axes) == n, 'axes', len(axes), f'{n} axes: the image and {n - 1} blocks')
     show_image(im, title, axes[0])
     for ax, l in zip(axes[1:], layers):
-        show_image(grey_out(im, patch_mask(kept[l], *im.shape[:2], grid)), f'block {l + 1}\n{kept[l].sum()} of {kept.shape[1]}', ax)
+        show_image(grey_out(im, patch_mask(kept[l], *im.shape[:2], grid)),
+                   f'block {l + 1}\n{kept[l].sum()} of {kept.shape[1]}', ax)
     return axes
 
 # %% ../nbs/6_reference/06_viz.ipynb #06aa0002
@@ -254,14 +263,18 @@ def heatmap(values,      # (rows, columns)
     v = np.asarray(torch.as_tensor(values).detach().float().cpu())
     require(v.ndim == 2, 'values', f'shape {v.shape}', '(rows, columns)')
     if ax is None: _, ax = plt.subplots(figsize=size)
-    im = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, aspect='equal' if v.shape[0] == v.shape[1] else 'auto', interpolation='nearest')
+    im = ax.imshow(v, cmap=cmap, vmin=vmin, vmax=vmax, aspect='equal' if v.shape[0] == v.shape[1] else 'auto',
+                   interpolation='nearest')
     step = math.ceil(v.shape[0]/12)
     ax.set_yticks(range(0, v.shape[0], step), range(first_row, v.shape[0] + first_row, step))
-    if v.shape[0] == v.shape[1]: ax.set_xticks(range(0, v.shape[1], step), range(first_row, v.shape[1] + first_row, step))
+    if v.shape[0] == v.shape[1]:
+        ax.set_xticks(range(0, v.shape[1], step), range(first_row, v.shape[1] + first_row, step))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title); ax.grid(False)
     ax.figure.colorbar(im, ax=ax, label=clabel, shrink=.9)
     if fmt:
-        for (r, c), n in np.ndenumerate(v): ax.text(c, r, format(n, fmt), ha='center', va='center', fontsize=9, color='white' if im.norm(n) < .6 else 'black')
+        for (r, c), n in np.ndenumerate(v):
+            ax.text(c, r, format(n, fmt), ha='center', va='center', fontsize=9,
+                    color='white' if im.norm(n) < .6 else 'black')
     return ax
 
 # %% ../nbs/6_reference/06_viz.ipynb #1faeff64
@@ -284,7 +297,8 @@ def layer_curve(curves:dict, # {name: one value a block}
     for i, (name, v) in enumerate(curves.items()):
         v = np.asarray(torch.as_tensor(v).detach().float().cpu()); x = np.arange(len(v)) + first
         ax.plot(x, v, label=name, color=colors[name], marker=MARKERS[i % len(MARKERS)], ms=4)
-        if bands and name in bands: ax.fill_between(x, *map(np.asarray, bands[name]), color=colors[name], alpha=.15, lw=0)
+        if bands and name in bands:
+            ax.fill_between(x, *map(np.asarray, bands[name]), color=colors[name], alpha=.15, lw=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title); ax.legend()
     return ax
@@ -384,7 +398,8 @@ def show_paths(weights,    # (N, N) for each block: what token i (row) takes of 
     own, reach, wanted = np.eye(N)*shortcut, [np.eye(N)[start]], [np.eye(N)[0] > 0]
     W = [w*m[:, None] for w, m in zip(W, keep)]
     for w in W: reach.append((w + own) @ reach[-1])                      # what has arrived
-    for w in W[::-1]: wanted.insert(0, (w + own).T @ wanted[0] > 0)      # what can still reach the first token
+    # what can still reach the first token
+    for w in W[::-1]: wanted.insert(0, (w + own).T @ wanted[0] > 0)
     if ax is None: _, ax = plt.subplots(figsize=(5.4, 3.6))
     for l, w in enumerate(W):
         sources, targets = np.flatnonzero(reach[l] > 0), np.flatnonzero(wanted[l + 1] & keep[l])
@@ -425,7 +440,8 @@ def accuracy_macs(rows:list,  # Dicts with macs, top1, top1_low, top1_high and a
     for i, name in enumerate(names):
         group = sorted((r for r in rows if r[by] == name), key=lambda r: r['macs'])
         macs, y, low, high = np.array([[float(r[k]) for k in keys] for r in group]).T
-        ax.errorbar(macs/1e9, 100*y, yerr=100*np.maximum([y - low, high - y], 0), label=name, color=colors[name],
+        ax.errorbar(macs/1e9, 100*y, yerr=100*np.maximum([y - low, high - y], 0), label=name,
+                    color=colors[name],
                     marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2)
     ax.set(xlabel='cost of one image (GMACs)', ylabel='top-1 (%)', title=title); ax.legend()
     return ax
@@ -440,13 +456,16 @@ def latency_bars(rows:list, # From `bench`: name, latency_ms, latency_low, laten
     "Median latency, one bar a model, with the quartiles as error bars."
     keys = ('latency_ms', 'latency_low', 'latency_high')
     batches = sorted({r['batch'] for r in _checked(rows, (*keys, 'batch', by))})
-    require(len(batches) == 1, 'rows', f'batch sizes {batches}', 'rows of one batch size', 'Draw one plot a batch size.')
+    require(len(batches) == 1, 'rows', f'batch sizes {batches}', 'rows of one batch size',
+            'Draw one plot a batch size.')
     mid, low, high = np.array([[float(r[k]) for k in keys] for r in rows]).T
     colors = method_colors(dict.fromkeys(r[by] for r in rows))
     if ax is None: _, ax = plt.subplots(figsize=(6, .7 + .45*len(rows)))
-    ax.barh(range(len(rows)), mid, xerr=np.maximum([mid - low, high - mid], 0), color=[colors[r[by]] for r in rows], alpha=.75, capsize=4)
+    ax.barh(range(len(rows)), mid, xerr=np.maximum([mid - low, high - mid], 0),
+            color=[colors[r[by]] for r in rows], alpha=.75, capsize=4)
     ax.set_yticks(range(len(rows)), [r[by] for r in rows]); ax.invert_yaxis()
-    ax.set(xlabel=f'latency of a batch of {batches[0]} (ms), median and quartiles', title=title); ax.grid(axis='y', visible=False)
+    ax.set(xlabel=f'latency of a batch of {batches[0]} (ms), median and quartiles', title=title)
+    ax.grid(axis='y', visible=False)
     return ax
 
 # %% ../nbs/6_reference/06_viz.ipynb #d1b85e18
@@ -457,15 +476,18 @@ def in_jupyter()->bool:
 
 @style()
 def _log_axes():
-    from matplotlib.figure import Figure   # not pyplot: its figures are shown a second time when the cell ends
+    # not pyplot: its figures are shown a second time when the cell ends
+    from matplotlib.figure import Figure
     axes = Figure(figsize=(8.4, 2.4)).subplots(1, 3)
-    for ax, label, color in zip(axes, ('training loss', 'learning rate', 'top-1 (%)'), ('blue', 'grey', 'vermillion')):
+    for ax, label, color in zip(axes, ('training loss', 'learning rate', 'top-1 (%)'),
+                                ('blue', 'grey', 'vermillion')):
         ax.plot([], [], color=PALETTE[color], marker='o', ms=3); ax.set(xlabel='step', ylabel=label)
     return axes
 
 # %% ../nbs/6_reference/06_viz.ipynb #d4d9c79e
 class LossPlot:
-    "A plot that grows while a model trains: `fit(..., callback=LossPlot())`. Outside Jupyter it does nothing."
+    """A plot that grows while a model trains: `fit(..., callback=LossPlot())`. Outside Jupyter it does
+    nothing."""
     def __init__(self, live:bool|None=None, # Draw? None: only in Jupyter
                  every:float=2.,     # Seconds between two drawings
                  clock=time.monotonic, # Returns seconds
@@ -482,7 +504,8 @@ class LossPlot:
         "Draw all rows now: loss, learning rate and top-1 over the steps."
         if self.axes is None: self.axes = _log_axes()
         for ax, key, scale in zip(self.axes, ('loss', 'lr', 'top1'), (1, 1, 100)):
-            points = [(float(r['step']), float(r[key])*scale) for r in self.rows if r.get(key) not in (None, '')]
+            points = [(float(r['step']), float(r[key])*scale)
+                      for r in self.rows if r.get(key) not in (None, '')]
             ax.lines[0].set_data(*np.array(points).reshape(-1, 2).T)
             ax.relim(); ax.autoscale_view()
         self.drawn = self.clock()

@@ -25,13 +25,15 @@ from ..vit.weights import create_vit, load_weights
 # %% ../../nbs/6_reference/29_dense.ipynb #046ddaf4
 def mean_model(models:list # Modules with the same tensors
                )->object:  # A new module, in eval mode
-    "The model whose weights are the mean of theirs (Izmailov et al. 2018, algorithm 1, with one model a stage)."
+    """The model whose weights are the mean of theirs (Izmailov et al. 2018, algorithm 1, with one model a
+    stage)."""
     from torch.optim.swa_utils import AveragedModel
     require(len(models) > 0, 'models', 'no model', 'at least one')
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in models]
     for i, s in enumerate(shapes):
         odd = next((k for k in {**shapes[0], **s} if s.get(k) != shapes[0].get(k)), None)
-        require(odd is None, 'models', f'model {i} with {odd} of shape {s.get(odd)}', f'the tensors of model 0, there {shapes[0].get(odd)}')
+        require(odd is None, 'models', f'model {i} with {odd} of shape {s.get(odd)}',
+                f'the tensors of model 0, there {shapes[0].get(odd)}')
     mean = AveragedModel(models[0], use_buffers=True)
     for m in models: mean.update_parameters(m)
     return mean.module.eval()
@@ -48,7 +50,9 @@ def keep_end(model,       # A ViT
              ):
     "Weights in fp16, with their recipe in the file's metadata."
     from safetensors.torch import save_file
-    with write_atomic(file) as tmp: save_file({k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}, tmp, metadata=dict(recipe=json.dumps(recipe)))
+    with write_atomic(file) as tmp:
+        save_file({k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}, tmp,
+                  metadata=dict(recipe=json.dumps(recipe)))
 
 # %% ../../nbs/6_reference/29_dense.ipynb #6158f24f
 def recipe_of(file)->list|None: # As `keep_end` was told; None: nothing is known
@@ -75,8 +79,11 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
     check = calibration(test_set, min(500, len(test_set)), 0)
     for k, cfg in enumerate([TrainConfig(**s, seed=seed + k) for k, s in enumerate(stages)], 1):
         file = out/f'stage{k}.safetensors'
-        recipe = json.loads(json.dumps([*recipe, dict(dataclasses.asdict(cfg), start=start, train_hash=train_set.digest)]))
-        if file.is_file(): require(recipe_of(file) == recipe, 'out', out, 'a folder of the same stages, images and start', f'{file.name} was made otherwise.')
+        recipe = json.loads(json.dumps([*recipe, dict(dataclasses.asdict(cfg), start=start,
+                                                      train_hash=train_set.digest)]))
+        if file.is_file():
+            require(recipe_of(file) == recipe, 'out', out, 'a folder of the same stages, images and start',
+                    f'{file.name} was made otherwise.')
         else:
             fit(model, train_set, cfg, check, out/f'stage{k}', accelerator=acc, workers=workers)
             if acc.is_main_process: keep_end(model, file, recipe)
@@ -91,8 +98,10 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
 def _dense_row(model, name, file, what, right, test_set, device, **note):
     "The row of one file."
     low, high = wilson_interval(int(right.sum()), len(right))
-    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low, top1_high=high)
-    return make_row('dense', name, test_set, result, device=device, weights=_tag(file), schedule=what, recovery='none', seed=(recipe_of(file) or [{}])[-1].get('seed'),
+    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low,
+                  top1_high=high)
+    return make_row('dense', name, test_set, result, device=device, weights=_tag(file), schedule=what,
+                    recovery='none', seed=(recipe_of(file) or [{}])[-1].get('seed'),
                     macs=model_macs(model), params=model_params(model), note=note)
 
 def _tag(file): return f'{Path(file).name}, sha256 {sha256(file)[:12]}'
@@ -105,40 +114,58 @@ def measure_dense(model,        # A ViT that the files fit
                   name:str='',  # What rows call the model
                   batch_size:int=100, # Images at once
                   device='cpu', # Where to compute
-                  dtype='auto', # 'auto' (bf16 where it is native), 'fp32' or 'bf16'; the row's note says which it was
+                  dtype='auto', # 'auto' (bf16 where it is native), 'fp32' or 'bf16'; noted in the row
                   )->list:      # One row a file; those that `out` holds already when it holds them all
     "Top-1 of each stage and of their mean, with the paired difference to the file before."
     tags, rows, last = [_tag(f) for f in files], [], None
-    old = {r['weights']: r for r in read_rows(out) if r['data_hash'] == test_set.digest} if Path(out).is_file() else {}
+    old = {}
+    if Path(out).is_file():
+        old = {r['weights']: r for r in read_rows(out) if r['data_hash'] == test_set.digest}
     if set(tags) <= set(old): return [old[t] for t in tags]
     for file in files:
         right = answers(load_weights(model, file), test_set, batch_size, device, dtype)
         stage = (recipe_of(file) or [{}])[-1]
-        what = 'mean of the stages' if file == files[-1] and len(files) > 1 else {k: stage[k] for k in ('epochs', 'lr', 'patch_drop', 'seed') if k in stage}
-        rows.append(_dense_row(model, name, file, what, right, test_set, device, dtype=dtype_name(dtype, device), **({} if last is None else paired_difference(last, right))))
+        mean = file == files[-1] and len(files) > 1
+        of_stage = {k: stage[k] for k in ('epochs', 'lr', 'patch_drop', 'seed') if k in stage}
+        what = 'mean of the stages' if mean else of_stage
+        rows.append(_dense_row(model, name, file, what, right, test_set, device,
+                               dtype=dtype_name(dtype, device),
+                               **({} if last is None else paired_difference(last, right))))
         last = right
     append_rows(out, [r for r in rows if r['weights'] not in old])
     return rows
 
 # %% ../../nbs/6_reference/29_dense.ipynb #e301257e
 def _words():
-    p = argparse.ArgumentParser(prog='python -m vitprune_nb.evidence.dense', description='Fine-tune in two stages, keep the mean of their ends, and measure it. A run that was stopped goes on.')
-    p.add_argument('--data', required=True, help='a folder with train/ and test/, or cifar100'); p.add_argument('--weights', required=True, help='the checkpoint to start from')
-    for name, default, kind, what in (('model', 'vit_small_patch14_dinov2', str, 'timm name'), ('img-size', 112, int, 'side of the images in pixels'), ('out', 'runs/dense', Path, 'folder for weights and logs'),
-                                      ('results', None, Path, 'CSV of rows; default: data/results/dense.csv of the clone'), ('limit', None, int, 'only so many training and test images'),
-                                      ('epochs', None, float, 'instead of the recipe, for each stage'), ('seed', 0, int, 'of the first stage'), ('device', 'auto', str, 'auto, cpu, cuda or mps')):
+    p = argparse.ArgumentParser(prog='python -m vitprune_nb.evidence.dense',
+                                description='Fine-tune in two stages, keep the mean of their ends, and '
+                                            'measure it. A run that was stopped goes on.')
+    p.add_argument('--data', required=True, help='a folder with train/ and test/, or cifar100')
+    p.add_argument('--weights', required=True, help='the checkpoint to start from')
+    for name, default, kind, what in (('model', 'vit_small_patch14_dinov2', str, 'timm name'),
+                                      ('img-size', 112, int, 'side of the images in pixels'),
+                                      ('out', 'runs/dense', Path, 'folder for weights and logs'),
+                                      ('results', None, Path,
+                                       'CSV of rows; default: data/results/dense.csv of the clone'),
+                                      ('limit', None, int, 'only so many training and test images'),
+                                      ('epochs', None, float, 'instead of the recipe, for each stage'),
+                                      ('seed', 0, int, 'of the first stage'),
+                                      ('device', 'auto', str, 'auto, cpu, cuda or mps')):
         p.add_argument(f'--{name}', default=default, type=kind, help=what)
-    p.add_argument('--skip-damaged', action='store_true', help='leave out image files that cannot be read, and name them')
+    p.add_argument('--skip-damaged', action='store_true',
+                   help='leave out image files that cannot be read, and name them')
     return p
 
 # %% ../../nbs/6_reference/29_dense.ipynb #72ad74de
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
-    "python -m vitprune_nb.evidence.dense: fine-tune a dense model in two stages, keep their mean, measure all three."
+    """python -m vitprune_nb.evidence.dense: fine-tune a dense model in two stages, keep their mean, measure
+    all three."""
     o = _words().parse_args(args)
     try:
         require(Path(o.weights).is_file(), 'weights', o.weights, 'an existing checkpoint file')
-        train, test = (load_data(o.data, split, limit=o.limit, skip_damaged=o.skip_damaged) for split in ('train', 'test'))
+        train, test = (load_data(o.data, split, limit=o.limit, skip_damaged=o.skip_damaged)
+                       for split in ('train', 'test'))
         set_seed(o.seed)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*it has no head that fits')   # stage 1 trains it
@@ -147,8 +174,10 @@ def main(args:list|None=None # Words of the command line; None takes them from t
         files = train_dense(model, train, test, o.out, stages, o.seed, _tag(o.weights), o.device)
         acc = pick_accelerator(o.device)
         if acc.is_main_process:
-            for r in measure_dense(model, files, test, o.results or data_path('results', 'dense.csv'), o.model, device=acc.device):
-                print(f"{r['weights']}: {100*r['top1']:.1f}% ({100*r['top1_low']:.1f} to {100*r['top1_high']:.1f}) of {r['images']:,} images")
+            for r in measure_dense(model, files, test, o.results or data_path('results', 'dense.csv'),
+                                   o.model, device=acc.device):
+                print(f"{r['weights']}: {100*r['top1']:.1f}% ({100*r['top1_low']:.1f} to "
+                      f"{100*r['top1_high']:.1f}) of {r['images']:,} images")
     except VitpruneError as e: print(f'dense: {for_shell(str(e))}', file=sys.stderr); return 2
     return 0
 

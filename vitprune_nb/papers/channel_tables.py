@@ -187,8 +187,9 @@ def channel_table(model, train_set, test_set, # A dense timm ViT, left as it is;
     run, work = run or ChannelRun(), Path(work)
     table = _Table(path, backbone, test_set, dict(run.recipe(), train=train_set.digest[:12],
                                                   weights=weights_hash(model)[:12]), device, dtype)
-    work = work/hashlib.sha256(json.dumps(table.recipe,
-                                          sort_keys=True).encode()).hexdigest()[:8]      # checkpoints of another recipe stay apart
+    # checkpoints of another recipe stay apart
+    key = json.dumps(table.recipe, sort_keys=True)
+    work = work/hashlib.sha256(key.encode()).hexdigest()[:8]
     plain = importance(add_gates(copy.deepcopy(model)), run.rule)
     for r in run.ratios:
         # a bad ratio is refused before anything runs
@@ -295,7 +296,7 @@ def speed_rows(name:str='deit_base_patch16_224', ratio:float=.4, # As for `speed
                batch:int=16,   # Images at once
                repeats:int=10, # Rounds that count
                device='cpu', dtype='fp32', threads:int|None=None, seed:int=0, # As for `bench`
-               **kwargs)->list:# Result rows, dense first; `note`: reductions, speed-up, share of the MAC reduction realised
+               **kwargs)->list:# Result rows, dense first; `note`: reductions, speed-up, share realised
     "Measured time of sliced models against the dense one, timed in turn in one process."
     models = speed_models(name, ratio, seed, **kwargs)
     macs = {n: model_macs(m, extra=padding_macs(m)) for n, m in models.items()}

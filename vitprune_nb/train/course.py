@@ -22,7 +22,8 @@ from .trainer import Log, fit, load_checkpoint, pick_accelerator, read_log
 from ..vit.model import COURSE, create_vit, evaluate
 
 # %% ../../nbs/6_reference/20b_course.ipynb #dcae5859
-def _upsample(images, size): return F.interpolate(images, size=(size, size), mode='bicubic', align_corners=False)
+def _upsample(images, size):
+    return F.interpolate(images, size=(size, size), mode='bicubic', align_corners=False)
 
 @torch.no_grad()
 def project_patches(images,              # Normalised small images (B, 3, H, H)
@@ -36,29 +37,37 @@ def project_patches(images,              # Normalised small images (B, 3, H, H)
 @torch.no_grad()
 def compose_projection(big:torch.nn.Module, # A ViT with square patches
                        patch:int=4,         # Patch side of the small model, px
-                       border:str='edge',   # 'edge' repeats the patch's own edge, 'cut' takes zeros for the neighbours
+                       border:str='edge',   # 'edge' repeats the patch's own edge, 'cut' puts zeros around it
                        )->tuple:            # weight (D, 3, patch, patch), bias (D,)
     "Bicubic upsampling and projection as one small projection that ignores what the neighbours hold."
     require(border in ('edge', 'cut'), 'border', border, "'edge' or 'cut'")
-    W, units = big.patch_embed.proj.weight, torch.eye(patch*patch).view(-1, 1, patch, patch)   # (D, 3, P, P); one pixel of the small patch each
+    # (D, 3, P, P); one pixel of the small patch each
+    W, units = big.patch_embed.proj.weight, torch.eye(patch*patch).view(-1, 1, patch, patch)
     P = W.shape[-1]
-    U = _upsample(units, P) if border == 'edge' else _upsample(F.pad(units, [patch]*4), 3*P)[..., P:2*P, P:2*P]
-    return torch.einsum('dcyx,pyx->dcp', W, U[:, 0]).unflatten(-1, (patch, patch)), big.patch_embed.proj.bias.clone()
+    if border == 'edge': U = _upsample(units, P)
+    else: U = _upsample(F.pad(units, [patch]*4), 3*P)[..., P:2*P, P:2*P]
+    weight = torch.einsum('dcyx,pyx->dcp', W, U[:, 0]).unflatten(-1, (patch, patch))
+    return weight, big.patch_embed.proj.bias.clone()
 
 # %% ../../nbs/6_reference/20b_course.ipynb #faa7f381
 @torch.no_grad()
 def fit_patch_projection(big:torch.nn.Module, # A ViT whose patch embedding sees images of side `size`
-                         images,              # Normalised small images (n, 3, H, H), with as many patches as the big model has
+                         images,              # Normalised small images (n, 3, H, H), as many patches as `big`
                          patch:int=4,         # Patch side of the small model, px
                          size:int=112,        # Image side that the big model sees, px
                          )->tuple: # weight (D, 3, patch, patch), bias (D,), share of variance explained
-    "The small projection that best predicts the big one's patch tokens: ordinary least squares over all patches of `images`."
+    """The small projection that best predicts the big one's patch tokens: ordinary least squares over all
+    patches of `images`."""
     side = size//big.patch_embed.proj.kernel_size[0]*patch
-    require(images.shape[1:] == (3, side, side), 'images', f'shape {tuple(images.shape)}', f'(n, 3, {side}, {side})')
-    target = torch.cat([project_patches(b, big, size) for b in images.split(256)]).flatten(0, 1).double()   # (n·patches, D)
-    x = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()                         # (n·patches, 3·patch²)
+    require(images.shape[1:] == (3, side, side), 'images', f'shape {tuple(images.shape)}',
+            f'(n, 3, {side}, {side})')
+    # (n·patches, D)
+    target = torch.cat([project_patches(b, big, size) for b in images.split(256)]).flatten(0, 1).double()
+    # (n·patches, 3·patch²)
+    x = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()
     x1 = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    require(len(x1) >= x1.shape[1], 'images', f'{len(x1)} patches', f'at least {x1.shape[1]} patches, one for each unknown')
+    require(len(x1) >= x1.shape[1], 'images', f'{len(x1)} patches',
+            f'at least {x1.shape[1]} patches, one for each unknown')
     sol = torch.linalg.lstsq(x1, target).solution
     explained = 1 - ((x1 @ sol - target).square().sum()/(target - target.mean(0)).square().sum()).item()
     return sol[:-1].T.reshape(-1, 3, patch, patch).float(), sol[-1].float(), explained
@@ -72,7 +81,8 @@ def _inherit(big, images, num_classes=10):
     w, b, _ = fit_patch_projection(big, images)
     state = {k: v for k, v in big.state_dict().items() if not k.startswith('patch_embed.')}
     state.update({'patch_embed.proj.weight': w, 'patch_embed.proj.bias': b,
-                  'head.weight': torch.zeros_like(small.head.weight), 'head.bias': torch.zeros_like(small.head.bias)})
+                  'head.weight': torch.zeros_like(small.head.weight),
+                  'head.bias': torch.zeros_like(small.head.bias)})
     small.load_state_dict(state)
     return small
 
@@ -80,7 +90,8 @@ def native_32px(weights,           # A timm vit_small_patch14_dinov2 checkpoint;
                 images,            # Normalised training images (n, 3, 32, 32) to fit the patch projection on
                 num_classes:int=10,# Width of the new head, which starts at zero
                 )->torch.nn.Module:
-    "A ViT-S that sees 32×32 px natively (patch 4, 64 patches), made from a ViT-S/14 that sees 112 px (64 patches)."
+    """A ViT-S that sees 32×32 px natively (patch 4, 64 patches), made from a ViT-S/14 that sees 112 px (64
+    patches)."""
     return _inherit(_big_model(weights), images, num_classes)
 
 # %% ../../nbs/6_reference/20b_course.ipynb #b5fc9bbb
@@ -88,17 +99,19 @@ def native_32px(weights,           # A timm vit_small_patch14_dinov2 checkpoint;
 def compare_projections(weights, # A timm vit_small_patch14_dinov2 checkpoint; None: random weights
                         images,  # Normalised small images (n, 3, 32, 32) to fit on
                         check,   # Other ones to measure on
-                        )->list: # A dict each for 'cut', 'edge' and 'fitted': explained, cosine, fit_images, check_images
+                        )->list: # A dict each for 'cut', 'edge' and 'fitted': how well, on how many images
     "Three small patch projections against the big model on upsampled images."
     big = _big_model(weights)
     small = _inherit(big, images)
     target, proj = project_patches(check, big), small.patch_embed.proj
     cls, rows = big.forward_features(_upsample(check, 112))[:, 0], []
     for name in ('cut', 'edge', 'fitted'):
-        w, b = compose_projection(big, border=name) if name != 'fitted' else fit_patch_projection(big, images)[:2]
+        if name == 'fitted': w, b = fit_patch_projection(big, images)[:2]
+        else: w, b = compose_projection(big, border=name)
         proj.weight.copy_(w); proj.bias.copy_(b)
         missed = (small.patch_embed(check) - target).square().sum()
-        rows.append(dict(projection=name, explained=1 - (missed/(target - target.mean((0, 1))).square().sum()).item(),
+        rows.append(dict(projection=name,
+                         explained=1 - (missed/(target - target.mean((0, 1))).square().sum()).item(),
                          cosine=F.cosine_similarity(small.forward_features(check)[:, 0], cls).mean().item(),
                          fit_images=len(images), check_images=len(check)))
     return rows
@@ -125,7 +138,8 @@ def save_course_model(model:torch.nn.Module, # A model of `native_32px`
     "Write the weights as one fp16 safetensors file with `course.json` beside it."
     from safetensors.torch import save_file
     file = Path(folder)/'course_vit_s.safetensors'
-    with write_atomic(file) as tmp: save_file({k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}, tmp)
+    with write_atomic(file) as tmp:
+        save_file({k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}, tmp)
     kwargs = dict(COURSE['kwargs'], num_classes=model.num_classes)
     info = dict(COURSE, kwargs=kwargs, file=file.name, sha256=sha256(file), **record)
     with write_atomic(Path(folder)/'course.json') as tmp: tmp.write_text(json.dumps(info, indent=1) + '\n')
@@ -141,7 +155,7 @@ def _is_older(out):
 
 def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
                  data='cifar10',    # Training and test images: 'cifar10', 'embedded' or an ImageFolder tree
-                 out='runs/course', # Folder for the checkpoint, the log and, in `model/`, the finished model; resumed if it is there
+                 out='runs/course', # Folder for checkpoint, log and, in `model/`, the finished model; resumed
                  device='auto',     # 'auto', 'cpu', 'cuda' or 'mps'
                  test_limit:int|None=None, # Test on a balanced part only
                  workers:int=0,     # Processes that prepare images ahead
@@ -149,7 +163,8 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
                  **recipe,          # Changes to every stage of COURSE_STAGES, fields of `TrainConfig`
                  )->dict:           # What course.json holds; empty on processes other than the first
     "Make the course model again: patch projection by least squares, then fine-tuning at 32 px in two stages."
-    require(Path(weights).is_file(), 'weights', weights, 'an existing checkpoint file', 'It is a timm vit_small_patch14_dinov2 state dict, .safetensors or .pth.')
+    require(Path(weights).is_file(), 'weights', weights, 'an existing checkpoint file',
+            'It is a timm vit_small_patch14_dinov2 state dict, .safetensors or .pth.')
     unknown = set(recipe) - {f.name for f in dataclasses.fields(TrainConfig)}
     require(not unknown, 'recipe', ', '.join(sorted(unknown)), 'fields of TrainConfig')
     out = check_output(out)
@@ -158,22 +173,30 @@ def train_course(weights,           # A timm vit_small_patch14_dinov2 checkpoint
     seed, acc = recipe.pop('seed', 0), pick_accelerator(device)
     stages = [TrainConfig(**{**stage, **recipe}, seed=seed + k) for k, stage in enumerate(COURSE_STAGES)]
     set_seed(seed)
-    big = _big_model(weights)                                                             # refuses a wrong checkpoint before images are read
+    # refuses a wrong checkpoint before images are read
+    big = _big_model(weights)
     train_set = load_data(data, 'train', skip_damaged=skip_damaged)
     test_set = load_data(data, 'test', limit=test_limit, skip_damaged=skip_damaged)
     sample = calibration(train_set, min(2000, len(train_set)), seed)
-    sample = sample.but(transform=eval_transform(data_config(create_vit(COURSE['model'], **COURSE['kwargs']))))
+    see = eval_transform(data_config(create_vit(COURSE['model'], **COURSE['kwargs'])))
+    sample = sample.but(transform=see)
     model = _inherit(big, torch.stack([x for x, _ in sample]), len(train_set.classes))
     check = calibration(test_set, min(2000, len(test_set)), 0)
-    check_output(out, need=40*sum(p.numel() for p in model.parameters()))       # two checkpoints with optimiser and average
+    # two checkpoints with optimiser and average
+    check_output(out, need=40*sum(p.numel() for p in model.parameters()))
     with only_one(out) if acc.is_main_process else contextlib.nullcontext():
         if acc.is_main_process: claim(out, *PARTS, sure=older)
-        for k, cfg in enumerate(stages, 1): fit(model, train_set, cfg, check, out/f'stage{k}', accelerator=acc, workers=workers)
+        for k, cfg in enumerate(stages, 1):
+            fit(model, train_set, cfg, check, out/f'stage{k}', accelerator=acc, workers=workers)
         if not acc.is_main_process: return {}
         sweep(out/'model')
-        model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})   # measure what is stored
+        # measure what is stored
+        model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
         result, log = evaluate(model, test_set, device=acc.device), Log(out/'model'/'log.csv')
         for row in course_log(out): log.add(**row)
-        return save_course_model(model, out/'model', **{k: result[k] for k in ('top1', 'top1_low', 'top1_high', 'images')},
-                                 train_images=len(train_set), train_hash=train_set.digest, test_hash=test_set.digest, weights_sha256=sha256(weights),
-                                 recipe=[dataclasses.asdict(cfg) for cfg in stages], seconds=log.rows[-1]['seconds'], environment=environment(acc.device.type))
+        return save_course_model(model, out/'model',
+                                 **{k: result[k] for k in ('top1', 'top1_low', 'top1_high', 'images')},
+                                 train_images=len(train_set), train_hash=train_set.digest,
+                                 test_hash=test_set.digest, weights_sha256=sha256(weights),
+                                 recipe=[dataclasses.asdict(cfg) for cfg in stages],
+                                 seconds=log.rows[-1]['seconds'], environment=environment(acc.device.type))

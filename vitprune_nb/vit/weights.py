@@ -42,21 +42,27 @@ def _what_it_is(file, start, error):
 # %% ../../nbs/6_reference/02_weights.ipynb #6a50a4e1
 def read_checkpoint(file,               # A file of safetensors or of `torch.save`, whatever its name
                     what:str='weights', # What the user calls it
-                    )->dict:            # As it was saved: tensors by name, often with other things around them
+                    )->dict:            # As it was saved: tensors by name, often with more around them
     "Read a checkpoint on the CPU without running any code from it; a file that is none is refused."
     from safetensors.torch import load_file
-    require(isinstance(file, (str, os.PathLike)) and os.path.isfile(file), what, file, 'an existing checkpoint file')
+    require(isinstance(file, (str, os.PathLike)) and os.path.isfile(file), what, file,
+            'an existing checkpoint file')
     start = b''
     try:
         with open(file, 'rb') as f: start = f.read(64)
-        if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < 2**40: checkpoint = load_file(file)
+        if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < 2**40:
+            checkpoint = load_file(file)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():   # the options of a training
+            # the options of a training
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                with open(file, 'rb') as f: checkpoint = torch.load(f, map_location='cpu', weights_only=True)   # by content: torch.load believes names
+                # by content: torch.load believes names
+                with open(file, 'rb') as f:
+                    checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except Exception as e:   # each file format has errors of its own
         refuse(what, file, 'a readable .safetensors or .pth checkpoint', _what_it_is(file, start, e))
-    require(isinstance(checkpoint, dict), what, file, 'a checkpoint with tensors by name', f'It holds a {type(checkpoint).__name__}.')
+    require(isinstance(checkpoint, dict), what, file, 'a checkpoint with tensors by name',
+            f'It holds a {type(checkpoint).__name__}.')
     return checkpoint
 
 # %% ../../nbs/6_reference/02_weights.ipynb #6a50a4e3
@@ -104,11 +110,9 @@ def find_weights(file,               # For `read_checkpoint`
     places = [(path, prefix) for path, c in counts.items() for prefix, n in c.items() if n == best > 0]
     # names of another project; timm may know them
     if not places or 2*best < min(len(names), len(tables[places[0][0]])):
-        path = next((p
-                     for p in (('state_dict_ema',), ('model_ema',), ('state_dict',), ('model',),
-                               ()) if p in tables),
-                    max(tables, key=lambda p: len(tables[p])))
-        prefix = ''
+        usual = ('state_dict_ema',), ('model_ema',), ('state_dict',), ('model',), ()
+        largest = max(tables, key=lambda p: len(tables[p]))
+        path, prefix = next((p for p in usual if p in tables), largest), ''
     else:
         rank = lambda place: USED.index(place[0][0]) if place[0] and place[0][0] in USED else len(USED)
         first = min(map(rank, places))
@@ -139,7 +143,8 @@ def _heads(model):
     return (names,) if isinstance(names, str) else tuple(names)
 
 def _as_timm(state, model):
-    "A checkpoint in timm's own names, with position embeddings for the model's grid; as it is where that fails."
+    """A checkpoint in timm's own names, with position embeddings for the model's grid; as it is where that
+    fails."""
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     if not isinstance(model, VisionTransformer): return dict(state)
     try: new = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
@@ -154,41 +159,39 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
                  file,                  # For `read_checkpoint`, with the names of timm's state_dict
                  what:str='weights',    # What the user calls the file
                  )->torch.nn.Module:    # The same model
-    """Load a local checkpoint: position embeddings are resized, a head of other classes is left alone, tensors of other parts
-    are named and left out, all else must fit."""
+    """Load a local checkpoint: position embeddings are resized, a head of other classes is left alone,
+    tensors of other parts are named and left out, all else must fit."""
     own, heads = check_model(model).state_dict(), (*_heads(model), 'head')
     raw, unused = find_weights(file, own, what)
     state = _as_timm(raw, model)
     extra = [k for k in state if k not in own]
-    ours = [k
-            for k in extra if k.split('.')[0] in PARTS | {k.split('.')[0]
-                                                          for k in own} and not k.startswith(heads)]
+    parts = PARTS | {k.split('.')[0] for k in own}
+    ours = [k for k in extra if k.split('.')[0] in parts and not k.startswith(heads)]
     wrong = [k for k in [*own, *ours] if shape_of(own, k) != shape_of(state, k)]
     head = [k for k in wrong if k.startswith(heads)]
     fits = f'a checkpoint with the shapes of this {type(model).__name__}'
     bad = [k for k in wrong if k not in head]
     if bad:
         k = next((k for k in bad if k not in own or k not in state), bad[0])
-        hint = 'Positions that form no square can only be used as they are, with img_size=(height, width). ' if k == 'pos_embed' and k in state else ''
+        hint = ''
+        if k == 'pos_embed' and k in state:
+            hint = ('Positions that form no square can only be used as they are, '
+                    'with img_size=(height, width). ')
         refuse(what, file, fits,
                f'{len(bad)} of its tensors {"do" if len(bad) > 1 else "does"} not fit; {k}, say, is '
                f'{shape_of(state, k)} in the file '
                f'and {shape_of(own, k)} in the model. {hint}The file holds {in_short(list(raw))}.')
     used = {k: state[k] for k in own if k not in wrong}
-    odd = next((k
-                for k, v in used.items() if own[k].is_floating_point()
-                and (v.dtype not in FLOATS or v.is_quantized or v.is_meta)), None)
+    usable = lambda v: v.dtype in FLOATS and not v.is_quantized and not v.is_meta
+    odd = next((k for k, v in used.items() if own[k].is_floating_point() and not usable(v)), None)
     require(odd is None, what, file, 'a checkpoint of floating-point weights',
             f'{odd}, say, is {used[odd].dtype if odd else ""}.')
     require(head or not any('pre_logits' in k for k in raw), what, file, fits,
             'It has a layer before the head, pre_logits, that timm no longer builds.')
-    unused += [k for k in extra if k not in ours] + [k
-                                                     for k in raw if k not in state
-                                                     and k.endswith('mask_token')]
-    # no head was asked for
-    unused = [k
-              for k in unused if getattr(model, 'num_classes',
-                                         None) != 0 or not k.startswith(tuple(f'{h}.' for h in heads))]
+    unused += [k for k in extra if k not in ours]
+    unused += [k for k in raw if k not in state and k.endswith('mask_token')]
+    if getattr(model, 'num_classes', None) == 0:      # no head was asked for
+        unused = [k for k in unused if not k.startswith(tuple(f'{h}.' for h in heads))]
     if unused: warnings.warn(f'{file}: left out, for this model does not use them: {in_short(unused)}')
     if any(k in own for k in head):
         warnings.warn(f'{file}: it has no head that fits, so the head of the model stays untrained')
@@ -218,7 +221,8 @@ def model_kwargs(kwargs:dict,          # What shall be passed on to timm
 # %% ../../nbs/6_reference/02_weights.ipynb #3f1bad9c
 @contextlib.contextmanager
 def _weights_only():
-    "Older timm reads what it fetched from the hub without `weights_only`: PyTorch insists on it within the `with`."
+    """Older timm reads what it fetched from the hub without `weights_only`: PyTorch insists on it within
+    the `with`."""
     before = {k: os.environ.pop(k, None)
               for k in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')}
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
@@ -228,23 +232,27 @@ def _weights_only():
         os.environ.update({k: v for k, v in before.items() if v is not None})
 
 def create_vit(name:str,          # A timm model name, e.g. 'deit_small_patch16_224'
-               weights=None,      # A local checkpoint (.safetensors, .pth); None: random weights, unless `pretrained`
+               weights=None,      # A local checkpoint (.safetensors, .pth); None: random, unless `pretrained`
                pretrained:bool=False, # Fetch timm's weights from the hub
                **kwargs,          # What `timm.create_model` takes: img_size, patch_size, num_classes …
                )->torch.nn.Module: # In eval mode
     "A timm Vision Transformer, with errors that say what to do."
     import timm
-    require(isinstance(name, str) and timm.is_model(name), 'model', name, "a name from timm.list_models('*vit*')", 'Close ones: ' +
-            (', '.join(difflib.get_close_matches(str(name), timm.list_models(), 3)) or 'none') + '.')
+    close = ', '.join(difflib.get_close_matches(str(name), timm.list_models(), 3)) or 'none'
+    require(isinstance(name, str) and timm.is_model(name), 'model', name,
+            "a name from timm.list_models('*vit*')", f'Close ones: {close}.')
     model_kwargs(kwargs)
-    require(weights is None or not pretrained, 'pretrained', True, 'False beside weights=FILE', 'Give one of the two.')
+    require(weights is None or not pretrained, 'pretrained', True, 'False beside weights=FILE',
+            'Give one of the two.')
     try:
         with _weights_only(): model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:   # from deep inside timm or PyTorch, each with errors of its own
         if pretrained and not isinstance(e, (TypeError, AssertionError, ValueError)):
-            refuse('pretrained', name, 'a model whose weights the Hugging Face hub has, and a network that reaches it',
+            refuse('pretrained', name,
+                   'a model whose weights the Hugging Face hub has, and a network that reaches it',
                    f'Without one, pass a local file: weights=FILE. ({type(e).__name__})')
-        if kwargs: refuse('kwargs', kwargs, f'what timm.create_model takes for {name}', f'({type(e).__name__}: {e})')
+        if kwargs:
+            refuse('kwargs', kwargs, f'what timm.create_model takes for {name}', f'({type(e).__name__}: {e})')
         refuse('model', name, 'a name from timm.list_models(pretrained=True)', f'({type(e).__name__}: {e})')
     return (model if weights is None else load_weights(model, weights)).eval()
 
@@ -256,9 +264,10 @@ def _grid_kwargs(state, model):
     patch, (H, W) = tuple(proj.shape[2:]), model.patch_embed.grid_size
     prefix = sum(state[k].shape[1] for k in ('cls_token', 'dist_token', 'reg_token') if k in state)
     # some models give CLS no position
-    counts = [pos.shape[1], pos.shape[1] - prefix] if model.no_embed_class else [pos.shape[1] - prefix, pos.shape[1]]
-    n = next((n for n in counts if n == H*W),
-             next((n for n in counts if n > 0 and math.isqrt(n)**2 == n), None))
+    counts = [pos.shape[1] - prefix, pos.shape[1]]
+    if model.no_embed_class: counts.reverse()
+    square = (n for n in counts if n > 0 and math.isqrt(n)**2 == n)
+    n = next((n for n in counts if n == H*W), next(square, None))
     if n is None: return out
     grid = (H, W) if n == H*W else (math.isqrt(n),)*2
     size = tuple(g*p for g, p in zip(grid, patch))
