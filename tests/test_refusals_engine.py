@@ -1,9 +1,16 @@
 """What the engine does not accept, each with the error that says so."""
+import json
+
 import pytest, torch
-from vitprune_nb.engine.policy import NormScore, Policy, Step
+from vitprune_nb.engine import store
+from vitprune_nb.engine.channels import ChannelPlan, choose, slice_model
+from vitprune_nb.engine.fates import fate_of
+from vitprune_nb.engine.modes import run_blocks, static_indices
+from vitprune_nb.engine.policy import ClsAttention, NormScore, Policy, Step, parse_schedule
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.engine.wrapper import TimmParts
 from vitprune_nb.errors import VitpruneError
+from vitprune_nb.methods.vtp import add_gates, importance
 from vitprune_nb.vit.model import create_vit
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
@@ -62,3 +69,97 @@ def test_another_grid_than_that_of_the_policy():
         fixed(images)
     wide.set_input_size((48, 48))
     with pytest.raises(VitpruneError, match='6 by 6'): fixed.n_tokens      # noqa: B018
+
+
+@pytest.mark.parametrize('make, text', [
+    (lambda: Step(at='after', count=3), "at: got after; allowed: 'before', 'queries', 'middle'"),
+    (lambda: Step(fate='eaten', keep=()), 'fate: got eaten'),
+    (lambda: Step(keep=(1,), count=2), 'exactly one of'),
+    (lambda: Step(keep=(1, 1)), 'different patch indices'),
+    (lambda: Step(count=2), 'a scorer together with count'),
+    (lambda: Policy({5: Step(keep=())}).counts(4, 197), 'policy: got a step for block index 5; allowed: 0 to 3'),
+    (lambda: Policy({0: Step(threshold=.5, score=NormScore())}).counts(2, 6), 'whose counts depend on the image'),
+    (lambda: Policy({0: Step(keep=(), fate='halt'), 1: Step(keep=(), fate='fuse')}), "'halt' without 'fuse'"),
+    (lambda: Policy({0: Step(count=2, score=ClsAttention())}).counts(2, 6), "'middle' for the scorer ClsAttention"),
+    (lambda: Policy({2: (Step('queries', keep=()), Step('middle', keep=()))}), 'queries remove, middle remove in block index 2'),
+    (lambda: Policy({2: (Step(fate='idle', keep=()), Step('middle', keep=()))}), 'before idle, middle remove'),
+    (lambda: Policy.from_dict(dict(name='x', steps={'0': dict(count=1, score=dict(kind='oracle'))})), 'score: got oracle; allowed: '),
+    (lambda: parse_schedule(0, 3), 'keep_rate: got 0; allowed: a number in (0, 1]. Use 1'),
+    *((lambda bad=bad: parse_schedule(bad, 3), ': got ') for bad in (-1, 1.2, [1, .5], {9: .5}, 'x', [True]*3)),
+    (lambda: fate_of('eaten'), "fate: got eaten; allowed: 'remove', 'idle'"),
+    (lambda: static_indices({0: Step(count=9, score=NormScore()), 1: Step(keep=(2,))}, 17), 'static positions in block index 1 after a per-image step'),
+    (lambda: static_indices({1: Step(keep=(2, 5, 9)), 2: Step(keep=(3,))}, 17), 'patch 3 kept in block index 2 though'),
+    (lambda: run_blocks(torch.zeros(1, 17, 48), [], {}, 'fast'), "mode: got fast; allowed: 'mask', 'gather', 'packed'"),
+    (lambda: ChannelPlan({'a': ()}, {'a': 3}, .4, 0.), 'keep: got 0 channels for a'),
+])
+def test_a_step_policy_schedule_or_plan_that_cannot_be(make, text):
+    with pytest.raises(VitpruneError) as e: make()
+    assert text in str(e.value)
+
+
+def test_half_a_schedule_file(tmp_path):
+    (tmp_path/'s.json').write_text('{"1": ')
+    with pytest.raises(VitpruneError, match='allowed: valid JSON'): parse_schedule(tmp_path/'s.json', 4)
+
+
+# --- pruned models in folders
+
+BY_IMAGE = Policy({1: Step(count=7, score=NormScore())}, 'by norm')
+
+
+def weighty(**kwargs):
+    torch.manual_seed(0)
+    return create_vit('vit_tiny_patch16_224', **{**SMALL, **kwargs}).eval()
+
+
+def with_hook(m): m.blocks[1].mlp.register_forward_hook(lambda mod, args, out: 2*out)
+def own_head(m): m.head = torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.Linear(48, 10))
+def own_activation(m): m.blocks[0].mlp.act = torch.nn.Softplus()
+def tied(m): m.blocks[1].mlp.fc1.weight = m.blocks[0].mlp.fc1.weight
+def own_forward(m): m.blocks[3].ls1.forward = lambda x: 3*x
+
+
+@pytest.mark.parametrize('change, text', [
+    (with_hook, 'blocks.1.mlp has hooks'), (own_head, 'one whose head is Sequential'), (own_activation, 'Softplus'),
+    (tied, 'are the same tensor'), (own_forward, 'computes something else than its class says'),
+])
+def test_a_model_that_cannot_be_built_again(change, text, tmp_path):
+    m = SlimViT(weighty(), BY_IMAGE)
+    change(m.model)
+    with pytest.raises(VitpruneError) as e: store.save_pruned(m, tmp_path/'odd')
+    assert text in str(e.value) and not (tmp_path/'odd').exists()
+
+
+def test_folders_of_another_kind(tmp_path):
+    slim = SlimViT(weighty(), BY_IMAGE)
+    store.save_pruned(slim, tmp_path/'slim')
+    for f, text in ((lambda: store.save_pruned(weighty(), tmp_path/'odd'), 'allowed: a pruned model'),
+                    (lambda: store.save_pruned(slim, tmp_path/'slim'), 'which is not empty'),
+                    (lambda: store.save_sliced(slim, tmp_path/'odd'), 'channels are not cut'),
+                    (lambda: store.load_sliced(tmp_path/'slim'), 'allowed: a sliced model')):
+        with pytest.raises(VitpruneError, match=text): f()
+    assert not (tmp_path/'odd').exists()
+    cut = slice_model(weighty(), choose(importance(add_gates(weighty())), .3, 3))
+    store.save_pruned(cut, tmp_path/'cut')
+    with pytest.raises(VitpruneError, match='allowed: a model with a policy'): store.load_slim(tmp_path/'cut')
+
+
+@pytest.mark.parametrize('new, kwargs, text', [
+    (dict(mode='fast'), {}, "mode: Input should be 'mask', 'gather' or 'packed'"),
+    ({}, dict(depth='4'), 'depth is a whole number'),
+    ({}, dict(checkpoint_path='evil.pth'), 'checkpoint_path'),
+    ({}, dict(embed_dim=96), 'cls_token is [1, 1, 48] in the file and [1, 1, 96] by its config'),
+    (dict(act='os.system'), {}, 'act: got os.system'),
+    (dict(format='vitprune model 9'), {}, 'A newer vitprune'),
+    (dict(sigma=1), {}, 'sigma: Extra inputs'),
+    (None, {}, 'allowed: valid JSON'),
+])
+def test_a_config_that_was_changed(new, kwargs, text, tmp_path):
+    file = store.save_pruned(SlimViT(weighty(), BY_IMAGE), tmp_path/'m')/'config.json'
+    good = json.loads(file.read_text())
+    if new is None: file.write_bytes(b'\xff\xfe')
+    else: file.write_text(json.dumps(good | new | dict(kwargs=good['kwargs'] | kwargs)))
+    with pytest.raises(VitpruneError) as e: store.load_pruned(tmp_path/'m')
+    assert text in str(e.value)
+    file.write_text(json.dumps(good))
+    assert isinstance(store.load_pruned(tmp_path/'m'), SlimViT)

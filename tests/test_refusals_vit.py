@@ -1,0 +1,138 @@
+"""What the foundations do not accept, each with the error that says so."""
+import json
+
+import pandas as pd, pytest, torch
+from vitprune_nb import data
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.vit import cost, model as vit, recipe, redundancy
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
+
+
+def shape(name, **kwargs):
+    "A model without weights."
+    with torch.device('meta'): return vit.create_vit(name, **kwargs)
+
+
+def tiny(**kwargs): return vit.create_vit('vit_tiny_patch16_224', **{**SMALL, **kwargs})
+
+
+@pytest.fixture(scope='module')
+def beit(): return vit.create_vit('beit_base_patch16_224', embed_dim=48, depth=2, num_heads=3)
+
+
+def n_hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_a_model_of_other_blocks(beit):
+    for f in (vit.standard_blocks, lambda m: vit.capture(m).__enter__()):
+        with pytest.raises(VitpruneError, match='timm.models.beit.Block'): f(beit)
+    assert n_hooks(beit) == 0
+    with pytest.raises(VitpruneError, match='model: got SwinTransformer'):
+        vit.standard_blocks(shape('swin_tiny_patch4_window7_224'))
+
+
+def test_a_mask_while_capturing():
+    net = tiny().eval()
+    with pytest.raises(VitpruneError, match='attn_mask: got a mask; allowed: None while capturing'):
+        with vit.capture(net): net.forward_features(torch.randn(2, 3, 32, 32), attn_mask=torch.zeros(17, 17))
+    assert n_hooks(net) == 0
+
+
+class Always(torch.nn.Module):
+    def forward(self, x): return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
+
+
+def test_answers_and_their_interval():
+    few = data.calibration(data.embedded('test'), 10)
+    with pytest.raises(VitpruneError, match='batch_size: got 0'): vit.evaluate(Always(), few, batch_size=0)
+    with pytest.raises(VitpruneError, match='correct: got 3 of 2'): vit.wilson_interval(3, 2)
+    with pytest.raises(VitpruneError, match='NaN or infinite logits for 1 of 2 images'):
+        vit.classes_of(torch.tensor([[0., 2.], [float('nan'), 2.]]))
+
+
+@pytest.mark.parametrize('name, text', [
+    ('swin_tiny_patch4_window7_224', 'model: got SwinTransformer'),
+    ('vit_base_r50_s16_224', 'whose patches come from a HybridEmbed'),
+    ('resnet18', 'model: got'),
+])
+def test_models_that_the_cost_model_does_not_know(name, text):
+    with pytest.raises(VitpruneError) as e: cost.vit_blocks(shape(name))
+    assert text in str(e.value)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('cait_xxs24_224', dict(depth=2, img_size=64)),
+    ('vit_tiny_patch16_224', dict(img_size=72, depth=2, dynamic_img_pad=True)),
+    ('vit_relpos_small_patch16_224', dict(depth=2, img_size=64)),
+    ('swin_tiny_patch4_window7_224', {}),
+])
+def test_the_reason_why_no_formula_counts_is_in_the_error(name, kwargs):
+    m = vit.create_vit(name, **kwargs)
+    assert cost.not_by_formula(m)
+    with pytest.raises(VitpruneError) as e: cost.model_macs(m)
+    assert cost.not_by_formula(m) in str(e.value)
+
+
+@pytest.mark.parametrize('counts, text', [
+    ([(5, 5, 5)], 'counts: got 1 entries; allowed: 2'),
+    ([(5, 5, 5), (-1, 5, 5)], 'counts[1]: got (-1, 5, 5)'),
+    ([(6, 5, 5)]*2, 'each from 0 to 5, the tokens'),
+    ([5, 5], 'counts[0]: got (5,)'),
+    ([(5, 0, 5)]*2, 'nkv of at least 1'),
+    ([(5, float('nan'), 5)]*2, 'counts[0]: got (5, nan, 5)'),
+])
+def test_counts_that_no_block_can_have(counts, text):
+    with pytest.raises(VitpruneError) as e: cost.check_counts(counts, 2, 5)
+    assert text in str(e.value)
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda m: cost.model_macs(m, [(17, 17, 17)]*3), 'counts: got 3 entries; allowed: 4'),
+    (lambda m: cost.model_macs(m, extra=-1), 'extra: got -1'),
+    (lambda m: cost.cost_table(m, by='head'), "by: got head; allowed: 'part' or 'block'"),
+    (lambda m: cost.reduction(1, 0), 'new, old: got (1, 0)'),
+    (lambda m: cost.speed_up(0, 1), 'two costs above 0'),
+    (lambda m: cost.meet_budget(.45, [.069, .812, .03], .01),
+     'reduction: got 0.45; allowed: 0.069 or 0.812, the nearest that can be had, for this model with these options.'),
+    (lambda m: cost.meet_budget(.01, [.069, .2], .01), 'allowed: at least 0.069'),
+    (lambda m: cost.meet_budget(.9, [.069, .8], .01), 'allowed: at most 0.800'),
+])
+def test_costs_that_cannot_be(f, text):
+    with pytest.raises(VitpruneError) as e: f(tiny())
+    assert text in str(e.value)
+
+
+TOKENS = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda: redundancy.patch_similarity(TOKENS[:, :1]), 'tokens: got shape (4, 1, 16); allowed: (B, n, D) with two patches or more'),
+    (lambda: redundancy.patch_similarity(TOKENS[0]), 'tokens: got shape (9, 16)'),
+    *((lambda f=f: f(TOKENS, TOKENS[:, 1:]), 'after: got shape (4, 8, 16); allowed: the shape of `before`, (4, 9, 16)')
+      for f in (redundancy.adjacent_similarity, redundancy.relative_update, redundancy.norm_growth)),
+    (lambda: redundancy.depth_summary(toy(), 'cosine'), 'column: got cosine; allowed: within'),
+    (lambda: redundancy.depth_summary(toy(), 'within', share=1), 'share: got 1; allowed: a number in (0, 1)'),
+    (lambda: redundancy.similarity_by_depth(torch.nn.Linear(2, 2), data.calibration(data.embedded('test'), 10).but(transform=lambda im: im)),
+     'model: got Linear'),
+])
+def test_tokens_that_cannot_be_compared(f, text):
+    with pytest.raises(VitpruneError) as e: f()
+    assert text in str(e.value)
+
+
+def toy(): return pd.DataFrame(dict(image=range(5), depth=0, within=[0., 1, 2, 3, 4]))
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(kwargs=dict(checkpoint_path='evil.pth')), 'kwargs: got checkpoint_path'),
+    (dict(kwargs=dict(pretrained_cfg=dict(file='evil.pth'))), 'kwargs: got pretrained_cfg'),
+    (dict(kwargs=dict(block_fn='os.system')), 'kwargs: got block_fn'),
+    (dict(kind='ResNet'), 'VisionTransformerDistilled'),
+    (dict(act='os.system'), 'act: got os.system'),
+])
+def test_a_recipe_that_nobody_wrote(change, text):
+    r = json.loads(json.dumps(recipe.recipe_of(tiny())))
+    if 'kwargs' in change: change = dict(kwargs=r['kwargs'] | change['kwargs'])
+    with pytest.raises(VitpruneError) as e: recipe.from_recipe(dict(r, **change))
+    assert text in str(e.value)
