@@ -16,14 +16,14 @@ from PIL import Image
 from torch import nn
 from ..core import pick_device
 from ..errors import require
-from ..methods.cosine import (CosineScore, collect, cosine_policy, keep_labels, random_policy, reentries, run_slim,
-                                         train_rounds)
+from ..methods.cosine import (CosineScore, collect, cosine_policy, keep_labels, random_policy,
+                                        reentries, run_slim, train_rounds)
 from ..vit.cost import model_macs
 from ..data import ImageSet
 from ..engine.slim import Policy, SlimViT, Step, Tokens, attn_branch, mlp_branch, select
 from ..evidence.measure import bench, peak_memory, time_reduction
 from .patch_figures import Subject
-from ..evidence.results import append_rows, make_row, read_rows
+from ..evidence.results import append_rows, make_row, paired_difference, read_rows
 from ..vit.model import create_vit
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #a85f6262
@@ -53,22 +53,30 @@ def cosine_rows(model,          # A timm VisionTransformer of standard blocks
     """The report's Figures 3 and 4 (its tables) for any model and data, each row beside random skipping of as
     many patches, which is a little cheaper: it has no pruner."""
     P = model.patch_embed.num_patches
+
     def row(name, slim, note=''):
-        r = run_slim(slim, test, device=device); kept = r['kept'].sum(-1).float().mean(0)
+        r = run_slim(slim, test, device=device)
+        kept = r['kept'].sum(-1).float().mean(0)
         back = reentries(r['kept']).sum(1).float().mean()
         words = f"{(P - kept).mean():.1f} of {P} patches skipped per layer, {back:.1f} re-entries an image"
         schedule = {k: slim.info[k] for k in ('cosine_threshold', 'scale', 'score_threshold', 'keys',
                                               'rounds') if k in slim.info}
         schedule['skipped'] = [round(P - v, 2) for v in kept.tolist()]
-        return make_row(name, backbone, test, r, device=device, schedule=schedule, note=words + note), kept
+        return make_row(name, backbone, test, r, device=device, schedule=schedule, note=words + note), r
+
     rows = [row('dense', SlimViT(model))[0]]
     for c in thresholds:
         for k in keys:
-            r, kept = row('cosine', with_pruner(model, train, c, score_threshold, k, device=device, **fit),
+            ours, r = row('cosine', with_pruner(model, train, c, score_threshold, k, device=device, **fit),
                           f', keys of {k}')
-            blind = SlimViT(model, random_policy(kept, P, k)); blind.info = dict(cosine_threshold=c, keys=k)
-            rows += [r, row('random', blind, f', keys of {k}')[0]]
+            blind = SlimViT(model, random_policy(r['kept'].sum(-1).float().mean(0), P, k))
+            blind.info = dict(cosine_threshold=c, keys=k)
+            chance, b = row('random', blind, f', keys of {k}')
+            d = paired_difference(b['right'], r['right'])
+            ours['schedule']['over_random'] = [round(d[v], 4) for v in ('difference', 'low', 'high')]
+            rows += [ours, chance]
     return rows
+
 
 # %% ../../nbs/5_papers/14b_cosine_claims.ipynb #55dc5c1c
 def record_cosine(s:Subject, # Model, test images, and `calib` to train pruners on
@@ -152,8 +160,8 @@ def overlap_rows(kept:torch.Tensor,   # (n, L, P) bool
     centre, g, rows = centre_rank(grid), torch.Generator().manual_seed(seed), []
     for l in range(L):
         k = kept[:, l].sum(-1, keepdim=True)
-        ours, blind, middle = (iou(s, target) for s in (kept[:, l],
-                                                        torch.rand(n, P, generator=g).argsort(-1).argsort(-1) < k, centre < k))
+        drawn = torch.rand(n, P, generator=g).argsort(-1).argsort(-1) < k
+        ours, blind, middle = (iou(s, target) for s in (kept[:, l], drawn, centre < k))
         s = scores[:, l]
         hit = (target.gather(1, s.argmax(-1, keepdim=True)).float().mean().item() if (s != s[:, :1]).any()
                else float('nan'))   # nan: points nowhere
