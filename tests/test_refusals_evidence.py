@@ -1,0 +1,79 @@
+"""What measuring, exporting and the tables of the papers do not accept, each with the error that says so."""
+import pytest, torch
+from vitprune_nb.engine.channels import choose
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.evidence import measure, results
+from vitprune_nb.methods.vtp import add_gates, importance
+from vitprune_nb.papers import channel_tables, overhead
+from vitprune_nb.vit.cost import model_macs
+from vitprune_nb.vit.model import create_vit
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=10)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return create_vit('deit_tiny_patch16_224', **SMALL).eval()
+
+
+@pytest.fixture(scope='module')
+def scores(model): return importance(add_gates(create_vit('deit_tiny_patch16_224', **SMALL)))
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda: measure.summary([0.], 1), 'all above 0'),
+    (lambda: measure.ratio_interval([1.], [1., 2.]), 'times: got 1 and 2 times'),
+    (lambda: results.mcnemar(-1, 2), 'allowed: counts, 0 or more'),
+    (lambda: results.mean_interval([1.]), 'values: got [1.0]; allowed: two or more finite numbers'),
+    (lambda: results.mean_error(.02, .03, 0, 6), 'sessions: got 0'),
+    (lambda: overhead.fixed_time([1e9], [5.]), 'two or more models'),
+])
+def test_times_and_answers_that_cannot_be(f, text):
+    with pytest.raises(VitpruneError) as e: f()
+    assert text in str(e.value)
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda m, s: channel_tables.random_channels(choose(s, .3, 3), 5), 'heads: got 5; allowed: a divisor of 48'),
+    (lambda m, s: channel_tables.uniform_channels(s, 1, 3), 'ratio: got 1'),
+    (lambda m, s: channel_tables.uniform_at(m, s, 2*model_macs(m)), 'above 0 and at most'),
+    (lambda m, s: channel_tables.uniform_at(m, s, 0), 'macs: got 0'),
+    (lambda m, s: channel_tables.uniform_cost(m, 1), 'ratio: got 1'),
+    (lambda m, s: channel_tables.uniform_cost(m, .4, 'some'), "rows: got some; allowed: 'none', 'hidden', 'all'"),
+    (lambda m, s: channel_tables.ChannelRun(l1s=(-1,)), 'l1s: got (-1,); allowed: numbers, 0 or more'),
+    (lambda m, s: channel_tables.ChannelRun(l1s=()), 'l1s: got ()'),
+    (lambda m, s: channel_tables.ChannelRun(ratios=(1,)), 'ratios: got (1,); allowed: shares in (0, 1)'),
+    (lambda m, s: channel_tables.ChannelRun(ratios=(0.,)), 'ratios: got (0.0,)'),
+    (lambda m, s: channel_tables.ChannelRun(baselines=('best',)), "baselines: got ['best']; allowed: 'uniform', 'random'"),
+])
+def test_channels_and_tables_that_cannot_be(f, text, model, scores):
+    with pytest.raises(VitpruneError) as e: f(model, scores)
+    assert text in str(e.value)
+
+
+def test_exports_that_cannot_be(model, tmp_path):
+    pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
+    from vitprune_nb.deploy import OnnxModel, export_onnx, onnx_ops
+    x, file = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), tmp_path/'m.onnx'
+    training = create_vit('deit_tiny_patch16_224', **SMALL).train()
+    for f, text in ((lambda: export_onnx(training, file, x), 'model: got a VisionTransformer in training mode; allowed: a module in eval mode'),
+                    (lambda: export_onnx(model, tmp_path/'m.pt', x), 'allowed: a file name that ends in .onnx'),
+                    (lambda: export_onnx(model, file, x[0]), 'images: got torch.Size([3, 32, 32])'),
+                    (lambda: export_onnx(model, file, x[:1], dynamic=True), 'two at least'),
+                    (lambda: export_onnx(lambda x: x, file, x), 'allowed: a module in eval mode'),
+                    (lambda: export_onnx(model, file, x, tol=-1.), 'in ONNX Runtime; allowed: at most -1'),
+                    (lambda: export_onnx(model, file, x, classes=['cat']), 'classes: got 1 names; allowed: 10, as many as'),
+                    (lambda: OnnxModel(tmp_path/'none.onnx'), 'allowed: an existing ONNX file'),
+                    (lambda: onnx_ops(tmp_path/'none.onnx'), 'an existing ONNX file')):
+        with pytest.raises(VitpruneError) as e: f()
+        assert text in str(e.value)
+    assert not file.exists()
+    runs = OnnxModel(export_onnx(model, file, x))
+    (tmp_path/'half.onnx').write_bytes(file.read_bytes()[:999])
+    for f, text in ((lambda: runs(x.double()), 'torch.float64 of shape (2, 3, 32, 32)'),
+                    (lambda: runs(x[:, :1]), 'Export again for another batch'),
+                    (lambda: OnnxModel(file, threads=0), 'threads: got 0'),
+                    (lambda: OnnxModel(tmp_path/'half.onnx'), 'that this onnxruntime can run')):
+        with pytest.raises(VitpruneError) as e: f()
+        assert text in str(e.value)
