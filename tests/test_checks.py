@@ -200,10 +200,6 @@ case('12b_surgery', 'check_even(even_heads)',
 case('10_significance', 'check_diagonal(diagonal_wins)',
      'lambda attn: right(attn).mean(1, keepdim=True).expand(-1, attn[0].shape[1])',   # the mean of the heads
      'lambda attn: right([P.mT for P in attn])')                                      # columns
-case('10_significance', 'check_agreement(agreement)',
-     'lambda a, b: torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a[:-1, 1:], b[:-1, 1:])])',    # Pearson
-     'lambda a, b: right(a, b).sign()',
-     'lambda a, b: spearman(a[:-1], b[:-1])')                                         # with CLS
 case('10_significance', 'check_brute_coherent(brute_coherent)',
      'lambda attn, tokens, masks, t: right(attn, [z*2 for z in tokens], masks, t)',
      '''def wrong(attn, tokens, masks, t):                                            # the norm of each path, then the sum
@@ -212,12 +208,11 @@ case('10_significance', 'check_brute_coherent(brute_coherent)',
         one = [P[[h]] for P, h in zip(attn[t:], path)]
         total = total + right(one, tokens[t:], masks[t:], 0)
     return total''')
-
-case('10a_bound', 'check_overlap(top_overlap)',
+case('10_significance', 'check_overlap(top_overlap)',
      'lambda a, b, k: right(-a, -b, k)',                                              # the smallest
      'lambda a, b, k: (a.topk(k).indices == b.topk(k).indices).float().mean(-1)',     # in the same order
      'lambda a, b, k: right(a, b, k)*k/a.shape[-1]')                                  # of all
-case('10a_bound', 'check_set_score(set_score)',
+case('10_significance', 'check_set_score(set_score)',
      '''def wrong(attn, tokens, drop, t):                                             # the norm first
     return drop.double() @ right(attn, tokens, torch.eye(drop.shape[1], dtype=torch.bool), t)''',
      'lambda attn, tokens, drop, t: right(attn[:t + 1] + [P*0 for P in attn[t + 1:]], tokens, drop, t)',     # the later blocks forgotten

@@ -1,12 +1,14 @@
 """What a notebook cannot show: a search that is really killed, and what its state file refuses."""
-import os, random, signal
+import math, os, random, signal
 import pytest, torch
 from conftest import start
-from patch_slimming_script import images, run, tiny_vit
+from patch_slimming_script import SETTINGS, images, run, tiny_vit
 from vitprune_nb.methods import patch_slimming
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.engine.store import load_slim, save_slim
-from vitprune_nb.methods.patch_slimming import Plan, Search, top_down
+from vitprune_nb.methods.base import prune
+from vitprune_nb.methods.patch_slimming import Plan, Search, calibration_loader, for_budget, patch_step, top_down
+from vitprune_nb.methods.significance import capture_once, coherent_scores
 from vitprune_nb.engine.plan import weights_hash
 
 SCRIPT = 'patch_slimming_script.py'
@@ -112,3 +114,73 @@ def test_a_model_in_training_mode_stays_so():
     model = tiny_vit().train()
     plan = top_down(model, images(), .01)
     assert model.training and plan.keep == top_down(tiny_vit(), images(), .01).keep
+
+
+@pytest.mark.parametrize('batch_size', [6, 2])
+def test_a_search_by_coherent_scores_knows_its_masks_in_every_batch(batch_size):
+    model, ds = tiny_vit(), images()
+    search = Search(model, ds, 'coherent', batch_size=batch_size)
+    node = search.root
+    for k in (0, 2, 4): node = search.child(node, k)                     # blocks 6, 5 and 4
+    masks = torch.ones(6, 17, dtype=torch.bool)
+    for l, m in node['masks'].items(): masks[min(l, 5)] = m
+    seen = ds.but(transform=_transform(model))
+    with torch.no_grad(), capture_once(model) as cap: model(torch.stack([seen[i][0] for i in range(len(seen))]))
+    want = coherent_scores(cap.attention, cap.tokens[:-1], masks)[2]
+    torch.testing.assert_close(patch_slimming._mean_score(search, node)/want, torch.ones(17).double(), rtol=0, atol=1e-4)
+
+
+BAD_STEPS = (0, -1, 2.5, 'a', True, math.nan, math.inf)
+
+
+@pytest.mark.parametrize('step', BAD_STEPS)
+def test_a_step_that_is_none(step):
+    with pytest.raises(VitpruneError, match='^step: got'): patch_step(step, 64)
+
+
+@pytest.mark.parametrize('eps', [0, -1, math.nan, '1', True])
+def test_an_error_that_is_none(eps):
+    with pytest.raises(VitpruneError, match=f'^eps: got {eps}; allowed: a positive relative error'): top_down(tiny_vit(), images(), eps=eps)
+
+
+def broken():
+    model = tiny_vit()
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = math.nan
+    return model
+
+
+@pytest.mark.parametrize('call, said', [
+    (lambda: top_down(tiny_vit(), images(), tune_epochs=-1), 'tune_epochs: got -1'),
+    (lambda: top_down(tiny_vit(), images(), lr=0), 'lr: got 0; allowed: a positive number'),
+    (lambda: top_down(tiny_vit(), images(), step=0), 'step: got 0'),
+    (lambda: top_down(broken(), images()), 'weights or images that give NaN'),
+    (lambda: top_down(tiny_vit(), images(), eps=1e-30), 'misses it even with all its'),
+    (lambda: Search(tiny_vit(), images(), keys='none'), "keys: got none; allowed: 'entering', 'all', 'kept'"),
+    (lambda: Search(tiny_vit(), images(), error='last'), "error: got last; allowed: 'next' or 'cls'"),
+    (lambda: Search(tiny_vit(), images(), 'best'), 'scores: got best; allowed: shortcut, exact'),
+    (lambda: Search(tiny_vit(), images().subset([])), 'at least one calibration image'),
+    (lambda: Search(tiny_vit(), []), 'at least one calibration image'),
+    (lambda: Search(tiny_vit(), [3]), 'ds: got a batch of int; allowed: batches of images (B, 3, H, W)'),
+    (lambda: calibration_loader(tiny_vit(), 5, 2), 'an iterable of batches of images'),
+    (lambda: for_budget(tiny_vit(), images(), 0), 'reduction: got 0'),
+    (lambda: for_budget(tiny_vit(), images(), .999), "for this model with keys='entering'"),
+    (lambda: for_budget(tiny_vit(), images(), .01), 'reduction: got 0.01; allowed: at least 0.'),
+    (lambda: for_budget(tiny_vit(), images(), .25, step=1000), 'the nearest that can be had, for this model with step=1000'),
+    (lambda: prune('patch-slimming', tiny_vit(), images(), tune_epochs=3, reduction=.4), 'tune_epochs: got 3; allowed: 0 with a MAC budget'),
+])
+def test_bad_input_is_refused(call, said):
+    with pytest.raises(VitpruneError) as e: call()
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_half_a_state_is_refused(tmp_path):
+    (tmp_path/'s.safetensors').write_bytes(b'half')
+    with pytest.raises(VitpruneError, match='a file written by a patch slimming search'): run(tmp_path/'s.safetensors')
+
+
+def test_a_search_with_tuned_blocks_does_not_run_again():
+    search = Search(tiny_vit(), images(), batch_size=2)
+    state = search.child(search.root, 0)
+    search.tune(state, 1, 3, 3e-4)
+    assert search.tuned
+    with pytest.raises(VitpruneError, match='one whose blocks are tuned already'): search.run(SETTINGS['eps'])

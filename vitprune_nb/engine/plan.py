@@ -32,23 +32,31 @@ class Plan:
     n_prefix:int  # CLS, DIST and register tokens; always kept and never listed
     keep:list     # L tuples of patch indices, 0-based
     info:dict = dataclasses.field(default_factory=dict) # eps, keys, errors, calibration …
-    weights:dict|None = dataclasses.field(default=None, repr=False, compare=False) # Fine-tuned parameters, timm's names; None: the model's own
-    grid:tuple|None = dataclasses.field(default=None, repr=False) # (rows, columns) of the patches; None: not known, in old files
+    # Fine-tuned parameters, timm's names; None: the model's own
+    weights:dict|None = dataclasses.field(default=None, repr=False, compare=False)
+    # (rows, columns) of the patches; None: not known, in old files
+    grid:tuple|None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
-        for name in ('method', 'model'): require(isinstance(getattr(self, name), str), name, getattr(self, name), 'text')
-        require(is_whole(self.n_patches) and self.n_patches >= 1, 'n_patches', self.n_patches, 'a whole number, 1 or more')
-        require(is_whole(self.n_prefix) and self.n_prefix >= 0, 'n_prefix', self.n_prefix, 'a whole number, 0 or more')
+        for name in ('method', 'model'):
+            require(isinstance(getattr(self, name), str), name, getattr(self, name), 'text')
+        require(is_whole(self.n_patches) and self.n_patches >= 1, 'n_patches', self.n_patches,
+                'a whole number, 1 or more')
+        require(is_whole(self.n_prefix) and self.n_prefix >= 0, 'n_prefix', self.n_prefix,
+                'a whole number, 0 or more')
         require(isinstance(self.info, dict), 'info', self.info, 'a dict')
-        require(isinstance(self.keep, (list, tuple)), 'keep', self.keep, 'a list with the patch indices of each block')
+        require(isinstance(self.keep, (list, tuple)), 'keep', self.keep,
+                'a list with the patch indices of each block')
         self.keep = [patch_indices(k, f'keep[{l}]') for l, k in enumerate(self.keep)]
         if self.grid is not None: self.grid = tuple(self.grid)
         require(len(self.keep) > 0, 'keep', 'no blocks', 'one tuple of patch indices for each block')
         for l, k in enumerate(self.keep):
-            require(len(set(k)) == len(k) and (not k or 0 <= k[0] and k[-1] < self.n_patches), f'keep[{l}]', list(k)[:8],
-                    f'different patch indices from 0 to {self.n_patches - 1}', 'CLS is kept anyway and is not listed.')
+            ok = len(set(k)) == len(k) and (not k or 0 <= k[0] and k[-1] < self.n_patches)
+            require(ok, f'keep[{l}]', list(k)[:8], f'different patch indices from 0 to {self.n_patches - 1}',
+                    'CLS is kept anyway and is not listed.')
             back = sorted(set(k) - set(self.keep[l - 1])) if l else []
-            require(not back, f'keep[{l}]', f'patch {back[:1]}, which block index {l - 1} drops', 'nested patches: kept in a block means kept in all blocks before it')
+            require(not back, f'keep[{l}]', f'patch {back[:1]}, which block index {l - 1} drops',
+                    'nested patches: kept in a block means kept in all blocks before it')
 
     def masks(self)->torch.Tensor:
         "(L, N) bool, prefix tokens included."
@@ -127,7 +135,8 @@ def plan_slim(plan:Plan,         # Which patches each block keeps
               keys:str=None,     # 'entering', 'all' or 'kept'; None: what the plan was searched with
               mode:str='gather', # Execution mode of the engine
               )->SlimViT:
-    "The model that computes only what the plan keeps: around `model` itself or, if the plan has weights of its own, around a copy with them."
+    """The model that computes only what the plan keeps: around `model` itself or, if the plan has
+    weights of its own, around a copy with them."""
     plan_check(plan, model)
     if plan.weights:
         model = copy.deepcopy(model)
@@ -148,7 +157,7 @@ Plan.check, Plan.slim, Plan.reduction = plan_check, plan_slim, plan_reduction
 PLAN_MARK = {'vitprune': 'weights of a plan'}   # in the metadata of a plan's .safetensors file
 
 def _is_ours(file, path):
-    "Did `save_plan` write this .safetensors file: is it marked, or named with its hash in the plan at `path`?"
+    "Did `save_plan` write this .safetensors file: is it marked, or named with its hash in the plan?"
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, 'pt') as f:
@@ -249,7 +258,8 @@ def _nearest(plans, reduction, model, keys): # the first one that meets the budg
     meet_budget(reduction, saved, allowed, f'keys={keys!r}')
     return next(p for p, s in zip(plans, saved) if abs(s - reduction) <= allowed)
 
-def _last_patches(model): # that the last block must compute: none where the head reads CLS, one where it averages patches
+# patches that the last block must compute: none where the head reads CLS, one where it averages patches
+def _last_patches(model):
     return int(getattr(model, 'global_pool', 'token') != 'token')
 
 def uniform_plan(model,               # A timm VisionTransformer
@@ -257,11 +267,14 @@ def uniform_plan(model,               # A timm VisionTransformer
                  reduction:float,     # Wanted MAC reduction, in (0, 1)
                  keys:str='entering', # 'entering', 'all' or 'kept'
                  )->Plan:
-    """The same patches in every block whose patches are read, best first by mean share of the score; the first blocks keep
-    one more where the budget allows. The last block keeps none in a model that reads its CLS token."""
+    """The same patches in every block whose patches are read, best first by mean share of the score; the
+    first blocks keep one more where the budget allows. The last block keeps none in a model that reads its
+    CLS token."""
     L, P, n_prefix = len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens
-    ok = isinstance(scores, torch.Tensor) and tuple(scores.shape) == (L, n_prefix + P) and bool(torch.isfinite(scores).all())
-    require(ok, 'scores', f'shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else type(scores).__name__, f'finite scores of shape ({L}, {n_prefix + P})')
+    tensor = isinstance(scores, torch.Tensor)
+    ok = tensor and tuple(scores.shape) == (L, n_prefix + P) and bool(torch.isfinite(scores).all())
+    require(ok, 'scores', f'shape {tuple(scores.shape)}' if tensor else type(scores).__name__,
+            f'finite scores of shape ({L}, {n_prefix + P})')
     least = _last_patches(model)
     n = L if least else L - 1                     # blocks that share the patches
     require(n > 0, 'model', 'a single block, of which only CLS is read', 'two blocks or more')
@@ -269,7 +282,8 @@ def uniform_plan(model,               # A timm VisionTransformer
     order = (s/s.sum(1, keepdim=True)).sum(0).argsort(descending=True, stable=True).tolist()
     def make(total): # patches summed over these blocks
         k, more = divmod(total, n)
-        return Plan('uniform', model_name(model), P, n_prefix, [order[:k + (l < more)] for l in range(n)] + [()]*(L - n), dict(keys=keys), grid=own_grid(model))
+        keep = [order[:k + (l < more)] for l in range(n)] + [()]*(L - n)
+        return Plan('uniform', model_name(model), P, n_prefix, keep, dict(keys=keys), grid=own_grid(model))
     _check_share(reduction)
     low, high = least*n, P*n                      # the most patches that still save enough
     while low < high:
@@ -284,7 +298,8 @@ def ramp_plan(model,               # A timm VisionTransformer
               keys:str='entering', # 'entering', 'all' or 'kept'
               seed:int=0,          # Decides which patches
               )->Plan:
-    "Counts that fall from all patches in the first block to none in the last (one where the head averages patches), as 1 - depth^a; the patches themselves are random."
+    """Counts that fall from all patches in the first block to none in the last (one where the head averages
+    patches), as 1 - depth^a; the patches themselves are random."""
     L, P, least = len(standard_blocks(model)), model.patch_embed.num_patches, _last_patches(model)
     def make(a):
         keep = [range(max(least, round(P*(1 - (l/max(1, L - 1))**a)))) for l in range(L)]

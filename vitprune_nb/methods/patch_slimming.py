@@ -52,7 +52,8 @@ def run_masked(blocks,                 # All blocks of the model
         rows = masks[l][present].nonzero().flatten()
         if keys == 'all': x = x.index_copy(1, rows, run_rows(blocks[l], x, rows))
         else:
-            x = blocks[l](x[:, rows]) if keys == 'kept' and l < len(blocks) - 1 else run_rows(blocks[l], x, rows)
+            whole = keys == 'kept' and l < len(blocks) - 1
+            x = blocks[l](x[:, rows]) if whole else run_rows(blocks[l], x, rows)
             present = masks[l]
     return x, present
 
@@ -61,7 +62,8 @@ def patch_step(step,          # None (10 of 196), a share of the patches in (0, 
                n_patches:int)->int: # P; returns the patches that a pass of the search adds
     "r' of Algorithm 1 in patches of this model."
     step = 10/196 if step is None else step
-    ok = isinstance(step, (int, float)) and not isinstance(step, bool) and (0 < step < 1 or 1 <= step < math.inf and step == int(step))
+    number = isinstance(step, (int, float)) and not isinstance(step, bool)
+    ok = number and (0 < step < 1 or 1 <= step < math.inf and step == int(step))
     require(ok, 'step', step, 'a share in (0, 1) or a whole number of patches, at least 1')
     return max(1, round(step*n_patches)) if step < 1 else int(step)
 
@@ -99,40 +101,45 @@ def layer_inputs(model,      # A timm VisionTransformer
             model(x.to(device, dtype))
             out.append([_mapped(t, cache) for t in cap.tokens])
     require(len(out) > 0, 'ds', 'no images', 'at least one calibration image')
-    require(all(bool(torch.isfinite(t[-1]).all()) for t in out), 'model', 'weights or images that give NaN or infinite tokens', 'finite weights and images')
+    require(all(bool(torch.isfinite(t[-1]).all()) for t in out), 'model',
+            'weights or images that give NaN or infinite tokens', 'finite weights and images')
     return out, seen.hexdigest()
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #c53d29a3
 class Search:
     "Algorithm 1 on cached layer inputs. What was measured for one eps is kept and used again for the next."
-    def __init__(self, model,          # A timm VisionTransformer that reads its CLS token; it is left as it is
-                 ds,                   # Calibration images: an `ImageSet`, another data set, or an iterable of batches
+    def __init__(self, model,          # A timm VisionTransformer that reads its CLS token; left as it is
+                 ds,                   # Calibration images: an `ImageSet`, a data set, or batches
                  scores:str='shortcut',# One of significance.KINDS
                  step=None,            # r': None (10 of 196), a share, or a number of patches
                  keys:str='entering',  # 'entering', 'all' or 'kept'
-                 error:str='next',     # 'next': kept rows of block l + 1, as Algorithm 1; 'cls': CLS at the end, as eq. 3
+                 error:str='next',     # 'next': of block l + 1 (Algorithm 1); 'cls': of CLS at the end (3)
                  batch_size:int=32,    # Images at once
                  seed:int=0,           # For scores='random'
                  device='cpu',         # Where to compute
-                 cache=None,           # A folder for the cached tokens, to bound the memory; None keeps them in memory
+                 cache=None,           # A folder for the cached tokens; None keeps them in memory
                  ):
         require(keys in KEYS, 'keys', keys, ', '.join(map(repr, KEYS)))
         require(error in ('next', 'cls'), 'error', error, "'next' or 'cls'")
         require(scores in KINDS, 'scores', scores, ', '.join(KINDS))
-        self.device, self.read, self.blocks = pick_device(device), read_tokens(model), list(standard_blocks(model))
+        self.device, self.read = pick_device(device), read_tokens(model)
+        standard_blocks(model)                    # raises an error for any others
         if model.training or next(model.parameters()).device.type != self.device.type:
             model = copy.deepcopy(model).eval().to(self.device)
-        self.model, self.blocks, self.keys, self.error, self.kind, self.seed = model, list(model.blocks), keys, error, scores, seed
+        self.model, self.blocks = model, list(model.blocks)
+        self.keys, self.error, self.kind, self.seed, self.cache = keys, error, scores, seed, cache
         self.n_prefix, self.n_patches = model.num_prefix_tokens, model.patch_embed.num_patches
-        self.step, self.energy, self.passes, self.tuned, self.cache = patch_step(step, self.n_patches), {}, 0, [], cache
+        self.step, self.energy, self.passes, self.tuned = patch_step(step, self.n_patches), {}, 0, []
         self.tokens, seen = layer_inputs(model, calibration_loader(model, ds, batch_size), self.device, cache)
         self.n_images = sum(len(t[0]) for t in self.tokens)
         self.about = dict(scores=scores, keys=keys, error=error, step=self.step, seed=seed,
                           batch_size=len(self.tokens[0][0]), images=self.n_images,
-                          images_hash=seen, data=getattr(ds, 'name', type(ds).__name__), data_hash=getattr(ds, 'digest', ''), model_hash=weights_hash(model))
-        self.root = dict(l=len(self.blocks), masks={len(self.blocks): self.first(self.n_prefix)}, kids={},
-                         grams=[
-            Gram(self.first(self.read), len(t[0]), scores == 'shortcut', device=self.device) for t in self.tokens])
+                          images_hash=seen, data=getattr(ds, 'name', type(ds).__name__),
+                          data_hash=getattr(ds, 'digest', ''), model_hash=weights_hash(model))
+        grams = [Gram(self.first(self.read), len(t[0]), scores == 'shortcut', device=self.device)
+                 for t in self.tokens]
+        masks = {len(self.blocks): self.first(self.n_prefix)}
+        self.root = dict(l=len(self.blocks), masks=masks, kids={}, grams=grams)
 
     def first(self, n):
         "(N,) bool: the first n tokens."
@@ -150,10 +157,11 @@ def _grams(self, node):
         mask, node['grams'] = node['masks'][node['l']], [copy.copy(g) for g in _grams(self, node['parent'])]
         if self.cache and node['parent'] is not self.root: del node['parent']['grams']
         for b, gram in enumerate(node['grams']):
-            P = _maps(self, node['l'], b)
+            P, rows = _maps(self, node['l'], b), mask
             if self.kind == 'coherent':        # heads and shortcut summed first: one branch
-                P, mask = torch.eye(len(mask), device=P.device) + mask[:, None]*P.sum(1, keepdim=True), torch.ones_like(mask)
-            gram.step(P, mask)
+                P = torch.eye(len(mask), device=P.device) + mask[:, None]*P.sum(1, keepdim=True)
+                rows = torch.ones_like(mask)
+            gram.step(P, rows)
     return node['grams']
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #486efd39
@@ -162,9 +170,11 @@ def _mean_score(self, node):
     t, maps = node['l'] - 1, lambda: (_maps(self, node['l'] - 1, b) for b in range(len(self.tokens)))
     L, N = len(self.blocks), self.n_prefix + self.n_patches
     if self.kind == 'random':
-        return torch.rand(L, N, dtype=torch.float64, generator=torch.Generator().manual_seed(fold_seed(self.seed, L, N)))[t].to(self.device)
+        g = torch.Generator().manual_seed(fold_seed(self.seed, L, N))
+        return torch.rand(L, N, dtype=torch.float64, generator=g)[t].to(self.device)
     if self.kind in ('row', 'column', 'cls'):
-        return sum(attention_scores([P], self.kind, per_image=True)[:, 0].sum(0) for P in maps())/self.n_images
+        scores = (attention_scores([P], self.kind, per_image=True)[:, 0] for P in maps())
+        return sum(s.sum(0) for s in scores)/self.n_images
     if t not in self.energy:
         maps = (P.sum(1, keepdim=True) for P in maps()) if self.kind == 'coherent' else maps()
         self.energy[t] = [value_energy(P, z[t].to(self.device)).double() for P, z in zip(maps, self.tokens)]
@@ -217,9 +227,8 @@ def _error(self, b, masks, l):
     right = self.tokens[b][stop].to(self.device)[:, wanted]
     return (x[:, wanted[present]] - right).square().sum(), right.square().sum()
 
-
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #3bf7891c
-def _drift(self, b, mask, l):
+def _own_error(self, b, mask, l):
     "The same of the kept rows of block l itself: what the block before it is judged by."
     x, present = _after(self, b, mask, l)
     right = self.tokens[b][l + 1].to(self.device)[:, mask]
@@ -235,7 +244,8 @@ def search_measure(self:Search, # Cached inputs and what was measured
     search_order(self, node)
     if k not in node['errors']:
         masks = search_child(self, node, k)['masks']
-        wrong, total = map(sum, zip(*(_error(self, b, masks, node['l'] - 1) for b in range(len(self.tokens)))))
+        each = [_error(self, b, masks, node['l'] - 1) for b in range(len(self.tokens))]
+        wrong, total = map(sum, zip(*each))
         node['errors'][k] = (wrong/total).item()
         self.passes += 1
     return node['errors'][k]
@@ -246,7 +256,8 @@ Search.measure = search_measure
 def _use(self, node, block):
     "Put a block in the place of block node['l'] - 1; errors of the old one count no more."
     l = node['l'] - 1
-    self.blocks[l], self.tuned = block, sorted({*self.tuned, l} - ({l} if block is self.model.blocks[l] else set()))
+    dense = {l} if block is self.model.blocks[l] else set()
+    self.blocks[l], self.tuned = block, sorted({*self.tuned, l} - dense)
     node['errors'].clear()
 
 def tune_block(self:Search,     # Cached inputs and what was measured
@@ -254,22 +265,28 @@ def tune_block(self:Search,     # Cached inputs and what was measured
                k:int,           # Patches that block node['l'] - 1 keeps
                epochs:int=3,    # Passes over the calibration images
                lr:float=1e-4,   # AdamW's learning rate
-               # Hold the tuned block's own output within this error too; None: as in the paper. Returns the error afterwards
-               eps:float|None=None)->float:
+               eps:float|None=None, # Hold the block's own error within this too; None: as in the paper
+               )->float:        # The error afterwards
     "Fine-tune a copy of block node['l'] - 1 on the error it is judged by (Algorithm 1, line 7)."
     l, before, masks = node['l'] - 1, search_measure(self, node, k), search_child(self, node, k)['masks']
-    old, held = self.blocks[l], eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
+    held = eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
+    old, batches = self.blocks[l], range(len(self.tokens))
     _use(self, node, copy.deepcopy(old).requires_grad_(True))
     params = list(self.blocks[l].parameters())
     opt = torch.optim.AdamW(params, lr, weight_decay=0.)
     for epoch in progress(range(epochs), f'tune block {l + 1} with {k} patches', unit='epoch'):
-        for b in torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(fold_seed(l, k, epoch))).tolist():
-            loss = truediv(*_error(self, b, masks, l)) + (truediv(*_drift(self, b, masks[l], l)) if held else 0)
-            opt.zero_grad(); loss.backward(inputs=params); opt.step()
+        g = torch.Generator().manual_seed(fold_seed(l, k, epoch))
+        for b in torch.randperm(len(self.tokens), generator=g).tolist():
+            loss = truediv(*_error(self, b, masks, l))
+            if held: loss = loss + truediv(*_own_error(self, b, masks[l], l))
+            opt.zero_grad()
+            loss.backward(inputs=params)
+            opt.step()
     better = search_measure(self, node, k) < before
     if held and better:
         with torch.no_grad():
-            better = truediv(*map(sum, zip(*(_drift(self, b, masks[l], l) for b in range(len(self.tokens)))))) <= eps
+            own = map(sum, zip(*(_own_error(self, b, masks[l], l) for b in batches)))
+            better = truediv(*own) <= eps
     if not better: _use(self, node, old)
     return search_measure(self, node, k)
 
@@ -277,12 +294,14 @@ Search.tune = tune_block
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #9511d697
 def _tuned_weights(self):
-    return {f'blocks.{l}.{n}': v.detach().cpu().contiguous() for l in self.tuned for n, v in self.blocks[l].state_dict().items()}
+    return {f'blocks.{l}.{n}': v.detach().cpu().contiguous() for l in self.tuned
+            for n, v in self.blocks[l].state_dict().items()}
 
 def _save_state(self, path, settings, node, errors):
     "What the finished blocks keep, their errors, and the weights of tuned blocks, in one safetensors file."
     from safetensors.torch import save_file
-    keep = {str(l): m[self.n_prefix:].nonzero().flatten().tolist() for l, m in node['masks'].items() if l < len(self.blocks)}
+    keep = {str(l): m[self.n_prefix:].nonzero().flatten().tolist() for l, m in node['masks'].items()
+            if l < len(self.blocks)}
     state = json.dumps(dict(settings=settings, keep=keep, errors=errors, tuned=self.tuned))
     with write_atomic(path) as tmp: save_file(_tuned_weights(self), tmp, metadata=dict(search=state))
 
@@ -294,14 +313,16 @@ def _load_state(self, path, settings):
         with safe_open(path, 'pt') as f:
             d, weights = json.loads(f.metadata()['search']), {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as e:
-        refuse('checkpoint', path, 'a file written by a patch slimming search', f'Delete it to start anew. ({type(e).__name__})')
+        refuse('checkpoint', path, 'a file written by a patch slimming search',
+               f'Delete it to start anew. ({type(e).__name__})')
     differ = [k for k in settings if settings[k] != d['settings'].get(k)]
     require(not differ, 'checkpoint', f'{path} of a search with another {", ".join(differ)}',
             'the file of this very search', 'Delete it, or name another file.')
     self.tuned, node = d['tuned'], self.root
     for l in self.tuned:
         self.blocks[l] = copy.deepcopy(self.blocks[l])
-        self.blocks[l].load_state_dict({k.split('.', 2)[2]: v for k, v in weights.items() if k.startswith(f'blocks.{l}.')})
+        mine = {k: v for k, v in weights.items() if k.startswith(f'blocks.{l}.')}
+        self.blocks[l].load_state_dict({k.split('.', 2)[2]: v for k, v in mine.items()})
     for l in sorted(map(int, d['keep']), reverse=True): node = _state(self, node, d['keep'][str(l)])
     return node, d['errors']
 
@@ -335,7 +356,7 @@ def _check_run(eps, tune_epochs, lr):
 
 def search_run(self:Search,       # Cached inputs and what was measured
                eps:float,         # Tolerated relative error of each block, > 0
-               tune_epochs:int=0, # Fine-tune each block for so many epochs after each step of its selection; 3 in the paper
+               tune_epochs:int=0, # Fine-tune each block so long after each of its steps; 3 in the paper
                lr:float=1e-4,     # Of that fine-tuning
                checkpoint=None,   # A file to save the state in after each block, and to resume from
                )->Plan:           # With the weights of tuned blocks
@@ -353,17 +374,17 @@ def search_run(self:Search,       # Cached inputs and what was measured
         errors, node = [error, *errors], self.child(node, k)
         if checkpoint: _save_state(self, checkpoint, settings, node, errors)
     keep = [node['masks'][l][self.n_prefix:].nonzero().flatten().tolist() for l in range(len(self.blocks))]
-    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep, dict(settings, errors=errors), _tuned_weights(self) or None,
-                own_grid(self.model))
+    return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep,
+                dict(settings, errors=errors), _tuned_weights(self) or None, own_grid(self.model))
 
 Search.run = search_run
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #8fd3a4ef
 def top_down(model,              # A timm VisionTransformer that reads its CLS token; it is left as it is
-             ds,                 # Calibration images: an `ImageSet`, another data set, or an iterable of batches
+             ds,                 # Calibration images: an `ImageSet`, a data set, or an iterable of batches
              eps:float=.02,      # Tolerated relative error of each block, > 0
              scores:str='shortcut', # One of significance.KINDS
-             tune_epochs:int=0,  # 3 in the paper: fine-tune each block, and give the plan the new weights; 0: only select
+             tune_epochs:int=0,  # Fine-tune each block so long (3 in the paper); the plan has the new weights
              lr:float=1e-4,      # Of that fine-tuning
              checkpoint=None,    # A file that a killed search resumes from
              **search,           # step, keys, error, batch_size, seed, device, cache: see `Search`
@@ -375,7 +396,7 @@ def top_down(model,              # A timm VisionTransformer that reads its CLS t
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #4c95b8bc
 def budget_plan(s:Search,            # Cached inputs and what was measured
                 reduction:float,     # Wanted MAC reduction, in (0, 1)
-                tolerance:float=.005,# Close enough to stop; a miss larger than this and than `tolerance_of(model)` is refused
+                tolerance:float=.005,# Close enough to stop; beyond `tolerance_of(model)` a miss is refused
                 rounds:int=12,       # At most so many values of eps
                 )->Plan:
     """The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then
@@ -401,7 +422,7 @@ def budget_plan(s:Search,            # Cached inputs and what was measured
     return plans[min(plans, key=lambda saved: abs(saved - reduction))]
 
 def for_budget(model,               # A timm VisionTransformer that reads its CLS token
-               ds,                  # Calibration images: an `ImageSet`, another data set, or an iterable of batches
+               ds,                  # Calibration images: an `ImageSet`, a data set, or an iterable of batches
                reduction:float=.4,  # As for `budget_plan`
                tolerance:float=.005, rounds:int=12, # As for `budget_plan`
                scores:str='shortcut', # One of significance.KINDS
@@ -437,7 +458,8 @@ class PatchSlimmingConfig(PlanConfig):
         None, 'patches that a pass of the search adds, or a share of them',
         'a share in (0, 1) or a whole number of patches, at least 1', 'N|SHARE', shown='10 of 196')
     tune_epochs: Annotated[int, Field(ge=0, le=10**6)] = option(
-        0, 'with eps: epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper',
+        0, 'with eps: epochs of fine-tuning each block on the calibration images, at each step; '
+        '3 in the paper',
         'a whole number, 0 or more, and at most a million', 'N')
     lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0',
                                'RATE')
@@ -479,10 +501,11 @@ def time_search(images:int=256,    # Calibration images, from the embedded train
                 batch_size:int=16, # Images at once
                 side:int=224,      # Of the images, in pixels: 224 gives the 197 tokens of DeiT-S
                 device='cpu',      # Where to compute
-                # A row for data/results/patch_search.csv; `note` holds seconds, cached_after, passes, eps, tune_epochs and lr as JSON
-                )->dict:
-    "Time one search on the course model at DeiT-S's shape."
-    file = data_path('model', json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))['file'])
+                )->dict:           # A row for data/results/patch_search.csv
+    """Time one search on the course model at DeiT-S's shape; the row's `note` holds seconds, cached_after,
+    passes, eps, tune_epochs, lr and mac_reduction."""
+    about = json.loads(data_path('model', 'course.json').read_text(encoding='utf-8'))
+    file = data_path('model', about['file'])
     model = create_vit(COURSE['model'], file, **dict(COURSE['kwargs'], img_size=side, patch_size=16))
     cal, start = calibration(embedded('train'), images), time.perf_counter()
     search, cached = Search(model, cal, batch_size=batch_size, device=device), time.perf_counter() - start

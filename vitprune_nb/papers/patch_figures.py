@@ -87,7 +87,7 @@ Subject.row = subject_row
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #486afb9e
 def figure_table(rows:list, # Result rows, of any figures
                  figure:str,# e.g. 'Figure 6'
-                 ):         # pandas.DataFrame, a row for each point; columns from the row, its schedule and note
+                 ):         # pandas.DataFrame, a row for each point; columns of row, schedule, note
     "The rows of one figure with everything they know in columns of their own."
     import pandas as pd
     out = []
@@ -320,7 +320,7 @@ def equal_rows(s:Subject,         # Model and images
                variants:bool=False,
                # Add two other searches: one judged by CLS at the end (eq. 3), one that leaves block 1 whole
                **search,          # step, keys, error: see `patch_slimming.for_budget`
-               )->list:           # Rows of 'dense', 'patch slimming', 'uniform', 'random' and the variants asked for
+               )->list:           # Rows of 'dense', 'patch slimming', 'uniform', 'random' and the variants
     """Table 3: learned, uniform and random plans at equal MACs, without fine-tuning; 'ours_*' is learned
     minus this one."""
     found = lambda share, **how: for_budget(s.model, s.calib, share, seed=s.seed, device=s.device,

@@ -88,7 +88,7 @@ def bench_keys(reduction:float=.43, # MAC reduction of the ramp with keys='enter
                repeats:int=5,       # Timed rounds
                model_name:str='deit_small_patch16_224', # timm name; its weights are random
                device='cpu',        # Where to compute
-               )->list:             # Rows of pyramid_speed.csv; `note` holds time and MAC reduction and their ratio
+               )->list:             # Rows of pyramid_speed.csv; `note`: time and MAC reduction, their ratio
     "Time a dense ViT and one ramp with each kind of keys, alternately in one process."
     net = create_vit(model_name)
     plan = ramp_plan(net, reduction)
