@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'CACHED', 'hooked', 'call', 'logit_scale', 'attention_map', 'Views', 'attend', 'spare_self', 'attn_branch',
-           'mlp_branch', 'fuse_tokens', 'merge_tokens', 'key_bias', 'ragged_attention']
+           'mlp_branch', 'token_rows', 'take_tokens', 'put_tokens', 'add_tokens', 'fuse_tokens', 'merge_tokens',
+           'key_bias', 'ragged_attention']
 
 # %% ../../nbs/2_engine/04c_attention.ipynb #7a79b3fd
 import math
@@ -103,8 +104,9 @@ class Views:
             first = attention_map(attn, q[..., :1, :], k, bias) if rows is None else rows
             out['cls_row'] = first[..., 0, :].transpose(-1, -2)
         if self.whole:
-            paid = rows.mean(-3)                                             # (…, Nq, Nkv)
-            out['column_sums'] = (paid if self.asked is None else paid*self.asked[..., None]).sum(-2)
+            if self.asked is None: paid = rows.sum((-3, -2))/rows.shape[-3]
+            else: paid = (rows.mean(-3)*self.asked[..., None]).sum(-2)
+            out['column_sums'] = paid                                        # (…, Nkv)
         return out
 
 
@@ -150,6 +152,37 @@ def mlp_branch(block, # timm's Block
     "Residual update of the MLP sub-layer, (…, D) -> (…, D)."
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
+# %% ../../nbs/2_engine/04c_attention.ipynb #c4a70002
+def token_rows(at, # (B, k) places of tokens in each image
+               n:int, # tokens of an image
+               ):  # (B·k,)
+    "Where these tokens are when all images lie one below the other."
+    return (at + n*torch.arange(at.shape[0], device=at.device)[:, None]).flatten()
+
+def take_tokens(x,  # (B, n, …)
+                at, # (B, k)
+                ):  # (B, k, …)
+    "The tokens at these places."
+    if x.dim() == 2: return x.gather(1, at)
+    return x.flatten(0, 1).index_select(0, token_rows(at, x.shape[1])).reshape(*at.shape, *x.shape[2:])
+
+def put_tokens(x,  # (B, n, …)
+               at, # (B, k), none twice
+               values, # (B, k, …)
+               ):  # (B, n, …)
+    "x with other tokens at these places."
+    if x.dim() == 2: return x.scatter(1, at, values)
+    rows = token_rows(at, x.shape[1])
+    return x.flatten(0, 1).index_copy(0, rows, values.flatten(0, 1)).view(x.shape)
+
+def add_tokens(x,  # (B, n, …)
+               to, # (B, n): where each goes
+               ):  # (B, n, …), zeros where none went
+    "All tokens added up at the places where they go."
+    if x.dim() == 2: return torch.zeros_like(x).scatter_add(1, to, x)
+    flat = x.flatten(0, 1)
+    return torch.zeros_like(flat).index_add(0, token_rows(to, x.shape[1]), flat).view(x.shape)
+
 # %% ../../nbs/2_engine/04c_attention.ipynb #02116273
 def fuse_tokens(x,    # (B, n, D)
                 drop, # (B, n) bool: the tokens to fuse
@@ -175,8 +208,7 @@ def merge_tokens(x,    # (B, n, D)
     u = F.normalize(x.float(), dim=-1)
     sim = (u @ u.transpose(1, 2)).masked_fill(~target[:, None], -math.inf)
     dst = torch.where(drop, sim.argmax(-1), torch.arange(x.shape[1], device=x.device))   # all others stay
-    new_size = torch.zeros_like(size).scatter_add(1, dst, size)
-    mass = torch.zeros_like(x).scatter_add(1, dst[..., None].expand_as(x), x*size[..., None].to(x.dtype))
+    new_size, mass = add_tokens(size, dst), add_tokens(x*size[..., None].to(x.dtype), dst)
     return torch.where(new_size[..., None] > 0, mass/new_size.clamp_min(1e-12)[..., None].to(x.dtype),
                        x), new_size
 

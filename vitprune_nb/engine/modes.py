@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from .attention import (Views, attn_branch, call, hooked, key_bias, mlp_branch,
-                                          ragged_attention, spare_self)
+                                          put_tokens, ragged_attention, spare_self, take_tokens)
 from ..errors import require
 from .policy import Tokens, needs_of, select, steps_of, views_at
 
@@ -65,7 +65,8 @@ class Stream:
         "(B, n) scores of a step; NaN is refused, on a CPU."
         scores = step.score(self.tokens(i))
         if scores.device.type == 'cpu' and not torch.compiler.is_compiling():
-            bad = torch.isnan(scores.detach()) & self.there()
+            bad = torch.isnan(scores.detach())
+            if self.present is not None: bad = bad & self.present
             require(not bad.any(), 'score', f'NaN from {type(step.score).__name__} in block index {i}',
                     'finite scores', 'Check the weights and the images for NaN.')
         return scores
@@ -382,25 +383,25 @@ class Sparse(Stream):
 
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #4e1bd512
-def _spread(idx, x):
-    "(B, k) as wide as the tokens of x."
-    return idx if x.dim() == 2 else idx.view(*idx.shape, *[1]*(x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-
 def _take(x, idx):
     "Tokens at idx: (k,) the same for all images, (B, k) per image, or a slice."
     if isinstance(idx, slice): return x[:, idx]
-    return x.index_select(1, idx) if idx.dim() == 1 else x.gather(1, _spread(idx, x))
+    return x.index_select(1, idx) if idx.dim() == 1 else take_tokens(x, idx)
 
 def _put(x, idx, values):
     "x with the tokens at idx replaced; a slice starts at the first."
     if isinstance(idx, slice): return torch.cat([values, x[:, idx.stop:]], 1)
-    return x.index_copy(1, idx, values) if idx.dim() == 1 else x.scatter(1, _spread(idx, x), values)
+    return x.index_copy(1, idx, values) if idx.dim() == 1 else put_tokens(x, idx, values)
 
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #c8232910
-def _keep_index(keep, k:int):
-    "(B, n) bool with k True in every row -> (B, k) positions in ascending order."
-    return keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
+def _best_index(scores, count, n_prefix, ranked=False):
+    """(B, n) -> (B, n_prefix + k) places of the prefix and of the k best patches, in ascending order or by
+    rank."""
+    best = scores[:, n_prefix:].argsort(dim=1, descending=True, stable=True)[:, :count]
+    if not ranked: best = best.sort(dim=1).values
+    prefix = torch.arange(n_prefix, device=best.device).expand(best.shape[0], n_prefix)
+    return torch.cat([prefix, best + n_prefix], 1)
 
 # %% ../../nbs/2_engine/04d_modes.ipynb #bc9b99fc
 class Gather(Sparse):
@@ -420,15 +421,11 @@ class Gather(Sparse):
         "Positions of the kept tokens, and the scores that said so."
         how, p = self.cuts.get((i, step.at)), self.n_prefix
         if (i, step.at) in self.static: idx, scores = self.static[i, step.at], None
-        elif how == 'sort':
-            scores = self.ask(i, step)
-            order = scores[:, p:].argsort(dim=1, descending=True, stable=True)[:, :step.count] + p
-            idx = torch.cat([torch.arange(p, device=order.device).expand(order.shape[0], p), order], 1)
         elif how == 'cut':
             idx, scores = slice(0, p + step.count), None if self.record is None else self.ask(i, step)
         else:
-            keep, scores = self.decide(i, step)
-            return _keep_index(keep, min(self.x.shape[1], p + step.count)), scores
+            scores = self.ask(i, step)
+            idx = _best_index(scores, step.count, p, ranked=how == 'sort')
         if self.record is not None: self.note_down(i, step, scores, self.chosen(idx))
         return idx, scores
 

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Field
 from ..data import loader
+from ..engine.attention import token_rows
 from ..engine.fates import Fate, register_fate
 from ..engine.macs import counts_of, macs_of
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
@@ -66,7 +67,9 @@ class HaltingScore(Scorer):
         left = torch.where(here, self.owns(t, at, before), before)
         given, k = (before - left)[..., None], self.reads
         if k: mean = note.mean + given[:, :k]*t.x[:, :k]
-        else: mean = note.mean.scatter_add(1, at[..., None].expand_as(t.x), given*t.x)
+        else:
+            rows = token_rows(at, note.mean.shape[1])
+            mean = note.mean.flatten(0, 1).index_add(0, rows, (given*t.x).flatten(0, 1)).view_as(note.mean)
         t.memory[NOTE] = Given(note.rest.scatter(1, at, left), mean)
         score = left - EPS
         if not k or self.training: return score

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from ..engine.attention import add_tokens, take_tokens
 from ..engine.fates import Fate, register_fate
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
@@ -85,7 +86,7 @@ class KeySimilarity(Scorer):
         there = torch.ones_like(t.pos, dtype=torch.bool) if t.present is None else t.present
         line, f = _in_line(t, there), self.features(t)
         f = F.normalize(f.to(torch.promote_types(f.dtype, torch.float)), dim=-1)
-        f = f.gather(1, line[..., None].expand_as(f))
+        f = take_tokens(f, line)
         free = there.gather(1, line) & (line >= t.n_prefix)
         with torch.autocast(f.device.type, enabled=False): cosine = f[:, ::2] @ f[:, 1::2].transpose(1, 2)
         best, to = cosine.masked_fill(~free[:, None, 1::2], -math.inf).max(-1)
@@ -119,10 +120,9 @@ class MergeMatched(Fate):
         size = s.memory.get('tome sizes', full + 1).gather(1, slot) if s.size is None else s.size
         size = size*s.there()
         to = torch.where(drop, match.partner, torch.arange(keep.shape[1], device=keep.device))
-        total = torch.zeros_like(size).scatter_add(1, to, size)
-        parts, wide = s.x*size[..., None].to(s.x.dtype), to[..., None].expand_as(s.x)
-        mean = torch.zeros_like(s.x).scatter_add(1, wide, parts)/total.clamp_min(1)[..., None].to(s.x.dtype)
-        s.x = torch.where(total[..., None] > 0, mean, s.x)
+        total = add_tokens(size, to)
+        share = size/total.gather(1, to).clamp_min(1)                # of each in the token that it is part of
+        s.x = add_tokens(s.x*share[..., None].to(s.x.dtype), to)
         if s.size is None: s.memory['tome sizes'] = full.scatter(1, slot, total)
         else: s.size = total
         s.memory['tome places'] = full.long().scatter(1, slot, match.place)
