@@ -135,7 +135,7 @@ FORMULAS = {'dense': _dense_macs, 'PS-ViT': lambda net, dial: words_range(net),
 def paper_macs(backbone:str, # One of BACKBONES, or 'T2T-ViT-14'
                method:str,   # As in `printed_rows`
                dial=None,    # As in `printed_rows`
-               ):            # (least, most) MACs, equal where nothing is open; a list of alternatives; None where the paper does not say enough
+               ): # (least, most) MACs, equal if nothing is open; alternatives; None if too little is said
     "The cost of a published row, counted."
     known = published_macs()
     if backbone == 'T2T-ViT-14':
@@ -190,9 +190,8 @@ def backbone_costs(backbones=tuple(BACKBONES)[:6] # Of BACKBONES
                    )->list: # Dicts: configuration, then one text a backbone, 'ours (printed)' in G MACs
     "What each method's published settings cost on every backbone, printed or not."
     printed = {(r['backbone'], r['method'], r['dial']): r['macs_G'] for r in printed_rows()}
-    say = lambda b, m, d: _shown(tuple(v/1e9
-                                       for v in paper_macs(b, m,
-                                                           d))) + (f' ({printed[b, m, d]})' if (b, m, d) in printed else '')
+    say = lambda b, m, d: (_shown(tuple(v/1e9 for v in paper_macs(b, m, d))) +
+                           (f' ({printed[b, m, d]})' if (b, m, d) in printed else ''))
     return [dict(configuration=m if d is None else f'{m} {d:g}') | {b: say(b, m, d) for b in backbones}
             for m, d in SETTINGS]
 
@@ -375,13 +374,14 @@ def main(args:list|None=None # Words of the command line; None takes them from t
          )->int:             # Exit code
     "python -m vitprune_nb.papers.imagenet: fidelity of every label-free method, resumable."
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.imagenet',
-                                description='Fidelity of pruned CLS features to the dense ones; what OUT holds already is skipped.')
+                                description='Fidelity of pruned CLS features to the dense ones; '
+                                            'what OUT holds already is skipped.')
     for name, default, kind in (('model', 'course', str), ('name', None, str), ('weights', None, str),
                                 ('img-size', None, int), ('data', 'embedded', str), ('images', None, int),
                                 ('calibration', 64, int),
                                 ('batch-size', 64, int), ('seed', 0, int), ('device', 'auto', str),
-                                ('dtype', 'fp32',
-                                 str)): p.add_argument(f'--{name}', default=default, type=kind)
+                                ('dtype', 'fp32', str)):
+        p.add_argument(f'--{name}', default=default, type=kind)
     p.add_argument('--skip-damaged', action='store_true',
                    help='leave out image files that cannot be read, and name them')
     p.add_argument('--out', default=None, help='default: data/results/fidelity.csv of the clone')
@@ -415,7 +415,8 @@ def imagenet_tree(root # A folder with train/ and val/
             and any(p.suffix.lower() in image_endings() for p in val.iterdir()))
     if flat:
         refuse('data', val, 'one folder per class',
-               "The official validation archive is flat; torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
+               "The official validation archive is flat; "
+               "torchvision.datasets.ImageNet(root, 'val') unpacks it into class folders.")
     train, test = folder_data(root, 'train'), folder_data(root, 'test')
     odd = next((c for c in (*train.classes, *test.classes) if not WNID.fullmatch(c)), None)
     require(odd is None, 'data', f'{root} with a class folder {odd}',
@@ -454,7 +455,7 @@ def train_hours(epochs:float,       # Passes over the training images
     return epochs*images*passes*macs_left/(images_per_s*gpus*efficiency)/3600
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #b5cc24ab
-def expected()->list: # Dicts: table, backbone, method, dial, top1, loss (points), saved (% of the printed MACs)
+def expected()->list: # Dicts: table, backbone, method, dial, top1, loss (points), saved (% of printed MACs)
     "What the papers report on ImageNet for the methods of this course."
     rows = printed_rows()
     dense = {(r['table'], r['backbone']): r for r in rows if r['method'] == 'dense'}
