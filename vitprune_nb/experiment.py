@@ -43,7 +43,8 @@ class Experiment:
     classes: int = 0               # draw so many classes (ImageNet-100: 100); 0: all
     train_images: int = 0          # a balanced part of the training images; 0: all
     test_images: int = 0           # a balanced part of the test images; 0: all
-    # so many training images stay out of training and stand in for the test images: no choice is made on those
+    # so many training images stay out of training and stand in for the test images:
+    # no choice is made on those
     held_out: int = 0
     methods: tuple = ('patch-slimming',) # names of vitprune_nb.methods.base.METHODS
     reductions: tuple = (.2, .35, .45) # shares of MACs to save, each in (0, 1)
@@ -101,8 +102,8 @@ def _check_values(e):
         require(known, 'chance_recovered', r, 'some of the reductions, beside chance = true')
     for k in 'classes train_images test_images held_out time_batch'.split():
         require(getattr(e, k) >= 0, k, getattr(e, k), '0 or a positive integer')
-    for k in 'calibration batch_size'.split(): require(getattr(e, k) >= 1, k, getattr(e, k),
-                                                       'a positive integer')
+    for k in 'calibration batch_size'.split():
+        require(getattr(e, k) >= 1, k, getattr(e, k), 'a positive integer')
     require(0 <= e.training <= 1e6, 'training', e.training, 'a number of passes from 0 to a million')
     require(not e.training or e.recover and 'epochs' not in e.recover, 'recover', e.recover,
             'a recipe without epochs beside training', 'Recovery gets the passes that are left.')
@@ -110,7 +111,8 @@ def _check_values(e):
     require(0 <= e.workers <= 256, 'workers', e.workers, 'a number of processes from 0 to 256')
     require(e.dtype in ('fp32', 'bf16', 'auto'), 'dtype', e.dtype, "'fp32', 'bf16' or 'auto'")
     require(re.fullmatch(r'\w[\w.-]{0,99}', e.name), 'name', e.name,
-            'up to 100 letters, digits, dots and hyphens, a letter or digit first', 'It names the folder runs/NAME.')
+            'up to 100 letters, digits, dots and hyphens, a letter or digit first',
+            'It names the folder runs/NAME.')
     require(e.results in ('',) or e.results.endswith('.csv'), 'results', e.results,
             'a file that ends in .csv')
     require(not (e.weights and e.dense), 'dense', e.dense, 'either weights or dense',
@@ -178,7 +180,8 @@ def read_experiment(path,       # A TOML file
     require(file.is_file(), 'config', path, 'an existing TOML file',
             'The ones of the course are in configs/.')
     try: values = tomllib.loads(file.read_text(encoding='utf-8-sig'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as err: refuse('config', path, 'a TOML file', f'({err})')
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as err:
+        refuse('config', path, 'a TOML file', f'({err})')
     for k in ('weights', 'dense', 'data', 'results'):
         v = values.get(k)
         if isinstance(v, str) and v and v not in SETS:
@@ -295,7 +298,9 @@ def unit_passes(e:Experiment, # What shall be done
 def in_time(seconds:float # 0 or more
             )->str:       # '40 s', '12 min', '3.5 h'
     "A duration as one says it."
-    return f'{seconds:.0f} s' if seconds < 99 else f'{seconds/60:.0f} min' if seconds < 99*60 else f'{seconds/3600:.1f} h'
+    return (f'{seconds:.0f} s' if seconds < 99 else
+            f'{seconds/60:.0f} min' if seconds < 99*60 else
+            f'{seconds/3600:.1f} h')
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #1a76b2a1
 def plan_text(e:Experiment,   # What shall be done
@@ -312,9 +317,11 @@ def plan_text(e:Experiment,   # What shall be done
         total += seconds
         rows = 'dense' if u.method == 'dense' else 'before recovery'
         if len(stages(e, u)) > 1: rows += ', after it'
-        lines.append(f'{str(u):<28}{macs*(1 - u.reduction)/1e9:>8.3f}  {rows:<24}{"done" if u.key in done else in_time(seconds):>8}')
+        lines.append(f'{str(u):<28}{macs*(1 - u.reduction)/1e9:>8.3f}  {rows:<24}'
+                     f'{"done" if u.key in done else in_time(seconds):>8}')
     n = sum(len(stages(e, u)) for u in units(e))
-    return '\n'.join(lines + [f'{n} rows, about {in_time(total)} to go at {speed:.0f} dense images/s, a rough estimate.'])
+    return '\n'.join(lines + [f'{n} rows, about {in_time(total)} to go at {speed:.0f} dense images/s, '
+                              'a rough estimate.'])
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #87105415
 def module_hash(source:str # Python code
@@ -323,7 +330,8 @@ def module_hash(source:str # Python code
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
+        if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
+                and isinstance(getattr(body[0], 'value', None), ast.Constant)):
             body[0].value.value = ''
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
@@ -376,7 +384,8 @@ GROWS = ('name', 'methods', 'reductions', 'seeds', 'control', 'chance', 'chance_
          'workers')
 
 def method_modules(names)->list: # Of METHODS; -> e.g. ['methods.life_run']
-    "Modules in which methods are defined; all of them, when one is defined elsewhere, in a cell of a lesson for one."
+    """Modules in which methods are defined; all of them, when one is defined elsewhere,
+    in a cell of a lesson for one."""
     module = lambda m: type(m).__module__.partition('vitprune_nb.')[2]
     found = [module(METHODS[n]) for n in names]
     room = importlib.import_module('vitprune_nb.methods').__path__
@@ -386,7 +395,8 @@ def fingerprint(e:Experiment, # What shall be done
                 **found,      # What only the running machine knows: data hashes, versions, device …
                 )->dict:      # JSON-able
     "Everything that rows of one file must agree in."
-    own = {k: v for k, v in dataclasses.asdict(e).items() if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
+    own = {k: v for k, v in dataclasses.asdict(e).items()
+           if k not in (*GROWS, 'weights', 'dense', 'data', 'skip_damaged')}
     files = {k: sha256(getattr(e, k)) if getattr(e, k) else '' for k in ('weights', 'dense')}
     code = code_hashes(['run', *method_modules(e.methods)])
     return json.loads(json.dumps(dict(own, **files, **found, code=code)))
@@ -402,9 +412,13 @@ def _read_object(file # That a run wrote
 
 def hold_to(file,                  # settings.json of a run; made when missing
             new:dict,              # From `fingerprint`
-            accept_code:bool=False, # Go on although the code changed; what it was before is kept in the file, too
-            forget=None,           # Called with the methods whose options changed, so that their rows are made again; None: such a change is refused
-            made=None,             # Methods that anything was made of: the options of others may change; None: all
+            # Go on although the code changed; what it was before is kept in the file, too
+            accept_code:bool=False,
+            # Called with the methods whose options changed, so that their rows are made again;
+            # None: such a change is refused
+            forget=None,
+            # Methods that anything was made of: the options of others may change; None: all
+            made=None,
             ):
     "Refuse to go on with other settings than a run began with."
     file = Path(file)
@@ -423,11 +437,13 @@ def hold_to(file,                  # settings.json of a run; made when missing
         remade = sorted({of(k) for k in options if made is None or of(k) in made})
         hard = [k for k in changed if not k.startswith('code.') and k not in free]
         shown = '; '.join(f'{k} was {a.get(k)} and is {b.get(k)}' for k in hard)
-        or_redo = f', or say --redo to make the rows of {" and ".join(remade)} again' if hard and set(hard) <= set(options) else ''
+        or_redo = (f', or say --redo to make the rows of {" and ".join(remade)} again'
+                   if hard and set(hard) <= set(options) else '')
         require(not shown, 'out', file.parent, 'the settings that its rows were made with',
                 f'Changed: {shown}. Use another folder (--out){or_redo}.')
         require(not code or accept_code, 'out', file.parent, 'the code that its rows were made with',
-                f'Changed since: {", ".join(code)}. Use another folder (--out), or say --accept-code if you know that the change alters no number.')
+                f'Changed since: {", ".join(code)}. Use another folder (--out), or say --accept-code '
+                'if you know that the change alters no number.')
         if not changed: return
         if remade: forget(remade)      # first: a kill in between must not leave old rows under new settings
         new = dict(new, before=[*before, {k: old[k] for k in ('code', 'options')}])
@@ -476,7 +492,8 @@ class Ledger:
         known, there = self.rows(), read_rows(self.csv) if self.csv.exists() else []
         strangers = [r for r in there if r not in known]
         require(not strangers, 'results', self.csv, 'rows of this run only',
-                f'{len(strangers)} of its {len(there)} rows are of another one. Move it away, or give another file (--results).')
+                f'{len(strangers)} of its {len(there)} rows are of another one. '
+                'Move it away, or give another file (--results).')
         return [r for r in known if r not in there]
 
     def sync(self):

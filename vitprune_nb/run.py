@@ -23,8 +23,9 @@ from .files import (append_text, check_ours, check_output, claim, made_in, only_
                                sha256, sweep, temporary_path, write_atomic, write_folder_atomic)
 from .vit.cost import model_macs
 from .data import ImageSet, calibration, class_subset, data_config, eval_transform, load_data
-from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options, plan_text,
-                                    read_experiment, recovery, schedule, stage_passes, stages, units)
+from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options,
+                                    plan_text, read_experiment, recovery, schedule, stage_passes, stages,
+                                    units)
 from .evidence.measure import bench, dtype_name, time_reduction
 from .methods.base import METHODS, SHARED, prune, recover
 from .methods.baselines import chance_of
@@ -53,7 +54,9 @@ def open_sets(e:Experiment # data, skip_damaged, classes, train_images, test_ima
     "The images of an experiment."
     train, test = (load_data(e.data, split, skip_damaged=e.skip_damaged) for split in ('train', 'test'))
     differ = sorted(set(train.classes) ^ set(test.classes))
-    require(train.classes == test.classes, 'data', f'{e.data}, whose splits differ in {", ".join(differ[:3])}', 'the same classes for training and testing')
+    require(train.classes == test.classes, 'data',
+            f'{e.data}, whose splits differ in {", ".join(differ[:3])}',
+            'the same classes for training and testing')
     if e.classes:
         train = class_subset(train, e.classes)
         test = class_subset(test, train.classes)
@@ -72,7 +75,9 @@ def keep_classes(model,        # A timm ViT with an ImageNet-1k head; changed in
     from timm.data import ImageNetInfo
     names = ImageNetInfo('imagenet-1k').label_names()
     known = model.num_classes == len(names) and set(classes) <= set(names)
-    require(known, 'data', f'{len(classes)} classes', f'images of the {model.num_classes} classes of this model', 'Give [train], so that a new head is learned, or other data.')
+    require(known, 'data', f'{len(classes)} classes',
+            f'images of the {model.num_classes} classes of this model',
+            'Give [train], so that a new head is learned, or other data.')
     rows = torch.tensor([names.index(c) for c in classes])
     for name in ('head', 'head_dist'):
         old = getattr(model, name, None)
@@ -89,21 +94,34 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
                 classes:list, # Of the images
                 )->torch.nn.Module:
     "The model before any training of ours, with a head for the classes of the images."
-    file, what, is_course = e.dense or e.weights or None, 'dense' if e.dense else 'weights', e.model == 'course'
-    fresh, args = e.train and not e.dense, model_kwargs(e.model_args, 'model_args', from_file=True)   # fresh: a new head will be learned
+    file, what, is_course = (e.dense or e.weights or None, 'dense' if e.dense else 'weights',
+                             e.model == 'course')
+    # fresh: a new head will be learned
+    fresh, args = e.train and not e.dense, model_kwargs(e.model_args, 'model_args', from_file=True)
     as_shipped = is_course and not file and not fresh
-    require('num_classes' not in args, 'model_args', args, 'arguments other than num_classes', 'The images and the checkpoint decide it.')
-    require(not (as_shipped and args), 'model_args', args, 'nothing for the course model, which comes as it is', 'Give weights, dense or [train], or name a timm model.')
-    require(not (is_course and e.pretrained), 'pretrained', True, 'false for the course model, which has its own weights')
-    require(not (e.weights and e.pretrained), 'pretrained', True, 'false beside weights', 'Give one of the two.')
+    require('num_classes' not in args, 'model_args', args, 'arguments other than num_classes',
+            'The images and the checkpoint decide it.')
+    require(not (as_shipped and args), 'model_args', args,
+            'nothing for the course model, which comes as it is',
+            'Give weights, dense or [train], or name a timm model.')
+    require(not (is_course and e.pretrained), 'pretrained', True,
+            'false for the course model, which has its own weights')
+    require(not (e.weights and e.pretrained), 'pretrained', True, 'false beside weights',
+            'Give one of the two.')
     if as_shipped: model = course_model()
     else:
-        name, args = (COURSE['model'], {k: v for k, v in dict(COURSE['kwargs'], **args).items() if k != 'num_classes'}) if is_course else (e.model, args)
-        head = len(find_weights(file, create_vit(name, **args).state_dict(), what)[0].get('head.weight', ())) if file else 0
-        require(fresh or not file or head, what, file, 'a checkpoint with a head', 'Give [train], so that one is learned.')
+        name, args = ((COURSE['model'], {k: v for k, v in dict(COURSE['kwargs'], **args).items()
+                                         if k != 'num_classes'})
+                      if is_course else (e.model, args))
+        head = (len(find_weights(file, create_vit(name, **args).state_dict(), what)[0]
+                    .get('head.weight', ()))
+                if file else 0)
+        require(fresh or not file or head, what, file, 'a checkpoint with a head',
+                'Give [train], so that one is learned.')
         n = len(classes) if fresh or not (head or e.pretrained) else head
         set_seed(0)
-        model = create_vit(name, pretrained=e.pretrained and not file, **{**args, **({'num_classes': n} if n else {})})
+        model = create_vit(name, pretrained=e.pretrained and not file,
+                           **{**args, **({'num_classes': n} if n else {})})
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*it has no head that fits')
             if file: load_weights(model, file, what)
@@ -173,21 +191,26 @@ class Run:
     def left(self)->str: # '12 min left', once something was timed
         "How long the rest takes at the speed so far."
         rest = sum(self.cost(u, s) for u, s in schedule(self.e) if s in self.todo(u))
-        return f'{in_time(rest*(time.perf_counter() - self.start)/self.passes)} left' if self.passes and rest else ''
+        return (f'{in_time(rest*(time.perf_counter() - self.start)/self.passes)} left'
+                if self.passes and rest else '')
 
 # %% ../nbs/6_reference/26_run.ipynb #5945b09f
 def dense_model(run:Run):
-    "Train the dense model, or take it as it is; afterwards it is in OUT/dense.safetensors, and in `run.model`."
+    """Train the dense model, or take it as it is; afterwards it is in OUT/dense.safetensors,
+    and in `run.model`."""
     from safetensors.torch import save_file
     e, file, model = run.e, run.out/'dense.safetensors', run.model
     if not file.exists():
         place = run.work(units(e)[0])/'train'
-        if e.train and not e.dense: fit(model, run.train, TrainConfig(**e.train), out=place, accelerator=run.acc, workers=e.workers)
+        if e.train and not e.dense:
+            fit(model, run.train, TrainConfig(**e.train), out=place, accelerator=run.acc, workers=e.workers)
         if run.acc.is_main_process:
-            with write_atomic(file) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+            with write_atomic(file) as tmp:
+                save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     run.acc.wait_for_everyone()
     load_weights(model, file, 'out')
-    run.model, run.weights = model.eval().to(run.acc.device), f'{Path(e.dense or e.weights).name or e.model}, sha256 {sha256(file)[:12]}'
+    run.model, run.weights = (model.eval().to(run.acc.device),
+                              f'{Path(e.dense or e.weights).name or e.model}, sha256 {sha256(file)[:12]}')
     if run.acc.is_main_process: remove(run.work(units(e)[0])/'train')   # its checkpoint; log.jsonl stays
 
 # %% ../nbs/6_reference/26_run.ipynb #68ce1df0
@@ -234,12 +257,14 @@ def prune_step(run:Run, unit:Unit): # -> the pruned model
     def work():
         set_seed(unit.seed)
         options = method_options(run.e, unit.method, unit.reduction)
-        prune(unit.method, run.model, run.train, **options, seed=unit.seed, device=str(run.acc.device), work=own)
+        prune(unit.method, run.model, run.train, **options, seed=unit.seed, device=str(run.acc.device),
+              work=own)
     try:
         if not ready: together(run.acc, work, first_only=not METHODS[unit.method].trains)
     finally:
         if own != folder: shutil.rmtree(own, ignore_errors=True)
-    if run.acc.is_main_process and (folder/SHARED).is_dir():      # what is the same for all budgets is lent to them
+    # what is the same for all budgets is lent to them
+    if run.acc.is_main_process and (folder/SHARED).is_dir():
         claim(run.out, 'shared')
         copy_folder(folder/SHARED, run.out/'shared'/f'{unit.method}-s{unit.seed}')
     return load_pruned(folder/'pruned').to(run.acc.device)
@@ -293,7 +318,8 @@ def timed(run:Run, model, unit:Unit)->tuple: # (what `bench` says, what the note
     rows = bench(pair, x, warmup=2, repeats=e.repeats, device=run.acc.device, dtype=e.dtype)
     if unit.method == 'dense': return rows[0], {}
     r = time_reduction(rows, 'dense')[1]
-    return rows[1], dict(speed_up=[r['speed_up'], 1/(1 - r['time_reduction_low']), 1/(1 - r['time_reduction_high'])])
+    return rows[1], dict(speed_up=[r['speed_up'], 1/(1 - r['time_reduction_low']),
+                                   1/(1 - r['time_reduction_high'])])
 
 # %% ../nbs/6_reference/26_run.ipynb #39772e9d
 def recovery_text(recipe:dict # From `recovery`
@@ -303,7 +329,8 @@ def recovery_text(recipe:dict # From `recovery`
     return ', '.join(f'{k} {v}' for k, v in sorted(said.items(), key=lambda i: i[0] != 'epochs')) or 'none'
 
 # %% ../nbs/6_reference/26_run.ipynb #079ecb39
-TIMED = 'latency_ms latency_low latency_high throughput throughput_low throughput_high batch repeats dtype threads device'.split()
+TIMED = ('latency_ms latency_low latency_high throughput throughput_low throughput_high '
+         'batch repeats dtype threads device').split()
 
 def old_timing(row:dict # Of the same model before recovery
                )->tuple: # As `timed`
@@ -312,7 +339,11 @@ def old_timing(row:dict # Of the same model before recovery
     return known, {k: v for k, v in row['note'].items() if k == 'speed_up'}
 
 # %% ../nbs/6_reference/26_run.ipynb #9edc70a8
-def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or 'recovered'; seconds that the step took
+def finish_row(run:Run, unit:Unit,
+               stage:str,     # 'none' or 'recovered'
+               model,         # What is measured
+               seconds:float, # That the step took
+               ):
     "Measure a model and write its row."
     cost = cost_of(model, calibration(run.test, min(256, len(run.test))))
     right = all_answers(run, model)
@@ -320,17 +351,23 @@ def finish_row(run:Run, unit:Unit, stage:str, model, seconds:float): # 'none' or
     same = run.ledger.find(f'{unit.key}-none') if stage == 'recovered' else {}
     timing, extra = old_timing(same) if same.get('macs') == cost['macs'] else timed(run, model, unit)
     low, high = wilson_interval(int(right.sum()), len(right))
-    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low, top1_high=high)
-    note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1), processes=run.acc.num_processes, dtype=dtype_name(run.e.dtype, run.acc.device), **extra)
-    with write_atomic(run.out/'answers'/f'{unit.key}-{stage}.npy') as tmp, open(tmp, 'wb') as f: np.save(f, right)
-    row = make_row(unit.name, run.e.model, run.test, result, timing, run.acc.device, macs=cost['macs'], params=cost['params'], seed=unit.seed, weights=run.weights,
-                   recovery=recovery_text(recovery(run.e, unit) if stage == 'recovered' else {}), schedule=getattr(model, 'info', {}), note=note)
+    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()),
+                  top1_low=low, top1_high=high)
+    note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1),
+                processes=run.acc.num_processes, dtype=dtype_name(run.e.dtype, run.acc.device), **extra)
+    with write_atomic(run.out/'answers'/f'{unit.key}-{stage}.npy') as tmp, open(tmp, 'wb') as f:
+        np.save(f, right)
+    row = make_row(unit.name, run.e.model, run.test, result, timing, run.acc.device,
+                   macs=cost['macs'], params=cost['params'], seed=unit.seed, weights=run.weights,
+                   recovery=recovery_text(recovery(run.e, unit) if stage == 'recovered' else {}),
+                   schedule=getattr(model, 'info', {}), note=note)
     run.ledger.add(f'{unit.key}-{stage}', row)
     run.note('row', unit=unit.key, stage=stage, seconds=seconds, top1=row['top1'])
 
 # %% ../nbs/6_reference/26_run.ipynb #be3c06c4
 def keep_model(run:Run, unit:Unit, model=None): # None: the pruned model of the working folder
-    "Put the finished model of a unit into OUT/models; a recovered one takes the place of the one without recovery."
+    """Put the finished model of a unit into OUT/models; a recovered one takes the place of the one
+    without recovery."""
     place, source = run.out/'models'/unit.key, run.work(unit)/'pruned'
     if not run.acc.is_main_process or unit.method == 'dense' or (model is None and place.exists()): return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -364,8 +401,11 @@ def report(run:Run, unit:Unit, stage:str, seconds:float): # As for `finish_row`
     "Say how a stage went."
     if not run.acc.is_main_process: return
     r, n = run.ledger.find(f'{unit.key}-{stage}'), sum(len(stages(run.e, u)) for u in units(run.e))
-    what = f'{unit}, recovered in {in_time(seconds)}' if stage == 'recovered' else str(unit) if unit.method == 'dense' else f'{unit}, pruned in {in_time(seconds)}'
-    run.say(f'[{len(run.ledger.keys()):>3}/{n}] {what}: {r["macs"]/1e9:.3f} GMACs, top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f})')
+    what = (f'{unit}, recovered in {in_time(seconds)}' if stage == 'recovered' else
+            str(unit) if unit.method == 'dense' else
+            f'{unit}, pruned in {in_time(seconds)}')
+    run.say(f'[{len(run.ledger.keys()):>3}/{n}] {what}: {r["macs"]/1e9:.3f} GMACs, '
+            f'top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to {100*r["top1_high"]:.1f})')
 
 # %% ../nbs/6_reference/26_run.ipynb #07c41854
 PAIRS = 'a b reduction seed recovery images difference low high only_a only_b p_value'.split()
@@ -373,7 +413,8 @@ PAIRS = 'a b reduction seed recovery images difference low high only_a only_b p_
 def pair_rows(run:Run)->list: # Dicts with keys PAIRS; the difference is top-1 of b minus top-1 of a
     "Every paired comparison that the finished rows allow."
     right = {k: np.load(run.out/'answers'/f'{k}.npy') for k in run.ledger.keys()}
-    done = [(u, s, right[f'{u.key}-{s}']) for u in units(run.e) for s in ('none', 'recovered') if f'{u.key}-{s}' in right]
+    done = [(u, s, right[f'{u.key}-{s}']) for u in units(run.e) for s in ('none', 'recovered')
+            if f'{u.key}-{s}' in right]
     out, dense = [], next((r for u, s, r in done if u.method == 'dense'), None)
     control = next((r for u, s, r in done if u.method == 'dense' and s == 'recovered'), None)
     for i, (u, s, r) in enumerate(done):
@@ -381,7 +422,9 @@ def pair_rows(run:Run)->list: # Dicts with keys PAIRS; the difference is top-1 o
         rivals = [(v.name, q) for v, q in alike if v.method == u.method or not (u.chance or v.chance)]
         if u.method != 'dense' and s == 'recovered': rivals = [('dense control', control), *rivals]
         for name, q in ([('dense', dense)] if u.method != 'dense' or s != 'none' else []) + rivals:
-            if q is not None: out.append(dict(a=name, b=u.name, reduction=u.reduction, seed=u.seed, recovery=s, images=len(r), **paired_difference(q, r)))
+            if q is not None:
+                out.append(dict(a=name, b=u.name, reduction=u.reduction, seed=u.seed, recovery=s,
+                                images=len(r), **paired_difference(q, r)))
     return out
 
 def pairs_of(csv_file # The CSV of a run
@@ -391,8 +434,11 @@ def pairs_of(csv_file # The CSV of a run
 
 def write_pairs(run:Run):
     "The pairs as a CSV beside the results."
-    with write_atomic(pairs_of(run.ledger.csv), owner=run.out) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        w = csv.DictWriter(f, PAIRS, lineterminator='\n'); w.writeheader(); w.writerows(pair_rows(run))
+    with (write_atomic(pairs_of(run.ledger.csv), owner=run.out) as tmp,
+          open(tmp, 'w', newline='', encoding='utf-8') as f):
+        w = csv.DictWriter(f, PAIRS, lineterminator='\n')
+        w.writeheader()
+        w.writerows(pair_rows(run))
 
 # %% ../nbs/6_reference/26_run.ipynb #1b106268
 def results_file(e:Experiment, # results
@@ -405,11 +451,13 @@ def _is_older(out):
     "Is this the folder of a run of a version that left no mark?"
     file, keys = Path(out)/'settings.json', {'code', 'train_hash', 'test_hash'}
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return not made_in(out) and (Path(out)/'rows').is_dir() and keys <= set(json.loads(file.read_text(encoding='utf-8')))
+        return (not made_in(out) and (Path(out)/'rows').is_dir()
+                and keys <= set(json.loads(file.read_text(encoding='utf-8'))))
     return False
 
 def check_place(e:Experiment, out, need:int=0): # As in `run_config`; bytes that the run will take
-    "Refuse a folder that cannot be written, or in which a name that the run needs is somebody's; nothing is touched."
+    """Refuse a folder that cannot be written, or in which a name that the run needs is somebody's;
+    nothing is touched."""
     csv_file = results_file(e, out)
     check_output(out, need=need)
     check_output(csv_file, 'results', folder=False)
@@ -436,7 +484,8 @@ def dense_speed(model, device, dtype:str)->float: # Images a second
 
 # %% ../nbs/6_reference/26_run.ipynb #4566dd09
 def do_units(run:Run)->dict: # {unit: why it failed}
-    "All units; one that is refused is noted and the others go on. Without a dense model there is nothing to go on with."
+    """All units; one that is refused is noted and the others go on. Without a dense model there is
+    nothing to go on with."""
     failed = {}
     for unit, stage in schedule(run.e):
         if str(unit) in failed: continue
@@ -457,7 +506,9 @@ def do_units(run:Run)->dict: # {unit: why it failed}
 # %% ../nbs/6_reference/26_run.ipynb #145071cb
 def check_sizes(e:Experiment, train, test, world:int=1): # The images; the number of processes
     "Refuse before the first second of work what would be refused hours later."
-    for k in ('weights', 'dense'): require(not getattr(e, k) or Path(getattr(e, k)).is_file(), k, getattr(e, k), 'an existing checkpoint file')
+    for k in ('weights', 'dense'):
+        require(not getattr(e, k) or Path(getattr(e, k)).is_file(), k, getattr(e, k),
+                'an existing checkpoint file')
     require(e.time_batch <= len(test), 'time_batch', e.time_batch, f'at most {len(test)}, the test images')
     looks = max(method_options(e, m, .5).get('calibration', 0) for m in e.methods)
     require(looks <= len(train), 'calibration', looks, f'at most {len(train)}, the training images')
@@ -467,7 +518,8 @@ def check_sizes(e:Experiment, train, test, world:int=1): # The images; the numbe
 def found(e:Experiment, train, test, device)->dict: # For `fingerprint`
     "What only the running machine knows."
     env = environment(device)
-    return dict(train_hash=train.digest, test_hash=test.digest, **{k: env[k] for k in ('torch', 'timm', 'device', 'device_name', 'threads')})
+    return dict(train_hash=train.digest, test_hash=test.digest,
+                **{k: env[k] for k in ('torch', 'timm', 'device', 'device_name', 'threads')})
 
 def space(e:Experiment, out, model)->int: # Bytes
     "About how much disk the rest of a run takes: a model for each unit, and the checkpoint of one training."
@@ -489,16 +541,21 @@ def dry(e:Experiment, out, train, test, device)->dict: # plan, macs, speed
 def own_files(out:Path, method:str)->list: # One of METHODS
     "What a run keeps of a method besides its rows."
     unit = re.compile(rf'(chance-of-)?{re.escape(method)}-[\d.e+-]+-s\d+(-none\.npy|-recovered\.npy)?')
-    found = [p for name in ('answers', 'models', 'work') for p in (out/name).glob('*') if unit.fullmatch(p.name)]
+    found = [p for name in ('answers', 'models', 'work') for p in (out/name).glob('*')
+             if unit.fullmatch(p.name)]
     return found + [p for p in (out/'shared').glob('*') if re.fullmatch(rf'{re.escape(method)}-s\d+', p.name)]
 
 def settle(out:Path, csv_file:Path, settings:dict, accept_code:bool, redo:bool): # As in `run_config`
-    "Hold a run to its settings and bring its CSV up to date; where a method's options may change, forget all that it did with the old ones."
+    """Hold a run to its settings and bring its CSV up to date; where a method's options may change,
+    forget all that it did with the old ones."""
     def forget(methods):
         gone = [p for m in methods for p in own_files(out, m)]
         for model in gone:
-            strange = sorted(p.name for p in model.glob('*') if p.name not in ('config.json', 'model.safetensors', 'plan.json'))
-            require(model.parent.name != 'models' or not strange, 'redo', f'{model}, which holds {", ".join(strange)}', 'a model as the run wrote it', 'Move these away.')
+            strange = sorted(p.name for p in model.glob('*')
+                             if p.name not in ('config.json', 'model.safetensors', 'plan.json'))
+            require(model.parent.name != 'models' or not strange, 'redo',
+                    f'{model}, which holds {", ".join(strange)}', 'a model as the run wrote it',
+                    'Move these away.')
         book = Ledger(out/'rows', csv_file)
         for m in methods: book.drop(m)
         for left in gone: remove(left)
@@ -507,8 +564,11 @@ def settle(out:Path, csv_file:Path, settings:dict, accept_code:bool, redo:bool):
     hold_to(out/'settings.json', settings, accept_code, forget if redo else None, made)
     Ledger(out/'rows', csv_file)
 
-def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=False, redo:bool=False)->Run: # As in `Run` and `run_config`
-    "Hold the run to its settings, take its folder, tidy up, open its ledger; refuse before anything is added or removed."
+def open_run(e:Experiment, out:Path, acc, train, test, model, # As in `Run`
+             accept_code:bool=False, redo:bool=False,         # As in `run_config`
+             )->Run:
+    """Hold the run to its settings, take its folder, tidy up, open its ledger; refuse before anything
+    is added or removed."""
     csv_file, settings = results_file(e, out), fingerprint(e, **found(e, train, test, acc.device))
     def begin():
         check_place(e, out)
@@ -520,7 +580,8 @@ def open_run(e:Experiment, out:Path, acc, train, test, model, accept_code:bool=F
     run = Run(e, out, acc, train, test, Ledger(out/'rows', csv_file, write=acc.is_main_process), model)
     done, n = len(run.ledger.keys()), sum(len(stages(e, u)) for u in units(e))
     run.say(f'{e.name}: {n} rows' + (f', {done} of them finished before' if done else '')
-            + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to {csv_file if e.results else Path(out.name)/csv_file.name}')
+            + f'; {len(train):,} training and {len(test):,} test images of {test.name}; the rows go to '
+              f'{csv_file if e.results else Path(out.name)/csv_file.name}')
     return run
 
 # %% ../nbs/6_reference/26_run.ipynb #15cae5ce
@@ -537,11 +598,14 @@ def run_config(path,           # A TOML file: see `Experiment`
                skip_damaged:bool=False, # Also where the file does not say so
                )->dict:        # name, rows, failed, results, seconds; with `dry_run`: name, plan, macs, speed
     "Do an experiment, or what is left of it."
-    given = {k: str(v) for k, v in dict(data=data, weights=weights, results=results, device=device).items() if v is not None}
+    given = {k: str(v) for k, v in dict(data=data, weights=weights, results=results, device=device).items()
+             if v is not None}
     e = read_experiment(path, changes)
     e = dataclasses.replace(e, skip_damaged=skip_damaged or e.skip_damaged, **given)
     out = Path('runs')/e.name if out is None else out
-    if dry_run: require(not Path(out).exists() or Path(out).is_dir(), 'out', out, 'a folder, or a name that is still free')
+    if dry_run:
+        require(not Path(out).exists() or Path(out).is_dir(), 'out', out,
+                'a folder, or a name that is still free')
     else: check_place(e, out)
     out = Path(out)
     train, test = open_sets(e)
@@ -557,6 +621,8 @@ def run_config(path,           # A TOML file: see `Experiment`
         run.note('end', failed=failed, seconds=seconds)
         if acc.is_main_process:
             write_pairs(run)      # also where a kill came between the last row and its pairs
-            page = write_report(out, e.name, run.ledger.rows(), read_pairs(pairs_of(run.ledger.csv)), failed, pairs_of(run.ledger.csv).name)
+            page = write_report(out, e.name, run.ledger.rows(), read_pairs(pairs_of(run.ledger.csv)), failed,
+                                pairs_of(run.ledger.csv).name)
             run.say(f'The report: {Path(out.name)/page.name}')
-        return dict(name=e.name, rows=run.ledger.rows(), failed=failed, results=str(run.ledger.csv), seconds=seconds)
+        return dict(name=e.name, rows=run.ledger.rows(), failed=failed,
+                    results=str(run.ledger.csv), seconds=seconds)
