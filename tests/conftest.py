@@ -1,5 +1,5 @@
 """What several test files share."""
-import contextlib, json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import contextlib, json, os, re, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,25 @@ def one_thread():
 def start(script, *args):
     "A Python script of this folder as a process that a test can kill."
     return subprocess.Popen([sys.executable, str(ROOT/'tests'/script), *map(str, args)], env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+
+
+NO_CONNECTION = re.compile(r'[Cc]onnect|RendezvousError|DistStoreError|DistNetworkError|EADDRINUSE|timed out')
+
+
+def part():
+    "Two processes that are done wait for each other: one that leaves early closes connections that the other still uses."
+    import torch.distributed as dist
+    if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
+
+
+def two_processes(script, *args):
+    "What torchrun prints of a script of this folder in two processes; once more when they could not reach each other, which is the machine's fault."
+    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr=127.0.0.1', '--nproc_per_node=2', str(ROOT/'tests'/script)]
+    for last in (False, True):
+        r = subprocess.run([*words, *map(str, args)], env=ONE_THREAD, capture_output=True, text=True, timeout=600)
+        if r.returncode == 0: return r.stdout
+        if last or not NO_CONNECTION.search(r.stderr): break
+    raise AssertionError(r.stderr[-6000:])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 run_script.py CONFIG OUT   the same run in two proce
 """
 import json, os, random, signal, sys, time
 import torch
+from conftest import part
 from vitprune_nb.run import run_config
 
 
@@ -53,3 +54,4 @@ if __name__ == '__main__':
     else:
         r = run_config(config, out=out)
         if int(os.environ.get('RANK', 0)) == 0: print(json.dumps(r['rows']))
+        part()

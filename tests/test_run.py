@@ -2,7 +2,7 @@
 import json, random, subprocess, sys
 
 import numpy as np, pytest, torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, ROOT, two_processes
 from PIL import Image
 from vitprune_nb.cli import main
 from vitprune_nb.errors import VitpruneError
@@ -117,7 +117,7 @@ def test_two_processes_give_the_rows_of_one(config, tmp_path):
     one = run_config(config, out=tmp_path/'one', changes=['time_batch=0'])
     file = tmp_path/'two.toml'
     file.write_text(config.read_text().replace('time_batch = 4', 'time_batch = 0'))
-    script('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', SCRIPT, file, tmp_path/'two')
+    two_processes(SCRIPT, file, tmp_path/'two')
     two = read_rows(tmp_path/'two/results.csv')
     assert [(r['method'], r['recovery'], r['images']) for r in two] == [(r['method'], r['recovery'], r['images']) for r in one['rows']]
     for a, b in zip(one['rows'], two):       # two halves of a batch add up in another order

@@ -1,8 +1,8 @@
 """What a notebook cannot show: runs that are really killed, two processes in place of one, and the course recipe from end to end."""
-import os, random, signal, subprocess, sys
+import os, random, signal
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, start
+from conftest import start, two_processes
 from train_script import PLAIN, RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import autocast
 from vitprune_nb.engine.policy import NormScore, Policy, Scorer, Step
@@ -112,8 +112,7 @@ def test_another_policy_is_what_a_new_model_would_be(mode):
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT/'tests'/SCRIPT),
-                    'plain', str(tmp_path/'two')], env=ONE_THREAD, check=True, timeout=300, capture_output=True)
+    two_processes(SCRIPT, 'plain', tmp_path/'two')
     model, rows = run('plain', tmp_path/'one')
     assert apart(torch.load(tmp_path/'two/final.pt', weights_only=True), model.state_dict()) < 1e-5
     assert apart(tiny_vit().state_dict(), model.state_dict()) > 1e-3

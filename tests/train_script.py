@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 train_script.py RECIPE OUT   the same run in two pro
 import io, os, signal, sys
 from pathlib import Path
 import torch
+from conftest import part
 from vitprune_nb.core import set_seed
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.engine.policy import ClsAttention, Policy, Step
@@ -62,3 +63,4 @@ if __name__ == '__main__':
     if mode == 'half-write': die_in_second_checkpoint()
     model, _ = run(recipe, out, callback=lambda rows: print('step', rows[-1]['step'], flush=True))
     if int(os.environ.get('RANK', 0)) == 0: torch.save(model.state_dict(), out/'final.pt')
+    part()
