@@ -54,7 +54,7 @@ def few(): return embedded('train').subset(range(0, 5000, 100))
 
 def oracle(net, image, gamma, beta):
     """One image, token by token. Prefix tokens stay keys, for the engine keeps them; nothing ends early. Where
-    the head averages and nobody is left, the patch with most left goes on, and gives nothing."""
+    the head averages and none is left, the patch with most left goes on, and gives nothing."""
     p, x = net.num_prefix_tokens, net.norm_pre(net._pos_embed(net.patch_embed(image[None])))[0]
     going, left, read = list(range(len(x))), [1.]*len(x), torch.zeros_like(x)
     for number, block in enumerate(net.blocks, 1):
@@ -128,7 +128,7 @@ def test_an_image_is_finished_when_the_head_has_its_answer(kind):
         with torch.no_grad(): assert torch.allclose(slim(x), long(x, record=record), atol=1e-5)
         late = torch.stack([torch.full((8,), 64), *(d.keep[:, d.n_prefix:].sum(1) for d in record)], 1)
         p = reads_of(net)
-        read = torch.stack([(d.scores[:, :p] > 0).any(1) for d in record], 1)   # is anybody still read?
+        read = torch.stack([(d.scores[:, :p] > 0).any(1) for d in record], 1)   # is any still read?
         assert torch.equal(early[:, 1:], late[:, 1:]*read)
         cut += (late[:, 1:]*~read).sum().item()
         long.eval()

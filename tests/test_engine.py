@@ -500,11 +500,11 @@ def test_torch_compile_sees_one_graph(kind):
 
 def test_an_average_of_nobody_is_finite():
     "Soft decisions may drop all patches of an image of a model that reads their mean."
-    class Nobody(NormScore):
+    class KeepsNone(NormScore):
         def soft_keep(self, t, scores): return scores*0.
     net = create_vit('vit_small_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=10,
                      class_token=False, global_pool='avg')
-    slim = SlimViT(net, Policy({1: Step(score=Nobody(), count=4)}), 'mask').train()
+    slim = SlimViT(net, Policy({1: Step(score=KeepsNone(), count=4)}), 'mask').train()
     logits = slim(torch.randn(2, 3, 32, 32))
     logits.sum().backward()
     assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
@@ -536,7 +536,7 @@ def test_a_fate_has_the_last_word_before_the_head_reads(model, images, mode, fre
         s = plain._stream(images)
         want = model.head(model.norm(-s.x[:, 0]))
         got = run(Turned)(images)
-        gone = SlimViT(model, Policy({1: Step(fate=Turned(), score=score, count=P)}), mode).eval()(images)      # nobody is
+        gone = SlimViT(model, Policy({1: Step(fate=Turned(), score=score, count=P)}), mode).eval()(images)      # none is
     assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(got, plain(images), atol=1e-3)
     assert seen[0] == ((3, P + 1 if freezes or mode == 'mask' else 7, 48), 3)
     assert seen[1] == ((3, P + 1, 48), 1) and torch.isfinite(gone).all()

@@ -30,7 +30,7 @@ def vit(depth=6, loud=1., **kw):
     torch.manual_seed(0)
     net = create_vit(kw.pop('name', 'deit_tiny_patch16_224'), img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10,
                      **kw).eval()
-    for b in net.blocks: b.attn.qkv.weight.data[:96] *= loud        # attention that is far from even: else nobody comes back
+    for b in net.blocks: b.attn.qkv.weight.data[:96] *= loud        # attention that is far from even: else none comes back
     return net
 
 

@@ -202,7 +202,7 @@ def test_training_is_the_slow_form_loss_and_gradient(seed, few):
 
 
 def test_cut_losses_at_their_ends():
-    "Nobody idles: nothing to cut. Two islands: nothing crosses. All attention across: both at their worst."
+    "None idles: nothing to cut. Two islands: nothing crosses. All attention across: both at their worst."
     far = torch.full((1, 5, 5), -60.)
     kept = torch.tensor([[1., 1., 1., 0., 0.]])
     islands = far.clone()

@@ -251,29 +251,29 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
 class Mask(Stream):
     "Dense: the oracle of the other two modes."
     def meet(self, step, keep, scores):
-        """Those outside `keep` meet their fate; returns which are computed from here on, and a guest of this
-        block, or None."""
+        """Those outside `keep` meet their fate; returns which are computed from here on, and the
+        fused token of this block, or None."""
         if keep.is_floating_point(): self.soften(keep); return self.present, None
-        drop, guest = self.there() & ~keep, None
+        drop, fused = self.there() & ~keep, None
         joined = step.fate.meet(self, keep, drop, scores) if step.fate.acts else None
         if joined is not None:
             if step.fate.stays:
-                self.present, guest = torch.cat([self.there(), joined[2]], 1), joined[0]
+                self.present, fused = torch.cat([self.there(), joined[2]], 1), joined[0]
             self.join(*joined, self.GUEST if step.fate.stays else -1)
             keep = torch.cat([keep, joined[2]], 1)
         if not step.fate.stays: self.present = keep
-        return keep, guest
+        return keep, fused
 
     def soften(self, keep):
         "No token leaves; how much is kept of each is remembered."
         kept = torch.cat([torch.ones_like(keep[:, :self.n_prefix]), keep[:, self.n_prefix:]], 1)
         self.kept = kept if self.kept is None else self.kept*kept
 
-    def send_home(self, step, keep, guest):
+    def send_home(self, step, keep, fused):
         "The token that went through the block for those that stayed outside leaves; they get what it brings."
         at = self.there() & (self.pos == self.GUEST)
         self.present = self.there() & ~at
-        added = step.fate.restore(guest, (self.x*at[..., None]).sum(1, keepdim=True))
+        added = step.fate.restore(fused, (self.x*at[..., None]).sum(1, keepdim=True))
         if added is not None: self.x = torch.where((self.present & ~keep)[..., None], self.x + added, self.x)
 
     def key_weight(self, i, steps):
@@ -305,12 +305,12 @@ class Mask(Stream):
         return out
 
     def run(self, i, block, steps):
-        at, guest = {s.at: s for s in steps}, None
+        at, fused = {s.at: s for s in steps}, None
         active = keys = self.present
         if 'before' in at:
             keep, scores = self.decide(i, at['before'])
             self.forget(*at.values())
-            active, guest = self.meet(at['before'], keep, scores)
+            active, fused = self.meet(at['before'], keep, scores)
             keys = active
         if 'queries' in at: active, scores = self.decide(i, at['queries'])
         self.asked = self.there() if active is None else active            # (B, n): which ask
@@ -319,12 +319,12 @@ class Mask(Stream):
         if 'middle' in at:
             keep, scores = self.decide(i, at['middle'])
             self.forget(*self.next)
-            active, guest = self.meet(at['middle'], keep, scores)
+            active, fused = self.meet(at['middle'], keep, scores)
         self.settle(mlp_branch(block, self.x), active)
         self.done = self.there() if active is None else active             # (B, n'): which are new
         if self.trace is not None:
             self.trace.add(self.asked.sum(1), answer.sum(1), self.done.sum(1), self.pos, self.done)
-        if guest is not None: self.send_home(at.get('middle') or at['before'], active, guest)
+        if fused is not None: self.send_home(at.get('middle') or at['before'], active, fused)
         if 'queries' in at: self.meet(at['queries'], active, scores)
 
 MODES['mask'] = Mask
@@ -350,10 +350,10 @@ class Sparse(Stream):
     def beside(self, i, block, step):
         idx, scores = self.pick(i, step)
         self.forget()
-        idx, guest = self.meet(step, idx, scores)
+        idx, fused = self.meet(step, idx, scores)
         self.x, k = self.put(idx, self.whole(block, idx)), self.count(idx)
         self.note(k, k, k, self.take(self.pos, idx))
-        if guest is not None: self.send_home(step, idx, guest)
+        if fused is not None: self.send_home(step, idx, fused)
 
     def queries(self, i, block, step):
         idx, scores = self.pick(i, step)
@@ -368,12 +368,12 @@ class Sparse(Stream):
         n, self.x = self.count(), self.x + self.attention(block)
         idx, scores = self.pick(i, step)
         self.forget(*self.next)
-        idx, guest = self.meet(step, idx, scores)
+        idx, fused = self.meet(step, idx, scores)
         x = self.take(self.x, idx)
         x = x + mlp_branch(block, x)
         self.x = x if idx is None else self.put(idx, x)
         self.note(n, n, self.count(idx), self.take(self.pos, idx))
-        if guest is not None: self.send_home(step, idx, guest)
+        if fused is not None: self.send_home(step, idx, fused)
 
     def see(self, views, idx):
         "Remember what the attention showed; tokens outside `idx` had no key in it and get zeros."
@@ -436,7 +436,7 @@ class Gather(Sparse):
 
     def meet(self, step, idx, scores):
         """Those outside `idx` meet their fate; returns where the others stand (None: no other is left), and a
-        guest."""
+        fused token."""
         fate, joined = step.fate, None
         if fate.acts and not (fate.joins and self.count(idx) == self.count()):
             keep = self.chosen(idx)
@@ -448,9 +448,9 @@ class Gather(Sparse):
         last = torch.full_like(idx[..., :1], self.x.shape[1] - 1)
         return torch.cat([idx, last], -1), joined[0]
 
-    def send_home(self, step, idx, guest):
+    def send_home(self, step, idx, fused):
         "The token that went through the block for those that stayed outside leaves; they get what it brings."
-        outside, added = ~self.chosen(idx), step.fate.restore(guest, self.x[:, -1:])
+        outside, added = ~self.chosen(idx), step.fate.restore(fused, self.x[:, -1:])
         if added is not None: self.x = torch.where(outside[..., None], self.x + added, self.x)
         self.shrink(slice(0, self.x.shape[1] - 1))
 
@@ -548,17 +548,17 @@ class Packed(Sparse):
             if step.fate.stays: return idx, None
             self.shrink(idx)
             return None, None
-        keep, guest = self.padded().meet(step, idx.keep, scores)
+        keep, fused = self.padded().meet(step, idx.keep, scores)
         self.load()
-        return (self.rows(keep), guest) if step.fate.stays else (None, None)
+        return (self.rows(keep), fused) if step.fate.stays else (None, None)
 
-    def send_home(self, step, idx, guest):
+    def send_home(self, step, idx, fused):
         v = self.padded()
         here, kept = v.there(), torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         keep = torch.zeros_like(here)
         # loading has moved the guests of short images to the left
         keep[here] = kept.index_fill(0, idx.rows, True)
-        v.send_home(step, keep, guest)
+        v.send_home(step, keep, fused)
         self.load()
 
     def attention(self, block, idx=None):

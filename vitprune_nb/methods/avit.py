@@ -166,7 +166,7 @@ def channel_zero(model,  # A timm ViT
 
 def mean_depth(t,       # (n, L) from `channel_zero`
                gamma:float, beta:float)->float:
-    "Blocks before a token halts, in the mean, if nobody else did."
+    "Blocks before a token halts, in the mean, if no other did."
     left = 1 - torch.sigmoid(gamma*t + beta)[:, :-1].cumsum(1)
     return 1 + (left > EPS).sum(1).float().mean().item()
 
@@ -177,7 +177,7 @@ def fit_gate(t,           # (n, L) from `channel_zero`
     "The sigmoid with which tokens halt at this depth in the mean, by bisection."
     gamma = gamma or 1/max(t.std().item(), 1e-6)
     logits = gamma*t
-    low, high = -logits.max().item() - 40, 40 - logits.min().item()  # nobody gives anything, all give all
+    low, high = -logits.max().item() - 40, 40 - logits.min().item()  # none gives anything, all give all
     for _ in range(60):
         beta = (low + high)/2
         low, high = (beta, high) if mean_depth(t, gamma, beta) > depth else (low, beta)

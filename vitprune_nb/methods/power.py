@@ -105,7 +105,7 @@ class PowerPlan:
         return out
 
     def policy(self, score=None)->Policy: # score: the scorer of all blocks; None: a new `ColumnAttention`
-        "A step in the middle of each block in which somebody leaves."
+        "A step in the middle of each block in which some leave."
         score, n, steps = score or ColumnAttention(), self.patches, {}
         for i, k in enumerate(self.counts):
             if k < n: steps[i] = Step('middle', score=score, count=k)
