@@ -1,5 +1,7 @@
 """What measuring, exporting and the tables of the papers do not accept, each with the error that says so."""
+import os
 import pytest, torch
+from vitprune_nb.data import calibration, embedded
 from vitprune_nb.engine.channels import choose
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence import measure, results
@@ -41,6 +43,8 @@ def test_times_and_answers_that_cannot_be(f, text):
     (lambda m, s: channel_tables.uniform_at(m, s, 0), 'macs: got 0'),
     (lambda m, s: channel_tables.uniform_cost(m, 1), 'ratio: got 1'),
     (lambda m, s: channel_tables.uniform_cost(m, .4, 'some'), "rows: got some; allowed: 'none', 'hidden', 'all'"),
+    (lambda m, s: channel_tables.channel_row(m, calibration(embedded('test'), 20), 'small', 'cpu', speed=1), 'field: got speed'),
+    (lambda m, s: channel_tables.record_table(m, images=10**6, path=os.devnull), 'n: got 1000000'),
     (lambda m, s: channel_tables.ChannelRun(l1s=(-1,)), 'l1s: got (-1,); allowed: numbers, 0 or more'),
     (lambda m, s: channel_tables.ChannelRun(l1s=()), 'l1s: got ()'),
     (lambda m, s: channel_tables.ChannelRun(ratios=(1,)), 'ratios: got (1,); allowed: shares in (0, 1)'),
