@@ -28,8 +28,8 @@ from ..train.trainer import TrainConfig
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e0000d
 @register_scorer('global_attention')
 class GlobalAttention(Scorer):
-    """Running average over the blocks of what CLS pays to each token, summed over heads; who was not seen
-    keeps the old one (Xu et al. 2022, structure preserving token selection)."""
+    """Running average over the blocks of what CLS pays to each token, summed over heads; a token that was not
+    seen keeps the old one (Xu et al. 2022, structure preserving token selection)."""
     needs = 'cls_row'
     def __init__(self, share:float=.5, # of the newest attention in the average, in (0, 1]
                  renew:bool=True):     # False: repeat the ranking of the last scorer that renewed it
@@ -57,8 +57,8 @@ class GlobalAttention(Scorer):
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e00010
 @register_fate('represented')
 class Represented(Fate):
-    """Waits; one token, the mean of those who wait weighted by their scores, goes through the block, and what
-    it gains is added to each of them (Xu et al. 2022, slow-fast token updating)."""
+    """Waits; one token, the mean of those that wait weighted by their scores, goes through the block, and
+    what it gains is added to each of them (Xu et al. 2022, slow-fast token updating)."""
     points, stays, joins, lost, acts = ('before',), True, 1, False, True
 
     def meet(self, s, keep, drop, scores):

@@ -27,7 +27,7 @@ from ..train.recipe import TrainConfig
 @register_scorer('interpreter')
 class Interpreter(Scorer):
     """Probability that a patch stays: mean over the heads of how well it answers a query of CLS; without
-    prefix tokens, of the mean patch (Pan et al., IA-RED², 2021, section 3.1)."""
+    prefix tokens, of the mean patch (Pan et al., IA-RED², 2021)."""
     def __init__(self, dim:int,   # D
                  heads:int):      # H, from 1 to D
         super().__init__()
@@ -100,7 +100,7 @@ def reward(right,           # (B,) bool
            share,           # (B,) of the patches that are left, in [0, 1]
            penalty:float=1.,# for a wrong answer
            ):               # (B,)
-    "1 - share² for a right answer, -penalty for a wrong one (Pan et al. 2021, section 3.3)."
+    "1 - share² for a right answer, -penalty for a wrong one (Pan et al. 2021)."
     return torch.where(right, 1 - share.square(), -penalty)
 
 # %% ../../nbs/3_methods/20b_iared.ipynb #a4ed001a
