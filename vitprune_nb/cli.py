@@ -228,7 +228,7 @@ def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_da
     from vitprune_nb.vit.model import evaluate
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', m, limit, skip_damaged=skip_damaged, rename=rename)
-    d = cost_of(m, first_images(m, ds, min(batch, len(ds))))
+    d = cost_of(m, ds)
     r = evaluate(m, ds, batch, device, dtype, f'eval {model}')
     print(f'{model} on {ds.name} {ds.split}: top-1 {100*r["top1"]:.1f}% ({100*r["top1_low"]:.1f} to '
           f'{100*r["top1_high"]:.1f}), '
@@ -333,7 +333,8 @@ def unfinished(out,         # The folder that shall be written in the end
     with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError:
-        if new and not (work/'pruned').is_dir(): remove(work)
+        begun = (work/'pruned').is_dir() or any(work.rglob('checkpoint.pt'))
+        if new and not begun: remove(work)
         raise
     remove(work)
 

@@ -53,7 +53,12 @@ class TimmParts:
     @property
     def averages(self)->bool:
         "Does the head read the mean of the patches, and nothing else?"
-        return self.model.global_pool == 'avg' and not self.model.pool_include_prefix
+        return self.pools and not (self.model.pool_include_prefix and self.n_prefix)
+
+    @property
+    def pools(self)->bool:
+        "Does the head read the patches?"
+        return self.model.global_pool == 'avg'
 
     @property
     def drops_patches(self)->bool:
@@ -196,7 +201,8 @@ class PolicyParts:
         static = static_indices(self.policy.steps, self.n_tokens, self.backbone.n_prefix, self.mode)
         self.static = {key: 'static_{}_{}'.format(*key) for key in static}
         for key, name in self.static.items():
-            self.register_buffer(name, torch.tensor(static[key], device=device), persistent=False)
+            places = torch.tensor(static[key], dtype=torch.long, device=device)
+            self.register_buffer(name, places, persistent=False)
 
     def untaught(self)->list:
         """Parameters of the scorers that no gradient reaches in this mode: a choice has none, a soft weight

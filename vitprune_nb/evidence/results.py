@@ -313,9 +313,14 @@ def over_draws(ours, # bool (images,), from `answers`
                draws, # bool (draws, images), of chance: the same images in the same order
                )->str: # Lines of text
     "Right answers minus those of each draw of chance, and minus their mean, with 95% intervals over images."
-    ours, draws = np.asarray(ours), np.asarray(draws)
-    fit = ours.ndim == 1 and len(ours) > 1 and draws.shape[1:] == ours.shape and len(draws) > 0
-    require(fit, 'ours, draws', f'shapes {ours.shape} and {draws.shape}', '(images,) and (draws, images)')
+    ours, draws = np.asarray(ours), [np.asarray(c) for c in draws]
+    fit = ours.ndim == 1 and len(ours) > 1 and len(draws) > 0 and all(c.shape == ours.shape for c in draws)
+    require(fit, 'ours, draws', f'shapes {ours.shape} and {[c.shape for c in draws]}',
+            '(images,) and (draws, images)')
+    kinds = sorted({str(c.dtype) for c in (ours, *draws)})
+    require(kinds == ['bool'], 'ours, draws', f'values of {", ".join(kinds)}',
+            'right or wrong (bool) for each image')
+    draws = np.stack(draws)
     lines, percent = [], lambda mean, low, high: f'{mean:+.1%} ({low:+.1%} to {high:+.1%})'
     for i, c in enumerate(draws):
         d = paired_difference(c, ours)

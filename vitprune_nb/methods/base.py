@@ -426,6 +426,8 @@ def recover(model,         # A pruned model; trained in place
     size = min(64, len(train_set)) if batch_size is None else batch_size
     cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=size, seed=seed, dtype=dtype,
                       **dict(save_every=50) | (recipe or {}))
+    counted = 'counts' in getattr(model, 'info', {})
+    if counted: images = calibration_images(model, train_set, model.info['calibration'], model.info['seed'])
     packed = getattr(model, 'mode', None) == 'packed'
     if packed: model.set_mode('mask')
     try:
@@ -433,12 +435,11 @@ def recover(model,         # A pruned model; trained in place
             log = fit(model, train_set, cfg, out=out, accelerator=pick_accelerator(device), **kw)
     finally:
         if packed: model.set_mode('packed')
-    if 'counts' in getattr(model, 'info', {}): _count_again(model, train_set)
+    if counted: _count_again(model, images)
     return log
 
 # %% ../../nbs/3_methods/25_methods.ipynb #4cd713a8
-def _count_again(model, train_set):
+def _count_again(model, images):
     "Other weights, other tokens, other decisions: what was remembered is measured anew."
-    images = calibration_images(model, train_set, model.info['calibration'], model.info['seed'])
     model.info['counts'] = [list(c) for c in counts_of(model, images)]
     model.info['reduction'] = cost_of(model)['reduction']

@@ -8,11 +8,11 @@ __all__ = ['Uniform', 'Attention', 'Random', 'Shuffled', 'chance_policy', 'chanc
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000004
 import copy
 import torch
-from ..core import PALETTE
+from ..core import PALETTE, check_seed
 from ..engine.channels import SITES, ChannelPlan, slice_model
 from ..engine.plan import random_plan, uniform_plan
 from ..engine.policy import Policy, RandomScore, Scorer, Step, register_scorer, steps_of
-from ..engine.slim import SlimViT
+from ..engine.slim import SlimViT, own_grid
 from ..errors import require
 from .base import Method, method
 from .patch_slimming import PlanConfig, Search, budget_plan, put_to_work
@@ -112,6 +112,11 @@ def chance_of(pruned,     # A `SlimViT`, from `prune`
               seed:int=0, # Of the draw
               )->SlimViT: # As many tokens and channels at the same places; the weights of `dense`
     "What a pruned model would be if its method chose at random."
+    require(hasattr(pruned, 'policy'), 'pruned', type(pruned).__name__, 'a pruned model, from `prune`')
+    check_seed(seed)
+    sizes = lambda m: (len(m.blocks), m.embed_dim, m.num_prefix_tokens, own_grid(m))
+    require(sizes(pruned) == sizes(dense), 'dense', f'one of blocks, width, prefix and grid {sizes(dense)}',
+            f'the model that was pruned, which has {sizes(pruned)}')
     steps, cut = pruned.policy.steps, getattr(pruned.model, 'channels', None)
     require(steps or cut, 'pruned', 'a model from which nothing was pruned', 'a pruned one')
     if cut is None: model = copy.deepcopy(dense)

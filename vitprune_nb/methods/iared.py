@@ -195,6 +195,7 @@ class IaRed(Method):
         c, model, L = job.config, job.model, len(job.model.blocks)
         starts = job.blocks('starts', group_starts(L))
         nets = make_interpreters(model.embed_dim, model.blocks[0].attn.num_heads, len(starts), c.seed)
+        for net in nets: net.to(next(model.parameters()).dtype)
         lr, settings, gradient = c.lr or 1e-3, job.settings(job.batch(32)), self.objective(c)
         for g, start in enumerate(starts, 1):
             slim = SlimViT(model, iared_policy(nets[:g], starts), 'mask')

@@ -58,6 +58,8 @@ class Contest(nn.Module):
     def forward(self, images): # (B, C, H, W) -> (B, classes)
         "Logits of the real images."
         net = backbone_of(self.model)(self.model)
+        dropped = self.training and net.drops_patches
+        require(not dropped, 'patch_drop', 'patch dropout together with a contest', 'one of the two')
         x = net.embed(torch.cat([images, knockoff(images, self.kind)]))
         own = torch.ones(net.n_prefix, device=x.device)
         for beta, block in zip(self.beta, net.blocks, strict=True):
@@ -84,10 +86,10 @@ def scop_policy(model,        # A timm ViT
                 )->Policy:
     "The best places of each block ask and go through the MLP; none of the last one where CLS is read."
     L, N = scores.shape
-    k, averages = max(1, round(keep_rate*N)), backbone_of(model)(model).averages
+    k, pools = max(1, round(keep_rate*N)), backbone_of(model)(model).pools
     steps = {}
     for i, s in enumerate(scores):
-        keep = s.argsort(descending=True, stable=True)[:k if averages or i < L - 1 else 0].tolist()
+        keep = s.argsort(descending=True, stable=True)[:k if pools or i < L - 1 else 0].tolist()
         if len(keep) < N: steps[i] = Step('queries', 'idle', keep=tuple(keep))
     return Policy(steps, f'scop {keep_rate:.3g}')
 

@@ -222,6 +222,7 @@ class Trainer:
         epoch = self.step//self.batches.per_epoch
         if cfg.patch_drop: set_patch_drop(self.plain, cfg.patch_drop[min(epoch, len(cfg.patch_drop) - 1)])
         x, y = (v.to(self.acc.device) for v in next(self.stream))
+        self.seen_last = x
         set_seed(fold_seed(cfg.seed, 2, self.step, self.acc.process_index))
         if self.before_step:
             for m in dict.fromkeys((self.plain, self.best_model())):
@@ -242,6 +243,16 @@ class Trainer:
         self.recent.append(value); self.busy += time.perf_counter() - t
         for k, v in named.items(): self.named.setdefault(k, []).append(v)
         return value
+
+    @torch.no_grad()
+    def stop_unless_whole(self):
+        "The last update is followed by no loss that would tell what it did."
+        self.plain.eval()
+        with autocast(self.acc.device, self.cfg.dtype, self.plain): out = self.plain(self.seen_last)
+        if not isinstance(out, torch.Tensor) or out.isfinite().all(): return
+        raise VitpruneError(f'training stopped at step {self.step}: got answers that are not finite after '
+                            'the last update; allowed: finite ones. Start again in another folder with a '
+                            f'lower lr (it was {self.cfg.lr:g}).')
 
     def close(self):
         "Let the accelerator forget this run, and its optimiser with it."
@@ -367,6 +378,7 @@ def _run(tr, model, test_set, out, callback):
                 log.add(**_row(tr, test_set if end and main else None))
                 if callback and main: callback(log.rows)
             save = tr.step % cfg.save_every == 0 or tr.step == steps
+            if tr.step == steps: tr.stop_unless_whole()
             if ckpt and main and save: save_checkpoint(ckpt, **trainer_state(tr))
             if end: tr.acc.wait_for_everyone()
     if tr.ema is not None: model.load_state_dict(tr.ema.module.state_dict())
@@ -390,6 +402,8 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
     check_model(model), check_set(train_set, 'train_set')
     require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
     require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
+    last, n = max(map(int, train_set.targets)), model.num_classes
+    require(not 0 < n <= last, 'train_set', f'class number {last}', f'0 to {n - 1}, the classes of the model')
     fine = teacher is None or isinstance(teacher, torch.nn.Module)
     require(fine, 'teacher', type(teacher).__name__, 'a model, or None')
     few = is_whole(workers) and 0 <= workers <= 256
