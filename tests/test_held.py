@@ -49,9 +49,9 @@ def test_interpreters_have_the_numbers_of_the_model(kind, pool, x):
     assert slim(x.to(kind)).dtype == kind
 
 
-@pytest.mark.parametrize('name', ['scop', 'evovit'])
+@pytest.mark.parametrize('name', ['scop', 'avit'])          # the others' scorers say that they see NaN
 def test_a_training_that_ends_in_ruins_is_refused(name, pool):
-    with pytest.raises(VitpruneError, match='not finite|finite ones|NaN'): prune(name, net(), pool, lr=1e30)
+    with pytest.raises(VitpruneError, match='training stopped at step 1: got answers that are not finite after'): prune(name, net(), pool, lr=1e30, **dict(calibration=8) if name == 'avit' else {})
 
 
 def test_the_last_update_is_looked_at_before_it_is_saved(pool, tmp_path):

@@ -333,8 +333,7 @@ def unfinished(out,         # The folder that shall be written in the end
     with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError:
-        begun = (work/'pruned').is_dir() or any(work.rglob('checkpoint.pt'))
-        if new and not begun: remove(work)
+        if new and not (work/'pruned').is_dir(): remove(work)
         raise
     remove(work)
 
