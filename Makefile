@@ -74,7 +74,7 @@ BF16_128 = --backbones $(S) --batches 128 --dtypes bf16 --engines eager --repeat
 KEEP = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 # One run on CIFAR-100: $(call cifar100,NAME,CHANGES). Where runs/NAME is missing and the run can begin, the rows that came with the repository make room for its own.
 cifar100_run = $(BIN)/vitprune run configs/cifar100_cpu.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv $(2)
-cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv; }; $(cifar100_run)
+cifar100 = test -d runs/$(1) || { $(cifar100_run) --dry-run && rm -f data/results/$(1).csv data/results/$(1)_pairs.csv data/results/$(1)_answers.csv; }; $(cifar100_run)
 SEEDS = --set methods=patch-slimming,uniform,random,attention --set reductions=0.35 --set seeds=1,2,3 --set control=false
 LONGER = --set reductions=0.35 --set recover.epochs=0.5
 TRAINED = --set methods=cosine,life,vtp,random --set reductions=0.35 --set control=false --set options.vtp.sparse_epochs=1.6 --set options.life.predictor_epochs=0.2 --set options.life.backbone_epochs=0.1 --set options.life.batch_size=10 --set options.cosine.calibration=320 --set recover.epochs=0.5
@@ -120,7 +120,7 @@ tournament: tournament-asked $(DEV)
 	$(call recipe,1e-4,--weights $(WEIGHTS))
 	$(call recipe,5e-5,$(HELD_OUT))
 	$(call recipe,2e-4,$(HELD_OUT))
-	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv,$(TOURNAMENT))
+	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv data/results/tournament_answers.csv,$(TOURNAMENT))
 	$(BIN)/python tests/readme.py
 
 clean:

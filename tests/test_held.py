@@ -3,14 +3,17 @@ import numpy as np
 import pytest
 import torch
 from vitprune_nb.data import calibration, embedded
-from vitprune_nb.engine.macs import macs_of
-from vitprune_nb.engine.store import save_pruned
+from vitprune_nb.engine.macs import counts_of, macs_of
+from vitprune_nb.engine.policy import Tokens
+from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence.results import over_draws
-from vitprune_nb.methods.base import prune, recover
-from vitprune_nb.methods.baselines import chance_of
+from vitprune_nb.methods.avit import EPS, NOTE, HaltingScore, fit_gate, mean_depth
+from vitprune_nb.methods.base import METHODS, prune, recover
+from vitprune_nb.methods.baselines import Shuffled, chance_of
 from vitprune_nb.train.recipe import TrainConfig
 from vitprune_nb.train.trainer import fit
+from vitprune_nb.vit.cost import model_macs
 from vitprune_nb.vit.model import create_vit
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10)
@@ -99,3 +102,105 @@ def test_printed_macs_are_of_the_images_that_were_looked_at(pool, tmp_path, vitp
     said = {b: vitprune('eval', tmp_path/'slim', '--limit', 40, '--batch', b).stdout for b in (1, 40)}
     less = {b: text[text.index('('):].split('less')[0].split('(')[-1] for b, text in said.items()}
     assert less[1] == less[40], said
+
+
+def test_what_chance_deals_out_is_what_a_token_has_left():
+    score = HaltingScore(1., -1.5, reads=0)
+    dealt, memory, p = Shuffled(score, seed=3), {}, 1
+    pos, ones = torch.arange(7).expand(2, 7), torch.ones(2, 7, 1)
+    order = dealt.lot(Tokens(ones, None, pos, 0, p, {}))[0, p:].argsort(descending=True)
+    for block in range(3):
+        x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(block))
+        own = {NOTE: memory[NOTE]} if memory else {}
+        scores = dealt(Tokens(x, None, pos, block, p, memory))
+        rest = memory[NOTE].rest[:, :7]
+        torch.testing.assert_close(rest, (scores + EPS).clamp_min(0))
+        assert (rest[:, p:][:, order].diff(dim=1) <= 0).all(), 'in the order of the draw'
+        theirs = score.give(Tokens(x, None, pos, block, p, own), lambda at, before: score.owns(Tokens(x, None, pos, block, p, own), at, before))
+        torch.testing.assert_close(rest.sort(1).values, theirs.sort(1).values)
+    memory.clear()
+    for block in range(3): dealt(Tokens(ones, None, pos, block, p, memory))
+    torch.testing.assert_close(memory[NOTE].mean[:, :7, 0] + memory[NOTE].rest[:, :7], torch.ones(2, 7))      # each has one unit to give
+
+
+@pytest.mark.parametrize('depth', [2, 3, 4])
+def test_the_gate_of_few_blocks_is_alive(depth, pool):
+    t = torch.randn(200, depth, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    gamma, beta = fit_gate(t, depth)
+    assert mean_depth(t, gamma, beta) == pytest.approx(depth, abs=.01) and mean_depth(t, gamma, beta + 3.) < depth - .1
+    slim = prune('avit', net(depth=depth), pool, offset=0., **UNTRAINED['avit'])
+    assert -20 < slim.info['beta'] < 20
+
+
+@pytest.mark.parametrize('name, dial', [('ats', dict(samples=5)), ('avit', dict(offset=1.)), ('iared', dict(threshold=.5)),
+                                        ('cosine', dict(reduction=.2))])
+def test_macs_of_a_batch_are_the_mean_of_those_of_its_images(name, dial, pool):
+    untrained = {k: 0 for k in METHODS[name].own if k.endswith('_epochs')}
+    slim = prune(name, net(), pool, **dial, **untrained, calibration=8)
+    x = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    one_by_one = [macs_of(slim, x[i:i + 1]) for i in range(12)]
+    assert macs_of(slim, x) == pytest.approx(sum(one_by_one)/12, rel=1e-6) and len(set(one_by_one)) > 1
+    assert counts_of(slim) == [tuple(c) for c in slim.info['counts']] and len(slim.info['counts'][0]) == 4
+
+
+def test_counts_with_a_fourth_number():
+    model = net()
+    assert model_macs(model, [(6, 6, 6, 45)]*4) == pytest.approx((model_macs(model, [(3, 3, 3)]*4) + model_macs(model, [(9, 9, 9)]*4))/2)
+    for bad in ((6, 6, 6, -1), (6, 6, 6, 17*17 + 1), (6, 6, 6, 'x'), (6, 6, 6, 36, 1), (6, 6)):
+        with pytest.raises(VitpruneError, match=r'counts\[0\]: got'): model_macs(model, [bad]*4)
+
+
+def test_chance_after_channels_and_tokens(pool, x):
+    model = net()
+    cut = prune('vtp', model, pool, ratio=.3, sparse_epochs=0)
+    both = prune('uniform', cut, pool, reduction=.3, calibration=8)
+    blind, tokens = chance_of(both, model), chance_of(both, cut)
+    assert blind.model.channels['shapes'] == tokens.model.channels['shapes'] == both.model.channels['shapes']
+    assert macs_of(blind) == macs_of(tokens) == macs_of(both)
+    assert all(torch.equal(a, b) for a, b in zip(tokens.model.parameters(), cut.model.parameters(), strict=True))
+    assert not torch.equal(blind(x), tokens(x))
+    other = prune('vtp', model, pool, ratio=.5, sparse_epochs=0)
+    for bad in (other, 3, torch.nn.Linear(2, 2)):
+        with pytest.raises(VitpruneError): chance_of(both, bad)
+    with pytest.raises(VitpruneError, match='dense: got a model whose channels are cut'): chance_of(cut, cut)
+
+
+def test_a_refused_call_leaves_no_mark(pool, tmp_path):
+    mine, new = tmp_path/'mine', tmp_path/'new'
+    mine.mkdir()
+    for work in (mine, new):
+        with pytest.raises(VitpruneError, match='depth'): prune('avit', net(), pool, offset=0., depth=9., work=work, **UNTRAINED['avit'])
+    assert not list(mine.iterdir()) and not new.exists()
+
+
+def test_options_said_otherwise_are_the_same_run(pool, tmp_path):
+    one = prune('evit', net(), pool, reduction=.3, finetune_epochs=0, stages=(2, 3), work=tmp_path/'w')
+    two = prune('evit', net(), pool, reduction=np.float64(.3), finetune_epochs=0, stages=[2, 3], lr=None, work=tmp_path/'w')
+    assert one.info == two.info
+    with pytest.raises(VitpruneError, match='Another options was used there'): prune('evit', net(), pool, reduction=.2, finetune_epochs=0, stages=(2, 3), work=tmp_path/'w')
+
+
+@pytest.mark.parametrize('name, option, value', [('patch-slimming', 'calibration', 10**30), ('avit', 'batch_size', 2**40), ('avit', 'gamma', 1e300), ('avit', 'ponder_epochs', 1e9), ('ats', 'samples', 2**31)])
+def test_options_beyond_all_bounds(name, option, value, pool):
+    with pytest.raises(VitpruneError, match=f'{option}: got .*The largest is'): prune(name, net(), pool, **{'reduction': .3, option: value} if option != 'samples' else {option: value})
+
+
+def test_numbers_of_a_scorer_that_are_no_sizes(pool, tmp_path):
+    slim = prune('avit', net(), pool, offset=0., gamma=1e6, beta=-1e5, **UNTRAINED['avit'])
+    save_pruned(slim, tmp_path/'slim')
+    assert load_pruned(tmp_path/'slim').info['gamma'] == 1e6
+    save_pruned(prune('ats', net(), pool, samples=2**20, calibration=8), tmp_path/'ats')
+    assert load_pruned(tmp_path/'ats').info['samples'] == 2**20
+
+
+@pytest.mark.parametrize('off', [torch.no_grad, torch.inference_mode])
+def test_training_where_gradients_are_switched_off(off, pool):
+    model = net()
+    before = model.head.weight.clone()
+    with off(): fit(model, pool, TrainConfig(epochs=1, batch_size=8, dtype='fp32'))
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_switches_of_the_command_line_go_both_ways(tmp_path, vitprune):
+    said = {flag: vitprune('prune', '--method', 'tome', '--reduction', .2, flag, '--out', tmp_path/flag).stdout for flag in ('--proportional', '--no-proportional')}
+    assert {flag: load_pruned(tmp_path/flag).info['proportional'] for flag in said} == {'--proportional': True, '--no-proportional': False}

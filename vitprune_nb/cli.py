@@ -372,12 +372,14 @@ def option(name:str,   # An option of methods
     about = '; '.join(f'{", ".join(ms)}: {text}' for text, ms in said_by.items())
     if 2*len(users) > of: about = field.description
     if said['dial']: about += ', instead of --reduction'
-    if default is None or kind is bool: usual = ''
+    if default is None: usual = ''
+    elif kind is bool: usual = flag(name) if default else flag(name).replace('--', '--no-')
     else: usual = f'{default:g}' if kind is not str else default
     shown = said['shown'] or usual
     if name == 'reduction': shown = f'{BUDGET:g}, unless a dial of the method is given'
     metavar = None if kind is bool else said['metavar'] or None
-    typed = typer.Option(flag(name), metavar=metavar, help=about + (f'  [default: {shown}]' if shown else ''))
+    names = flag(name) + (flag(name).replace('--', '/--no-') if kind is bool else '')
+    typed = typer.Option(names, metavar=metavar, help=about + (f'  [default: {shown}]' if shown else ''))
     annotation = Annotated[Optional[str if is_list else kind], typed]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

@@ -6,9 +6,9 @@
 __all__ = ['KEPT', 'REPORT', 'REMEMBERED', 'TIMED', 'PAIRS', 'split_off', 'open_sets', 'keep_classes', 'start_model', 'processes',
            'together', 'Run', 'dense_model', 'copy_folder', 'own_folder', 'chance_step', 'prune_step', 'recover_step',
            'spread_answers', 'all_answers', 'timed', 'recovery_text', 'old_timing', 'finish_row', 'keep_model',
-           'do_unit', 'report', 'pair_rows', 'pairs_of', 'write_pairs', 'results_file', 'check_place', 'take_place',
-           'tidy', 'dense_speed', 'do_units', 'check_sizes', 'found', 'space', 'dry', 'own_files', 'settle', 'open_run',
-           'run_config']
+           'do_unit', 'report', 'pair_rows', 'pairs_of', 'answers_of', 'answer_rows', 'write_pairs', 'results_file',
+           'check_place', 'take_place', 'tidy', 'dense_speed', 'do_units', 'check_sizes', 'found', 'space', 'dry',
+           'own_files', 'settle', 'open_run', 'run_config']
 
 # %% ../nbs/6_reference/26_run.ipynb #0c24939e
 import contextlib, copy, csv, dataclasses, datetime, json, os, re, shutil, time, warnings
@@ -31,7 +31,7 @@ from .methods.base import METHODS, SHARED, prune, recover
 from .methods.baselines import chance_of
 from .engine.macs import cost_of
 from .engine.store import load_pruned, save_pruned
-from .evidence.report import read_pairs, write_report
+from .evidence.report import ANSWERS, pack_answers, read_pairs, write_report
 from .evidence.results import answers, make_row, paired_difference
 from .train.recipe import Batches, TrainConfig
 from .train.teacher import RememberedTeacher
@@ -432,13 +432,28 @@ def pairs_of(csv_file # The CSV of a run
     "Where the paired comparisons go."
     return Path(csv_file).with_name(f'{Path(csv_file).stem}_pairs.csv')
 
+def answers_of(csv_file # The CSV of a run
+               )->Path:
+    "Where the answers go, image by image."
+    return Path(csv_file).with_name(f'{Path(csv_file).stem}_answers.csv')
+
+def answer_rows(run:Run)->list: # Dicts with keys ANSWERS
+    "Which images each finished row got right."
+    order = [(u, s) for u in units(run.e) for s in ('none', 'recovered')
+             if f'{u.key}-{s}' in run.ledger.keys()]
+    right = [np.load(run.out/'answers'/f'{u.key}-{s}.npy') for u, s in order]
+    return [dict(method=u.name, reduction=u.reduction, seed=u.seed, recovery=s, images=len(r),
+                 answers=pack_answers(r)) for (u, s), r in zip(order, right, strict=True)]
+
 def write_pairs(run:Run):
-    "The pairs as a CSV beside the results."
-    with (write_atomic(pairs_of(run.ledger.csv), owner=run.out) as tmp,
-          open(tmp, 'w', newline='', encoding='utf-8') as f):
-        w = csv.DictWriter(f, PAIRS, lineterminator='\n')
-        w.writeheader()
-        w.writerows(pair_rows(run))
+    "The pairs and the answers as CSV files beside the results."
+    for place, keys, rows in ((pairs_of(run.ledger.csv), PAIRS, pair_rows(run)),
+                              (answers_of(run.ledger.csv), ANSWERS, answer_rows(run))):
+        with (write_atomic(place, owner=run.out) as tmp,
+              open(tmp, 'w', newline='', encoding='utf-8') as f):
+            w = csv.DictWriter(f, keys, lineterminator='\n')
+            w.writeheader()
+            w.writerows(rows)
 
 # %% ../nbs/6_reference/26_run.ipynb #1b106268
 def results_file(e:Experiment, # results
@@ -463,7 +478,8 @@ def check_place(e:Experiment, out, need:int=0): # As in `run_config`; bytes that
     check_output(csv_file, 'results', folder=False)
     Ledger(Path(out)/'rows', csv_file, write=False).missing()
     if _is_older(out): return
-    check_ours([*(Path(out)/n for n in (*KEPT, *REPORT, 'shared')), pairs_of(csv_file)], out)
+    ours = [*(Path(out)/n for n in (*KEPT, *REPORT, 'shared')), pairs_of(csv_file), answers_of(csv_file)]
+    check_ours(ours, out)
 
 def take_place(e:Experiment, out): # As in `run_config`
     "Enter in the folder's mark what the run will make."

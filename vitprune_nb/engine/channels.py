@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from ..errors import require
-from ..vit.cost import Widths, block_terms, model_macs, model_params, n_tokens
+from ..vit.cost import Widths, block_terms, check_counts, model_macs, model_params, n_tokens
 from ..vit.model import standard_blocks
 from ..vit.recipe import recipe_of
 from .attention import attend
@@ -260,13 +260,13 @@ def slice_model(model,            # A timm ViT, with gates or other parametrised
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #79575e1b
 def padding_macs(model,      # A sliced ViT, or a `SlimViT` around one
-                 counts=None,# L triples (nq, nkv, nmlp); None = dense
+                 counts=None,# As for `model_macs`
                  )->float:   # MACs of one image, for `model_macs(…, extra=)`
     "MACs spent on the zeros that stand for missing value channels."
     vit = getattr(model, 'model', model)
-    counts = counts or [(n_tokens(vit),)*3]*len(vit.blocks)
+    counts = check_counts(counts, len(vit.blocks), n_tokens(vit))
     missing = [b.attn.num_heads*b.attn.head_dim - b.attn.proj.in_features for b in vit.blocks]
-    return sum(nq*nkv*gap for gap, (nq, nkv, _) in zip(missing, counts))
+    return sum(pairs*gap for gap, (*_, pairs) in zip(missing, counts))
 
 # %% ../../nbs/2_engine/12b_surgery.ipynb #d3d52a41
 def widths_cost(model,       # A dense timm ViT, gated or not; also on the 'meta' device

@@ -69,7 +69,7 @@ class Fate:
               n:float,      # tokens that enter
               )->float:
         "The same the other way round: tokens that leave a block whose counts are known."
-        nq, nkv, nmlp = counts
+        nq, nkv, nmlp = counts[:3]
         return n if self.stays else dict(before=nkv, queries=min(n, nq + self.joins), middle=nmlp)[at]
 
     def __eq__(self, other):

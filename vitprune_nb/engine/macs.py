@@ -26,7 +26,8 @@ def _batches(model, images):
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
               images=None, # (B, 3, H, W) or an `ImageSet`, where counts depend on it; None: those remembered
-              # L triples (nq, nkv, nmlp), means over images; None for a model that keeps all tokens
+              # L tuples (nq, nkv, nmlp), or their means over images and that of nq*nkv; None for a model that
+              # keeps all tokens
               ):
     "How many tokens each block computes."
     policy = getattr(check_model(model), 'policy', None)
@@ -36,10 +37,10 @@ def counts_of(model,       # Any ViT, pruned or not
     if images is None and remembered: return [tuple(c) for c in remembered]
     require(images is not None, 'images', None,
             'images to count on, for a model whose counts depend on the image')
-    parts = [(len(x), model.trace(x).counts) for x in _batches(model, images)]
+    parts = [(len(x), model.trace(x).means) for x in _batches(model, images)]
     images_seen = sum(n for n, _ in parts)
     mean = lambda l, j: sum(n*c[l][j] for n, c in parts)/images_seen
-    return [tuple(mean(l, j) for j in range(3)) for l in range(len(model.blocks))]
+    return [tuple(mean(l, j) for j in range(4)) for l in range(len(model.blocks))]
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #9c79cde8
 def extra_macs(model, # Any ViT, pruned or not

@@ -139,6 +139,11 @@ class Trace:
         "Mean (Nq, Nkv, Nmlp) per block over the images."
         return [tuple(v.mean().item() for v in r[:3]) for r in self.rows]
 
+    @property
+    def means(self)->list:
+        "Mean (Nq, Nkv, Nmlp, Nq·Nkv) per block over the images, as `model_macs` takes them."
+        return [(*c, (nq*nkv).mean().item()) for c, (nq, nkv, *_) in zip(self.counts, self.rows, strict=True)]
+
     def computed(self, n_tokens:int)->torch.Tensor: # (B, L, n_tokens) bool
         "Which original tokens went through each block's MLP; fused tokens have no place here."
         out = torch.zeros(len(self.rows[0][0]), len(self.rows), n_tokens + 1, dtype=torch.bool)

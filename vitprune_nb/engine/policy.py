@@ -140,6 +140,10 @@ class Scorer(nn.Module):
         token is kept, for tokens with these scores (B, n). Then no token leaves; the product over all steps
         weighs keys and averages. None: a hard choice."""
 
+    def dealt(self, t:Tokens, scores):
+        """What `forward` said of these tokens was dealt out among them by a draw of chance, as scores (B, n).
+        A scorer whose notes in `t.memory` follow from its scores puts them right."""
+
 def needs_of(score # A scorer, or None
              )->frozenset: # names out of `VIEWS`
     "The views that a scorer wants to be given."

@@ -8,7 +8,7 @@ __all__ = ['Size', 'Rate', 'Plain', 'FORMAT', 'SETTABLE', 'IGNORED', 'ShapeFile'
            'save_slim', 'load_slim', 'save_sliced', 'load_sliced', 'open_model']
 
 # %% ../../nbs/2_engine/05b_store.ipynb #053e81ae
-import dataclasses, enum, json, os, warnings
+import dataclasses, enum, json, math, os, warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -55,10 +55,11 @@ class StepFile(_Strict):
     @model_validator(mode='after')
     def _sizes(self):
         for k, v in (self.score or {}).items():
-            # widths: the scorer has their square in memory
-            most = dict(seed=2**64, size=2**24).get(k, 2**15)
-            if isinstance(v, (int, float)) and not abs(v) < most:
-                raise ValueError(f'{k} of a scorer is {v}, and a number below {most} is allowed')
+            # whole numbers may be widths: the scorer has their square in memory
+            most = dict(seed=2**64, size=2**24, samples=2**21).get(k, 2**15)
+            if isinstance(v, int) and not abs(v) < most or isinstance(v, float) and not math.isfinite(v):
+                raise ValueError(f'{k} of a scorer is {v}, and a finite number, a whole one below {most}, '
+                                 'is allowed')
         return self
 
 class PolicyFile(_Strict):

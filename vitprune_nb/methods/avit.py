@@ -59,22 +59,29 @@ class HaltingScore(Scorer):
         left = rest - self.gives(t.x)
         return torch.where(left > EPS, left, torch.zeros_like(left))
 
-    def forward(self, t:Tokens):
-        note = t.memory.get(NOTE) or self.start(t.x)
+    def give(self, t, owns): # owns(place, what was left) -> (B, n), what is left of each now
+        "Note down what each has given, and what is left of it."
+        so_far, k = t.memory.get(NOTE) or self.start(t.x), self.reads
         here = t.pos >= 0 if t.present is None else t.present & (t.pos >= 0)
-        at = torch.where(here, t.pos, note.rest.shape[1] - 1)
-        before = note.rest.gather(1, at)
-        left = torch.where(here, self.owns(t, at, before), before)
-        given, k = (before - left)[..., None], self.reads
-        if k: mean = note.mean + given[:, :k]*t.x[:, :k]
+        at = torch.where(here, t.pos, so_far.rest.shape[1] - 1)
+        before = so_far.rest.gather(1, at)
+        left = torch.where(here, owns(at, before), before)
+        given = (before - left)[..., None]
+        if k: mean = so_far.mean + given[:, :k]*t.x[:, :k]
         else:
-            rows = token_rows(at, note.mean.shape[1])
-            mean = note.mean.flatten(0, 1).index_add(0, rows, (given*t.x).flatten(0, 1)).view_as(note.mean)
-        t.memory[NOTE] = Given(note.rest.scatter(1, at, left), mean)
-        score = left - EPS
-        if not k or self.training: return score
-        done = (t.memory[NOTE].rest[:, :k] == 0).all(1, keepdim=True)     # the head has its answer
+            mean, rows = so_far.mean, token_rows(at, so_far.mean.shape[1])
+            mean = mean.flatten(0, 1).index_add(0, rows, (given*t.x).flatten(0, 1)).view_as(mean)
+        t.memory[NOTE] = Given(so_far.rest.scatter(1, at, left), mean)
+        return left
+
+    def forward(self, t:Tokens):
+        score = self.give(t, lambda at, before: self.owns(t, at, before)) - EPS
+        if not self.reads or self.training: return score
+        done = (t.memory[NOTE].rest[:, :self.reads] == 0).all(1, keepdim=True)   # the head has its answer
         return score.masked_fill(done, -1.)
+
+    def dealt(self, t:Tokens, scores):
+        self.give(t, lambda at, before: torch.where(scores > 0, scores + EPS, torch.zeros_like(scores)))
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0000f
 @register_fate('mean_field')
@@ -180,7 +187,7 @@ def fit_gate(t,           # (n, L) from `channel_zero`
     low, high = -logits.max().item() - 40, 40 - logits.min().item()  # none gives anything, all give all
     for _ in range(60):
         beta = (low + high)/2
-        low, high = (beta, high) if mean_depth(t, gamma, beta) > depth else (low, beta)
+        low, high = (beta, high) if mean_depth(t, gamma, beta) >= depth else (low, beta)
     return gamma, beta
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0001a
@@ -225,7 +232,7 @@ class Avit(Method):
     def depth(self, job)->float:
         L = len(job.model.blocks)
         require(L > 1, 'model', 'one of a single block', 'a ViT of two blocks or more')
-        depth = job.config.depth or 2*L/3 + 1
+        depth = job.config.depth or min(2*L/3 + 1, L)
         require(depth <= L, 'depth', depth, f'a block number, at most {L}')
         return max(1., depth)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Whole', 'Rate', 'BlockNumber', 'BlockNumbers', 'Epochs', 'PASSES', 'RISING', 'SHARED', 'METHODS',
            'turn', 'option', 'Config', 'Looks', 'Trains', 'calibration_images', 'Job', 'Method', 'Register', 'method',
-           'read_options', 'training_epochs', 'prune', 'recover']
+           'read_options', 'training_epochs', 'dense_part', 'prune', 'recover']
 
 # %% ../../nbs/3_methods/25_methods.ipynb #6c14599f
-import contextlib, copy, functools, json, math, shutil
+import contextlib, copy, functools, json, math
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,8 +61,8 @@ def turn(make,           # Dial -> (model, its MAC reduction), which should rise
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1901
 Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Whole = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+Whole = Annotated[int, Field(ge=1, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 BlockNumber = Annotated[int, Field(ge=1)]
 BlockNumbers = BlockNumber|Annotated[list[BlockNumber], Field(min_length=1)]
@@ -300,14 +300,18 @@ def read_options(name:str,     # One of METHODS
             f'a share in (0, 1) for {name}, which has no other dial')
     try: config = m.config(**options)
     except ValidationError as e:
-        wrong = str(e.errors()[0]['loc'][0])
-        refuse(wrong, options[wrong], m.options[wrong].json_schema_extra['allowed'])
+        error = e.errors()[0]
+        wrong, bounds = str(error['loc'][0]), error.get('ctx', {})
+        most = bounds.get('le', bounds.get('lt'))
+        hint = '' if most is None else f'The largest is {most:g}.'
+        refuse(wrong, options[wrong], m.options[wrong].json_schema_extra['allowed'], hint)
     m.check(config)
     return m, config
 
 # %% ../../nbs/3_methods/25_methods.ipynb #cfdb2eff
-def _memory(name, model, train_set, options):
+def _memory(name, model, train_set, config):
     "What decides the pruned model; a run that was stopped goes on only if it is the same."
+    options = config.model_dump(exclude_unset=True, exclude_none=True)
     found = dict(method=name, options=options, data=train_set.name, data_hash=train_set.digest,
                  model_hash=weights_hash(model))
     return json.loads(json.dumps(found, default=str))
@@ -324,15 +328,16 @@ def _claimed(work, memory):
         yield
         return
     folder, file = Path(work), Path(work)/'run.json'
-    new = not folder.exists()
-    if file.is_file():
+    new, ours = not folder.exists(), not file.is_file()
+    if not ours:
         _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
     else:
         with write_atomic(file) as tmp: tmp.write_text(json.dumps(memory, indent=1) + '\n', encoding='utf-8')
     try: yield
     except VitpruneError:
-        if new and [p.name for p in folder.iterdir()] == [file.name]:
-            shutil.rmtree(folder)     # refused before it began
+        if ours and [p.name for p in folder.iterdir()] == [file.name]:     # refused before it began
+            file.unlink()
+            if new: folder.rmdir()
         raise
 
 # %% ../../nbs/3_methods/25_methods.ipynb #be719d49
@@ -356,7 +361,7 @@ def _check_budget(m, model, out, reduction):
     require(abs(saved - reduction) <= tolerance_of(model), 'reduction', reduction,
             f'about {saved:.3f}, what {m.name} saves on this model with these options')
 
-def _dense_part(model):
+def dense_part(model):
     "The network to prune: of a model whose channels alone are cut, the ViT inside."
     # compiled: what comes out can be compiled again
     model = getattr(check_model(model), '_orig_mod', model)
@@ -378,11 +383,11 @@ def prune(name:str,     # One of METHODS
     require(work is None or isinstance(work, (str, Path)) and str(work), 'work', work, 'a folder, or None')
     device = pick_device(device)
     check_set(train_set, 'train_set')
-    model = _dense_part(model)
+    model = dense_part(model)
     standard_blocks(model)
     _check_trainable(m, config, model)
     train_set = match_classes(model, train_set)
-    memory, done = _memory(name, model, train_set, options), None if work is None else Path(work)/'pruned'
+    memory, done = _memory(name, model, train_set, config), None if work is None else Path(work)/'pruned'
     if done and done.exists():
         out = load_pruned(done)
         _hold_to(work, memory, out.info)

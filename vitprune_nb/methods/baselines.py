@@ -14,9 +14,10 @@ from ..engine.plan import random_plan, uniform_plan
 from ..engine.policy import Policy, RandomScore, Scorer, Step, register_scorer, steps_of
 from ..engine.slim import SlimViT, own_grid
 from ..errors import require
-from .base import Method, method
+from .base import Method, dense_part, method
 from .patch_slimming import PlanConfig, Search, budget_plan, put_to_work
 from .significance import significance
+from ..vit.model import standard_blocks
 
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000008
 @method('uniform', 'the same patches in every block but the last, by the score of patch slimming',
@@ -67,7 +68,9 @@ class Shuffled(Scorer):
         scores, out = self.score(t), torch.arange(t.pos.shape[1], device=t.pos.device) < t.n_prefix
         if t.present is not None: out = out | ~t.present
         order = lambda s: s.masked_fill(out, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        return scores.scatter(1, order(self.lot(t)), scores.gather(1, order(scores)))
+        dealt = scores.scatter(1, order(self.lot(t)), scores.gather(1, order(scores)))
+        self.score.dealt(t, dealt)
+        return dealt
 
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000013
 def chance_policy(policy:Policy, # Of any method
@@ -108,18 +111,26 @@ def chance_channels(model,      # A dense timm ViT
     return ChannelPlan(keep, sizes, 1 - left, 0.)
 
 def chance_of(pruned,     # A `SlimViT`, from `prune`
-              dense,      # The model that it was made from; left as it is
+              # The model that it was made from; left as it is. Where channels and tokens are pruned: the
+              # dense one, for chance in both, or the one whose channels are cut, for chance among tokens
+              dense,
               seed:int=0, # Of the draw
               )->SlimViT: # As many tokens and channels at the same places; the weights of `dense`
     "What a pruned model would be if its method chose at random."
     require(hasattr(pruned, 'policy'), 'pruned', type(pruned).__name__, 'a pruned model, from `prune`')
     check_seed(seed)
+    vit = dense_part(dense)
+    standard_blocks(vit)
     sizes = lambda m: (len(m.blocks), m.embed_dim, m.num_prefix_tokens, own_grid(m))
-    require(sizes(pruned) == sizes(dense), 'dense', f'one of blocks, width, prefix and grid {sizes(dense)}',
+    require(sizes(pruned) == sizes(vit), 'dense', f'one of blocks, width, prefix and grid {sizes(vit)}',
             f'the model that was pruned, which has {sizes(pruned)}')
     steps, cut = pruned.policy.steps, getattr(pruned.model, 'channels', None)
     require(steps or cut, 'pruned', 'a model from which nothing was pruned', 'a pruned one')
-    if cut is None: model = copy.deepcopy(dense)
-    else: model = slice_model(dense, chance_channels(dense, cut['shapes'], seed))
+    given = getattr(vit, 'channels', None)              # chosen before, and not by this method
+    fits = given is None or steps and cut is not None and given['shapes'] == cut['shapes']
+    require(fits, 'dense', 'a model whose channels are cut',
+            'the dense one; or, where tokens were pruned after channels, the one with these channels')
+    if cut is None or given: model = copy.deepcopy(vit)
+    else: model = slice_model(vit, chance_channels(vit, cut['shapes'], seed))
     n_patches = pruned.n_tokens - pruned.num_prefix_tokens
     return SlimViT(model, chance_policy(pruned.policy, n_patches, seed), pruned.mode).eval()

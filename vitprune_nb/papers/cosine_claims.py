@@ -266,7 +266,7 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
             kinds = {f'{k}, keys of {keys}': f.eval()
                      for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim)))
                      if k in ways}
-            cost = model_macs(net, slim.trace(x).counts,
+            cost = model_macs(net, slim.trace(x).means,
                               sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
             calls |= kinds; macs |= dict.fromkeys(kinds, cost)
         on = x.to(pick_device(device))

@@ -413,6 +413,7 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
     if test_set is not None: check_set(test_set, 'test_set')
     if out is not None: check_output(path_of('out', out))
     with contextlib.ExitStack() as stack:
+        for on in (torch.inference_mode(False), torch.enable_grad()): stack.enter_context(on)
         stack.enter_context(clean_stage(model, teacher))
         tr = Trainer(model, train_set, cfg, teacher, objective, accelerator, workers, before_step)
         stack.enter_context(contextlib.closing(tr))

@@ -32,9 +32,11 @@ def block_terms(nq,  # Tokens with a query: they leave attention
                 nkv, # Tokens with a key and a value
                 nmlp,# Tokens that go through the MLP
                 w:Widths, # Of this block
+                pairs=None, # Queries times keys; None: nq*nkv, which is wrong for means over images
                 )->dict:  # MACs of 'Q', 'K and V', 'QKᵀ and AV', 'projection' and 'MLP'
     "MACs of one block, term by term."
-    return {'Q': nq*w.attn_in*w.qk, 'K and V': nkv*w.attn_in*(w.qk + w.v), 'QKᵀ and AV': nq*nkv*(w.qk + w.v),
+    pairs = nq*nkv if pairs is None else pairs
+    return {'Q': nq*w.attn_in*w.qk, 'K and V': nkv*w.attn_in*(w.qk + w.v), 'QKᵀ and AV': pairs*(w.qk + w.v),
             'projection': nq*w.proj_in*w.out, 'MLP': nmlp*(w.mlp_in*w.hidden + w.fc2_in*w.out)}
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #457c1a24
@@ -134,27 +136,30 @@ def n_tokens(model # A ViT
     return vit.num_prefix_tokens + vit.patch_embed.num_patches
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #a46d62f8
-def check_counts(counts,   # One (nq, nkv, nmlp) per block; floats are means over images; None = dense
+def check_counts(counts,   # One (nq, nkv, nmlp) per block; None = dense. Means over images have a fourth
+                 # number, the mean of nq*nkv: the mean of a product is no product of means
                  n_blocks:int, # L
                  n:int,        # N, all tokens of the dense model
-                 )->list:      # L triples
-    "The counts as a list of triples, or a refusal that says which entry is wrong."
-    if counts is None: return [(n, n, n)]*n_blocks
+                 )->list:      # L tuples of four numbers
+    "The counts of each block and its pairs of query and key, or a refusal that says which entry is wrong."
+    if counts is None: return [(n, n, n, n*n)]*n_blocks
     require(isinstance(counts, (list, tuple)), 'counts', counts,
             f'a list of {n_blocks}, one (nq, nkv, nmlp) per block of the model')
     counts = [tuple(c) if hasattr(c, '__iter__') else (c,) for c in counts]
     require(len(counts) == n_blocks, 'counts', f'{len(counts)} entries',
             f'{n_blocks}, one (nq, nkv, nmlp) per block of the model')
     for i, c in enumerate(counts):
-        require(len(c) == 3 and all(is_number(x) and 0 <= x <= n + 1e-6 for x in c), f'counts[{i}]', c,
-                f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
+        fits = len(c) in (3, 4) and all(is_number(x) and 0 <= x <= n + 1e-6 for x in c[:3])
+        require(fits, f'counts[{i}]', c, f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
+        fits = len(c) == 3 or is_number(c[3]) and 0 <= c[3] <= n*n + 1e-6
+        require(fits, f'counts[{i}]', c, f'as the fourth number the mean of nq*nkv, from 0 to {n*n}')
         require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries',
                 'CLS is always kept, and so is its key.')
-    return counts
+    return [c if len(c) == 4 else (*c, c[0]*c[1]) for c in counts]
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #1179bfe0
 def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (whose policy is not read)
-              counts=None, # L triples (nq, nkv, nmlp); None = dense
+              counts=None, # As for `check_counts`
               )->list:     # dict(block, part, tokens, macs, params); block -1 embeds, block L is the head
     "The cost of a ViT, part by part, block by block."
     vit, blocks = vit_blocks(model)
@@ -163,21 +168,21 @@ def cost_rows(model,       # A ViT, plain or with cut channels, or a SlimViT (wh
     patches = embed.num_patches
     rows = [dict(block=-1, part='patch embedding', tokens=patches, macs=patches*embed.proj.weight.numel(),
                  params=size(embed.proj))]
-    for i, (b, (nq, nkv, nmlp)) in enumerate(zip(blocks, check_counts(counts, len(blocks), n))):
+    for i, (b, (nq, nkv, nmlp, pairs)) in enumerate(zip(blocks, check_counts(counts, len(blocks), n))):
         w = block_widths(b)
         q = size(b.attn.qkv)*w.qk//(2*w.qk + w.v) if w.qk else 0
         tokens = {'Q': nq, 'K and V': nkv, 'QKᵀ and AV': nq, 'projection': nq, 'MLP': nmlp}
         params = {'Q': q, 'K and V': size(b.attn.qkv) - q, 'QKᵀ and AV': 0, 'projection': size(b.attn.proj),
                   'MLP': size(b.mlp.fc1, b.mlp.fc2)}
         rows += [dict(block=i, part=p, tokens=tokens[p], macs=m, params=params[p])
-                 for p, m in block_terms(nq, nkv, nmlp, w).items()]
+                 for p, m in block_terms(nq, nkv, nmlp, w, pairs).items()]
     heads = [h for h in (getattr(vit, 'head', None), getattr(vit, 'head_dist', None)) if hasattr(h, 'weight')]
     return rows + [dict(block=len(blocks), part='head', tokens=len(heads),
                         macs=sum(h.weight.numel() for h in heads), params=size(*heads))]
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #0a326c79
 def model_macs(model,       # A ViT, plain or with cut channels, or a SlimViT (pass its policy's counts)
-               counts=None, # L triples (nq, nkv, nmlp); floats are means over images; None = dense
+               counts=None, # As for `check_counts`; None = dense
                extra=0,     # MACs that the method adds, e.g. those of a predictor
                ):           # MACs of one image
     """MACs of one forward pass: patch embedding, blocks, head, and what the method adds. Norms, softmax and
