@@ -28,16 +28,16 @@ def images(model):
 def test_chance_has_the_counts_of_its_method_and_none_of_its_choices(name, model, images, tmp_path):
     untrained = {k: 0 for k in METHODS[name].own if k.endswith('_epochs')}
     looks = dict(calibration=16) if 'calibration' in METHODS[name].options else {}
-    theirs = prune(name, model, POOL, reduction=.3, **untrained, **looks)
+    if name == 'both': looks |= dict(channels=.1)      # else the last of four blocks is all that its patches save
+    theirs = prune(name, model, POOL, reduction=.45 if name == 'both' else .3, **untrained, **looks)
     blind = chance_of(theirs, model, seed=1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     save_pruned(blind, tmp_path/'blind')
     again = load_pruned(tmp_path/'blind')
     with torch.no_grad(): assert torch.allclose(again(images), blind(images), atol=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    if not theirs.policy.steps:
-        assert blind.model.channels['shapes'] == theirs.model.channels['shapes']
-        return
+    if hasattr(theirs.model, 'channels'): assert blind.model.channels['shapes'] == theirs.model.channels['shapes']
+    if not theirs.policy.steps: return
     ours, other = (m.set_mode('mask').kept(images) for m in (theirs, blind))
     assert not torch.equal(ours, other)
     if theirs.policy.ragged:

@@ -421,6 +421,21 @@ case('20c_scop', 'check_shuffled(shuffled)',
      'lambda images, patch, generator: images.flatten(2)[..., torch.randperm(images[0, 0].numel(), generator=generator)].view_as(images)',    # pixels
      'lambda images, patch, generator: right(images, patch, generator).flip(-1)')     # mirrored
 
+case('22_both', 'check_left(left)',
+     'lambda t, c: t*c',
+     'lambda t, c: t*c*c',                                                            # channels at both ends everywhere
+     'lambda t, c: right(t, c)*t')
+case('22_both', 'check_order(PatchesFirst)',
+     'Both',                                                                          # channels first
+     '''class wrong(right):                                                           # the shares the wrong way round
+    def plan(self, job, gated, reduction):
+        job.config = job.config.model_copy(update=dict(channels=1 - job.config.channels))
+        return super().plan(job, gated, reduction)''',
+     '''class wrong(right):                                                           # no channel is cut
+    def plan(self, job, gated, reduction): return super().plan(job, gated, reduction)._replace(channels=self.channel_plan(job, gated, 0.))''',
+     '''class wrong(right):                                                           # channels as if no patch had gone
+    def plan(self, job, gated, reduction): return super().plan(job, gated, reduction)._replace(channels=self.cut(job, gated, (1 - reduction)**job.config.channels))''')
+
 case('25_methods', 'check_first(First)',
      'Uniform',
      '''class wrong(right):                                                           # the bottom of the image

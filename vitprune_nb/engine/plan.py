@@ -16,6 +16,7 @@ from ..core import fold_seed
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
 from ..files import read_json, sha256, write_atomic
 from ..vit.cost import meet_budget, model_macs, tolerance_of
+from .channels import padding_macs
 from .slim import Policy, SlimViT, Step, own_grid
 from .policy import patch_indices
 from ..vit.model import standard_blocks
@@ -148,8 +149,11 @@ def plan_reduction(plan:Plan,     # Which patches each block keeps
                    model,         # The timm VisionTransformer that the plan was made for
                    keys:str=None, # 'entering', 'all' or 'kept'; None: what the plan was searched with
                    )->float:
-    "1 - MACs/MACs of the dense model."
-    return 1 - model_macs(model, plan.counts(keys))/model_macs(model)
+    "1 - MACs/MACs of the model with all patches, the padding of cut channels included."
+    def macs(counts):
+        padding = padding_macs(model, counts) if hasattr(model, 'channels') else 0
+        return model_macs(model, counts, padding)
+    return 1 - macs(plan.counts(keys))/macs(None)
 
 Plan.check, Plan.slim, Plan.reduction = plan_check, plan_slim, plan_reduction
 

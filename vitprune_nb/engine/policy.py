@@ -141,8 +141,8 @@ class Scorer(nn.Module):
         weighs keys and averages. None: a hard choice."""
 
     def dealt(self, t:Tokens, scores):
-        """What `forward` said of these tokens was dealt out among them by a draw of chance, as scores (B, n).
-        A scorer whose notes in `t.memory` follow from its scores puts them right."""
+        """A draw of chance has dealt what `forward` said out among these tokens: `scores` (B, n) is what each
+        was dealt. A scorer that keeps notes in `t.memory` rewrites them here."""
 
 def needs_of(score # A scorer, or None
              )->frozenset: # names out of `VIEWS`

@@ -114,13 +114,15 @@ def pack_answers(right:np.ndarray # bool (images,)
 
 def read_answers(path # The CSV of a run's answers
                  )->dict: # {(method, reduction, seed, 'none' or 'recovered'): bool (images,)}
-    "Which images each row of a run got right, for `paired_difference`."
+    "Which test images each row of a run got right, in the order of the test set; for `paired_difference`."
     require(path_of('answers', path).is_file(), 'answers', path, 'an existing CSV file')
     try:
         with open(path, newline='', encoding='utf-8') as f:
+            reader = csv.DictReader(f)
+            if reader.fieldnames != ANSWERS: raise ValueError
             return {(r['method'], float(r['reduction']), int(r['seed']), r['recovery']): _unpacked(r)
-                    for r in csv.DictReader(f)}
-    except (KeyError, TypeError, ValueError):
+                    for r in reader}
+    except (csv.Error, TypeError, ValueError):
         refuse('answers', path, 'a file that ends in _answers.csv, written by `vitprune run`')
 
 def _unpacked(r):

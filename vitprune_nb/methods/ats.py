@@ -7,15 +7,16 @@ __all__ = ['significance', 'draw', 'AdaptiveSampling', 'ats_policy', 'AtsConfig'
 
 # %% ../../nbs/3_methods/18_ats.ipynb #18a00004
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 # %% ../../nbs/3_methods/18_ats.ipynb #18a00005
 import torch
+from pydantic import Field
 from ..engine.macs import counts_of, macs_of
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
 from ..errors import is_whole, require
-from .base import RISING, BlockNumbers, Looks, Method, Whole, method, option
+from .base import RISING, BlockNumbers, Looks, Method, method, option
 
 # %% ../../nbs/3_methods/18_ats.ipynb #18a0000d
 def significance(cls_row,    # (B, H, n) attention of CLS
@@ -95,7 +96,7 @@ def ats_policy(model,        # A timm ViT
     return Policy({b - 1: Step('middle', score=score, threshold=0.) for b in blocks}, f'ats {samples}')
 
 class AtsConfig(Looks):
-    samples: Whole|None = option(
+    samples: Annotated[int, Field(ge=1, le=2**20)]|None = option(
         None, 'points that draw patches; at most so many stay in a block', 'a whole number from 1 to 2**20',
         'K', dial=True, shown='as many as patches')
     blocks: BlockNumbers|None = option(

@@ -81,6 +81,8 @@ class HaltingScore(Scorer):
         return score.masked_fill(done, -1.)
 
     def dealt(self, t:Tokens, scores):
+        """Each has left what it was dealt, plus eps, or nothing. One order holds for all blocks, so no token
+        is dealt more than it had."""
         self.give(t, lambda at, before: torch.where(scores > 0, scores + EPS, torch.zeros_like(scores)))
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0000f

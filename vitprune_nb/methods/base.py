@@ -302,8 +302,10 @@ def read_options(name:str,     # One of METHODS
     except ValidationError as e:
         error = e.errors()[0]
         wrong, bounds = str(error['loc'][0]), error.get('ctx', {})
-        most = bounds.get('le', bounds.get('lt'))
-        hint = '' if most is None else f'The largest is {most:g}.'
+        most, below = bounds.get('le'), bounds.get('lt', 0)
+        size = f'{most:,}' if isinstance(most, int) else f'{most}'
+        hint = f'The largest is {size}.' if most is not None and most > 1 else ''
+        if below > 1: hint = f'It must be below {below:,}.'
         refuse(wrong, options[wrong], m.options[wrong].json_schema_extra['allowed'], hint)
     m.check(config)
     return m, config
@@ -329,13 +331,14 @@ def _claimed(work, memory):
         return
     folder, file = Path(work), Path(work)/'run.json'
     new, ours = not folder.exists(), not file.is_file()
+    before = set() if new else {p.name for p in folder.iterdir()}
     if not ours:
         _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
     else:
         with write_atomic(file) as tmp: tmp.write_text(json.dumps(memory, indent=1) + '\n', encoding='utf-8')
     try: yield
     except VitpruneError:
-        if ours and [p.name for p in folder.iterdir()] == [file.name]:     # refused before it began
+        if ours and {p.name for p in folder.iterdir()} == before | {file.name}:     # refused before it began
             file.unlink()
             if new: folder.rmdir()
         raise

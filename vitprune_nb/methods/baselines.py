@@ -13,7 +13,7 @@ from ..engine.channels import SITES, ChannelPlan, slice_model
 from ..engine.plan import random_plan, uniform_plan
 from ..engine.policy import Policy, RandomScore, Scorer, Step, register_scorer, steps_of
 from ..engine.slim import SlimViT, own_grid
-from ..errors import require
+from ..errors import VitpruneError, refuse, require
 from .base import Method, dense_part, method
 from .patch_slimming import PlanConfig, Search, budget_plan, put_to_work
 from .significance import significance
@@ -119,8 +119,9 @@ def chance_of(pruned,     # A `SlimViT`, from `prune`
     "What a pruned model would be if its method chose at random."
     require(hasattr(pruned, 'policy'), 'pruned', type(pruned).__name__, 'a pruned model, from `prune`')
     check_seed(seed)
-    vit = dense_part(dense)
-    standard_blocks(vit)
+    try: vit = dense_part(dense); standard_blocks(vit)
+    except VitpruneError as e:
+        refuse('dense', type(dense).__name__, 'the model that was pruned, as it was before', f'({e})')
     sizes = lambda m: (len(m.blocks), m.embed_dim, m.num_prefix_tokens, own_grid(m))
     require(sizes(pruned) == sizes(vit), 'dense', f'one of blocks, width, prefix and grid {sizes(vit)}',
             f'the model that was pruned, which has {sizes(pruned)}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'PAPER', 'Gate', 'add_gates', 'gates', 'l1_penalty', 'fold_gates', 'importance', 'harden', 'train_gates',
-           'VtpConfig', 'Vtp']
+           'GateConfig', 'VtpConfig', 'Vtp']
 
 # %% ../../nbs/3_methods/12_channels.ipynb #33691578
 import copy, math
@@ -130,9 +130,8 @@ def train_gates(model,           # A dense timm ViT; left as it is
     return gated
 
 # %% ../../nbs/3_methods/12_channels.ipynb #b9dba972
-class VtpConfig(Trains):
-    ratio: Annotated[float, Field(ge=0, lt=1)]|None = option(
-        None, 'share of all channels to remove, in [0, 1)', 'a share in [0, 1)', 'SHARE', dial=True)
+class GateConfig(Trains):
+    "Options for training gates, and for ranking channels by them; `vtp` and `both` (lesson 22) share them."
     l1: Annotated[float, Field(ge=0)] = option(1e-4, 'weight of the penalty on the gates',
                                                'a number, 0 or more', 'LAMBDA')
     gate_start: Positive = option(1., 'where the gates start; small ones close within a short training',
@@ -146,6 +145,10 @@ class VtpConfig(Trains):
                                    'passes of training with gates; 100 in the paper; 0 ranks untrained ones',
                                    PASSES, 'EPOCHS')
 
+class VtpConfig(GateConfig):
+    ratio: Annotated[float, Field(ge=0, lt=1)]|None = option(
+        None, 'share of all channels to remove, in [0, 1)', 'a share in [0, 1)', 'SHARE', dial=True)
+
 @method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)',
         'Zhu et al., Vision Transformer Pruning, KDD workshop 2021', PALETTE['vermillion'])
 class Vtp(Method):
@@ -157,7 +160,7 @@ class Vtp(Method):
         c = job.config
         gated = add_gates(copy.deepcopy(job.model), c.gate_start)
         # refused now, not after the training
-        self.plan(job, gated, self.default(c) if c.reduction is None else 0.)
+        self.channel_plan(job, gated, self.default(c) if c.reduction is None else 0.)
         if not c.sparse_epochs: return gated
         recipe = dict(PAPER, epochs=c.sparse_epochs, lr=c.lr or 1e-4, batch_size=job.batch(64), seed=c.seed,
                       dtype=c.dtype, save_every=50)
@@ -165,10 +168,12 @@ class Vtp(Method):
                            out=job.part(SHARED),
                            accelerator=pick_accelerator(job.device))
 
-    def plan(self, job, gated, ratio):
+    def channel_plan(self, job, gated, ratio): # ratio: share of all channels to remove
         c = job.config
         return choose(importance(gated, c.rule), ratio, job.model.blocks[0].attn.num_heads, c.multiple,
                       c.whole_heads)
+
+    def plan(self, job, gated, ratio): return self.channel_plan(job, gated, ratio)
 
     def build(self, job, gated, plan, trained=None):
         return SlimViT(slice_model(gated, plan), Policy({}, 'vtp'))

@@ -136,8 +136,8 @@ def n_tokens(model # A ViT
     return vit.num_prefix_tokens + vit.patch_embed.num_patches
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #a46d62f8
-def check_counts(counts,   # One (nq, nkv, nmlp) per block; None = dense. Means over images have a fourth
-                 # number, the mean of nq*nkv: the mean of a product is no product of means
+def check_counts(counts,   # (nq, nkv, nmlp) for each block; or four numbers, their means over images and the
+                 # mean of nq*nkv; None = dense
                  n_blocks:int, # L
                  n:int,        # N, all tokens of the dense model
                  )->list:      # L tuples of four numbers
@@ -151,8 +151,9 @@ def check_counts(counts,   # One (nq, nkv, nmlp) per block; None = dense. Means 
     for i, c in enumerate(counts):
         fits = len(c) in (3, 4) and all(is_number(x) and 0 <= x <= n + 1e-6 for x in c[:3])
         require(fits, f'counts[{i}]', c, f'(nq, nkv, nmlp), each from 0 to {n}, the tokens of this model')
-        fits = len(c) == 3 or is_number(c[3]) and 0 <= c[3] <= n*n + 1e-6
-        require(fits, f'counts[{i}]', c, f'as the fourth number the mean of nq*nkv, from 0 to {n*n}')
+        most = n*min(c[:2])
+        fits = len(c) == 3 or is_number(c[3]) and c[0]*(1 - 1e-5) <= c[3] <= most*(1 + 1e-5)
+        require(fits, f'counts[{i}]', c, f'as the fourth number the mean of nq*nkv, from nq to {most:g}')
         require(c[1] >= 1 or c[0] == 0, f'counts[{i}]', c, 'nkv of at least 1 where there are queries',
                 'CLS is always kept, and so is its key.')
     return [c if len(c) == 4 else (*c, c[0]*c[1]) for c in counts]
