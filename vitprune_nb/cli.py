@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP',
-           'Recover', 'RecoverLr', 'ABOUT_PRUNE', 'BUDGET', 'Commands', 'in_words_of_ours', 'explain', 'one_line',
+           'BUDGET', 'Recover', 'RecoverLr', 'ABOUT_PRUNE', 'Commands', 'in_words_of_ours', 'explain', 'one_line',
            'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
            'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'unfinished', 'flag', 'own_options',
-           'kind_of', 'option', 'listed', 'default_budget', 'prune_options', 'what_is_left', 'cli_prune',
-           'prune_command', 'prune_placeholder', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'kind_of', 'grouped', 'usual_value', 'option', 'listed', 'default_budget', 'prune_options', 'what_is_left',
+           'cli_prune', 'prune_command', 'prune_placeholder', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/6_reference/24_cli.ipynb #937961bc
 import contextlib, inspect, json, os, sys, warnings
@@ -128,8 +128,8 @@ HELP = {}   # what `vitprune COMMAND --help` says
 
 @app.callback(invoke_without_command=True, help='''Prune Vision Transformers: derive, build, test and measure.
 
-Every command works without arguments on the model and the images that ship with the course, needs no network,
-and explains itself: vitprune COMMAND --help.''')
+demo, eval, cost and bench work without arguments, on the model and the images that ship with the course;
+prune needs --out DIR, run a CONFIG, train a checkpoint. Each explains itself: vitprune COMMAND --help.''')
 def root(ctx:typer.Context,
          version:Annotated[bool, typer.Option('--version', help='print the version and stop')]=False):
     "What `vitprune` does before, or without, a command."
@@ -338,6 +338,8 @@ def unfinished(out,         # The folder that shall be written in the end
     remove(work)
 
 # %% ../nbs/6_reference/24_cli.ipynb #0bd1c942
+BUDGET = .45   # share of the MACs that `prune` saves when neither a budget nor a dial is given
+
 def flag(name:str # An option of a method
          )->str:
     "The option of `prune` that sets it."
@@ -358,24 +360,37 @@ def kind_of(annotation # Of a field of a method's config
     kinds = [kind_of(a) for a in get_args(annotation) if a is not type(None)]
     return kinds[0][0], any(is_list for _, is_list in kinds)
 
+def grouped(texts:dict # {method: text}
+            )->str:    # 'evit, life: text; vtp: another text'
+    "Which methods say what, those that say the same together."
+    by = {}
+    for m, text in texts.items(): by.setdefault(text, []).append(m)
+    return '; '.join(f'{", ".join(ms)}: {text}' for text, ms in by.items() if text)
+
+def usual_value(name:str, # An option of a method
+                field,    # Its field
+                kind,     # float, int, str or bool
+                )->str:   # '' where the method has a rule that it does not put into words
+    "The default of an option in words."
+    if field.json_schema_extra['shown'] or field.default is None: return field.json_schema_extra['shown']
+    if kind is bool: return flag(name) if field.default else flag(name).replace('--', '--no-')
+    return field.default if kind is str else f'{field.default:g}'
+
 def option(name:str,   # An option of methods
            users:dict, # {method: its field}: those that read it
            of:int,     # How many methods there are
+           turned=(),  # Methods of which it is the dial that a budget turns
            )->inspect.Parameter:
     "A typer option, None when it is not given; help, kind and default are the field's."
     field = max(users.values(), key=lambda f: len(f.description))
     kinds = [kind_of(f.annotation) for f in users.values()]
     said, kind, is_list = field.json_schema_extra, kinds[0][0], any(several for _, several in kinds)
-    default = field.default if len({repr(f.default) for f in users.values()}) == 1 else None
-    said_by = {}
-    for m, f in users.items(): said_by.setdefault(f.description, []).append(m)
-    about = '; '.join(f'{", ".join(ms)}: {text}' for text, ms in said_by.items())
-    if 2*len(users) > of: about = field.description
-    if said['dial']: about += ', instead of --reduction'
-    if default is None: usual = ''
-    elif kind is bool: usual = flag(name) if default else flag(name).replace('--', '--no-')
-    else: usual = f'{default:g}' if kind is not str else default
-    shown = said['shown'] or usual
+    said_by = grouped({m: f.description for m, f in users.items()})
+    about = field.description if 2*len(users) > of else said_by
+    usual = {m: usual_value(name, f, kind) for m, f in users.items()}
+    usual |= dict.fromkeys(turned, f'--reduction {BUDGET:g}')
+    if turned: about += ', instead of --reduction'
+    shown = next(iter(usual.values())) if len(set(usual.values())) == 1 else grouped(usual)
     if name == 'reduction': shown = f'{BUDGET:g}, unless a dial of the method is given'
     metavar = None if kind is bool else said['metavar'] or None
     names = flag(name) + (flag(name).replace('--', '/--no-') if kind is bool else '')
@@ -424,8 +439,6 @@ Examples:
   vitprune prune --eps 0.02 --tune-epochs 3 --recover 1 --out best   the paper's pipeline: takes hours'''
 
 # %% ../nbs/6_reference/24_cli.ipynb #e116e99b
-BUDGET = .45   # share of the MACs that `prune` saves when neither a budget nor a dial is given
-
 @contextlib.contextmanager
 def default_budget(m,               # From METHODS
                    is_default:bool, # Nobody asked for this budget
@@ -524,7 +537,8 @@ def prune_command(): # -> a click command
         for k in ('reduction', *own_options(m), 'seed'): fields.setdefault(k, {})[m.name] = m.options[k]
     fixed = [p for p in inspect.signature(cli_prune).parameters.values() if p.kind is not p.VAR_KEYWORD]
     fixed = [p.replace(kind=p.KEYWORD_ONLY) for p in fixed]
-    own = [option(k, users, len(METHODS)) for k, users in fields.items()]
+    turned = {k: [m for m in users if METHODS[m].dial == k] for k, users in fields.items()}
+    own = [option(k, users, len(METHODS), turned[k]) for k, users in fields.items()]
     def command(**given): return cli_prune(**given)
     command.__signature__ = inspect.Signature([*fixed[:3], *own, *fixed[3:]])
     command.__annotations__ = {p.name: p.annotation for p in (*fixed, *own)}
