@@ -465,8 +465,8 @@ class Arena:
     def outputs(self, words):
         "Where a command line is allowed to write, as paths that begin in its folder."
         named = [w for k, w in zip(words, words[1:]) if k in ('--out', '--results') and w]
-        named += [re.sub(r'(\.\w*)?$', r'_pairs\1', w, count=1) for w in named]
-        return [os.path.relpath(os.path.join(self.new, w), self.new) for w in named] + ['demo', 'runs', 'rows.csv', 'rows_pairs.csv']
+        named += [re.sub(r'(\.\w*)?$', rf'_{kind}\1', w, count=1) for w in named for kind in ('pairs', 'answers')]
+        return [os.path.relpath(os.path.join(self.new, w), self.new) for w in named] + ['demo', 'runs', 'rows.csv', 'rows_pairs.csv', 'rows_answers.csv']
 
     def judge(self, words, code, out, err):
         "What a command line did that it must not do."

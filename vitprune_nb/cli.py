@@ -533,8 +533,8 @@ def prune_command(): # -> a click command
     "`vitprune prune` with the options of all methods."
     from vitprune_nb.methods.base import METHODS
     fields = {}
-    for m in METHODS.values():
-        for k in ('reduction', *own_options(m), 'seed'): fields.setdefault(k, {})[m.name] = m.options[k]
+    for name, m in METHODS.items():
+        for k in ('reduction', *own_options(m), 'seed'): fields.setdefault(k, {})[name] = m.options[k]
     fixed = [p for p in inspect.signature(cli_prune).parameters.values() if p.kind is not p.VAR_KEYWORD]
     fixed = [p.replace(kind=p.KEYWORD_ONLY) for p in fixed]
     turned = {k: [m for m in users if METHODS[m].dial == k] for k, users in fields.items()}
@@ -542,8 +542,8 @@ def prune_command(): # -> a click command
     def command(**given): return cli_prune(**given)
     command.__signature__ = inspect.Signature([*fixed[:3], *own, *fixed[3:]])
     command.__annotations__ = {p.name: p.annotation for p in (*fixed, *own)}
-    lines = [f'  {m.name:15} {m.about}\n  {"":15} {" ".join(map(flag, own_options(m)))}'
-             for m in METHODS.values()]
+    lines = [f'  {name:15} {m.about}\n  {"":15} {" ".join(map(flag, own_options(m)))}'
+             for name, m in METHODS.items()]
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command('prune', help=ABOUT_PRUNE.format(methods='\n'.join(lines)))(command)
     return typer.main.get_command(alone)

@@ -484,7 +484,9 @@ def check_place(e:Experiment, out, need:int=0): # As in `run_config`; bytes that
 def take_place(e:Experiment, out): # As in `run_config`
     "Enter in the folder's mark what the run will make."
     older = _is_older(out)
-    claim(out, *KEPT, *((*REPORT, 'shared', pairs_of(results_file(e, out))) if older else ()), sure=older)
+    csv_file = results_file(e, out)
+    theirs = (*REPORT, 'shared', pairs_of(csv_file), answers_of(csv_file)) if older else ()
+    claim(out, *KEPT, *theirs, sure=older)
     for name in ('rows', 'answers', 'models', 'work'): (Path(out)/name).mkdir(exist_ok=True)
 
 # %% ../nbs/6_reference/26_run.ipynb #c1f673df

@@ -331,7 +331,7 @@ def _claimed(work, memory):
         return
     folder, file = Path(work), Path(work)/'run.json'
     new, ours = not folder.exists(), not file.is_file()
-    before = set() if new else {p.name for p in folder.iterdir()}
+    before = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     if not ours:
         _hold_to(work, memory, read_json(file, dict, 'work', 'a file as an earlier run wrote it'))
     else:
