@@ -6,9 +6,9 @@
 __all__ = ['KEPT', 'REPORT', 'REMEMBERED', 'TIMED', 'PAIRS', 'split_off', 'open_sets', 'keep_classes', 'start_model', 'processes',
            'together', 'Run', 'dense_model', 'copy_folder', 'own_folder', 'chance_step', 'prune_step', 'recover_step',
            'spread_answers', 'all_answers', 'timed', 'recovery_text', 'old_timing', 'finish_row', 'keep_model',
-           'do_unit', 'report', 'pair_rows', 'pairs_of', 'answers_of', 'answer_rows', 'write_pairs', 'results_file',
-           'check_place', 'take_place', 'tidy', 'dense_speed', 'do_units', 'check_sizes', 'found', 'space', 'dry',
-           'own_files', 'settle', 'open_run', 'run_config']
+           'do_unit', 'report', 'finished', 'pair_rows', 'pairs_of', 'answers_of', 'answer_rows', 'write_pairs',
+           'results_file', 'check_place', 'take_place', 'tidy', 'dense_speed', 'do_units', 'check_sizes', 'found',
+           'space', 'dry', 'own_files', 'settle', 'open_run', 'run_config']
 
 # %% ../nbs/6_reference/26_run.ipynb #0c24939e
 import contextlib, copy, csv, dataclasses, datetime, json, os, re, shutil, time, warnings
@@ -410,11 +410,15 @@ def report(run:Run, unit:Unit, stage:str, seconds:float): # As for `finish_row`
 # %% ../nbs/6_reference/26_run.ipynb #07c41854
 PAIRS = 'a b reduction seed recovery images difference low high only_a only_b p_value'.split()
 
+def finished(run:Run)->list: # (unit, 'none' or 'recovered', bool (images,)), the dense model first
+    "The rows that are made, with their answers."
+    keys = set(run.ledger.keys())
+    return [(u, s, np.load(run.out/'answers'/f'{u.key}-{s}.npy')) for u in units(run.e)
+            for s in ('none', 'recovered') if f'{u.key}-{s}' in keys]
+
 def pair_rows(run:Run)->list: # Dicts with keys PAIRS; the difference is top-1 of b minus top-1 of a
     "Every paired comparison that the finished rows allow."
-    right = {k: np.load(run.out/'answers'/f'{k}.npy') for k in run.ledger.keys()}
-    done = [(u, s, right[f'{u.key}-{s}']) for u in units(run.e) for s in ('none', 'recovered')
-            if f'{u.key}-{s}' in right]
+    done = finished(run)
     out, dense = [], next((r for u, s, r in done if u.method == 'dense'), None)
     control = next((r for u, s, r in done if u.method == 'dense' and s == 'recovered'), None)
     for i, (u, s, r) in enumerate(done):
@@ -439,11 +443,8 @@ def answers_of(csv_file # The CSV of a run
 
 def answer_rows(run:Run)->list: # Dicts with keys ANSWERS
     "Which images each finished row got right."
-    order = [(u, s) for u in units(run.e) for s in ('none', 'recovered')
-             if f'{u.key}-{s}' in run.ledger.keys()]
-    right = [np.load(run.out/'answers'/f'{u.key}-{s}.npy') for u, s in order]
     return [dict(method=u.name, reduction=u.reduction, seed=u.seed, recovery=s, images=len(r),
-                 answers=pack_answers(r)) for (u, s), r in zip(order, right, strict=True)]
+                 answers=pack_answers(r)) for u, s, r in finished(run)]
 
 def write_pairs(run:Run):
     "The pairs and the answers as CSV files beside the results."
