@@ -116,7 +116,7 @@ def model_block():
     "The course model in a sentence, from data/model/course.json."
     m = json.loads((ROOT/'data/model/course.json').read_text(encoding='utf-8'))
     return (f'The course model is a ViT-S for 32×32 px (12 blocks, 384 wide, patches of 4 px), fine-tuned on CIFAR-10: {100*m["top1"]:.1f}% top-1 '
-            f'({100*m["top1_low"]:.1f} to {100*m["top1_high"]:.1f}) on all {m["images"]:,} test images. How it was made is a lesson: [20b](nbs/6_reference/20b_course.ipynb).')
+            f'({100*m["top1_low"]:.1f} to {100*m["top1_high"]:.1f}) on all {m["images"]:,} test images. How it was made is a lesson: [09](nbs/6_reference/09_course.ipynb).')
 
 
 def blocks():

@@ -598,15 +598,15 @@ def wrong(seed):                                                                
 def wrong(seed):                                                                      # seeded anew
     try: yield set_seed(seed)
     finally: set_seed(0)''')
-case('02_weights', 'check_unwrap(unwrap)',
+case('02b_weights', 'check_unwrap(unwrap)',
      "lambda saved, names: {n: saved.get('module.' + n) for n in names}",                  # one wrapper alone
      "lambda saved, names: {n: next(t for k, t in saved.items() if k.endswith(n)) for n in names if any(k.endswith(n) for k in saved)}",
      "lambda saved, names: {n: saved[k] for n in names for k in saved if k.endswith(n)}")
-case('02_weights', 'check_loads(loads)',
+case('02b_weights', 'check_loads(loads)',
      'lambda value: isinstance(value, (int, str, torch.Tensor))',                      # no options of a training
      'lambda value: not callable(value)')                                              # a path is none
-case('00_errors', 'check_at_most(said)', "'at most 0.82'", "'at most 0.819'", "'at most 0.8'")
-case('00_errors', 'check_one_of(one_of)',
+case('00a_errors', 'check_at_most(said)', "'at most 0.82'", "'at most 0.819'", "'at most 0.8'")
+case('00a_errors', 'check_one_of(one_of)',
      '''def wrong(argument, given, allowed):                                          # nobody says what is allowed
     require(given in allowed, argument, given, 'another one')
     return given''',
@@ -629,24 +629,24 @@ case('06_viz', 'check_death_map(death_map)',
      'lambda kept: right(kept).T',
      'lambda kept: kept.argmin(0).reshape(2, 2)')                                     # the first that it sits out
 case('06_viz', 'check_palette(extra)', "'#FF0000'", "'#777777'")
-case('20_recipe', 'check_steps(n_steps, whole_from)',
+case('07_recipe', 'check_steps(n_steps, whole_from)',
      '(1760, 1564)', '(1757, 781)', '(3515, 3125)')                                  # a batch that is not full; batches of 32
-case('20_recipe', 'check_slowdown(slowdown)',
+case('07_recipe', 'check_slowdown(slowdown)',
      'lambda cfg: cfg.head_lr_scale/cfg.layer_decay**11',
      'lambda cfg: 1/cfg.layer_decay**12',                                             # the head's own rate forgotten
      'lambda cfg: 1/right(cfg)')
-case('20_train', 'check_stay_close(stay_close)',
+case('08_train', 'check_stay_close(stay_close)',
      '''def wrong(model, strength):                                                   # the weights themselves remembered
     start = dict(model.named_parameters())
     return lambda m: strength*sum((p - start[n]).square().sum() for n, p in m.named_parameters())''',
      '''def wrong(model, strength):                                                   # weight decay
     return lambda m: strength*sum(p.square().sum() for p in m.parameters())''',
      'lambda model, strength: right(model, -strength)')
-case('20c_teacher', 'check_imagenet(bytes_and_share)',
+case('08b_teacher', 'check_imagenet(bytes_and_share)',
      '(1251*1024*4, .4)',                                                             # one logit for each image
      '(1_281_167*1000*4, .4)', '(right[0], .25)')                                     # the last batch; the share beside a dense student
-case('20c_teacher', 'check_fields(fields)', "right - {'dtype'}", "right | {'lr'}", "{'seed', 'batch_size'}")
-case('20a_objectives', 'check_ponder(ponder)',
+case('08b_teacher', 'check_fields(fields)', "right - {'dtype'}", "right | {'lr'}", "{'seed', 'batch_size'}")
+case('08a_objectives', 'check_ponder(ponder)',
      '''def wrong(weight):                                                            # CLS as well
     @looks_at('decisions')
     def objective(seen): return dict(ponder=weight*sum(d.keep.float().mean() for d in seen.decisions))
@@ -657,7 +657,7 @@ case('20a_objectives', 'check_ponder(ponder)',
     @looks_at('decisions')
     def objective(seen): return {k: v/len(seen.decisions) for k, v in right(weight)(seen).items()}
     return objective''')
-case('20a_objectives', 'check_from_then_on(from_then_on)',
+case('08a_objectives', 'check_from_then_on(from_then_on)',
      '''def wrong(objective, start):                                                  # asks for nothing
     return lambda seen: right(objective, start)(seen)''',
      'lambda objective, start: right(objective, start + 1e-6)',                       # after it
@@ -665,14 +665,14 @@ case('20a_objectives', 'check_from_then_on(from_then_on)',
     @looks_at(*needs_of(objective))
     def early(seen): return {n: v*(seen.progress < start) for n, v in losses_of(objective, seen).items()}
     return early''')
-case('20b_course', 'check_projections(big_params, small_params, macs_ratio)',
+case('09_course', 'check_projections(big_params, small_params, macs_ratio)',
      '(384*3*14*14, 384*3*4*4, right[2])',                                            # no biases
      '(*right[:2], right[0]/right[1])', '(*right[:2], 1/right[2])')
-case('20b_course', 'check_full_passes(full_passes)',
+case('09_course', 'check_full_passes(full_passes)',
      'lambda stages: right([{k: v for k, v in s.items() if k != "freeze"} for s in stages])',
      'lambda stages: right([{k: v for k, v in s.items() if k != "patch_drop"} for s in stages])',
      'lambda stages: sum(right([s]) for s in stages[:1])')
-case('20b_course', 'check_ridge(ridge_projection)',
+case('09_course', 'check_ridge(ridge_projection)',
      'lambda big, images, strength: fit_patch_projection(big, images)[:2]',
      'lambda big, images, strength: compose_projection(big)',                         # never moves
      'lambda big, images, strength: right(big, images, 0. if strength < 1e6 else strength)')

@@ -107,6 +107,13 @@ def test_there_are_notebooks():
     assert 'index.ipynb' in IDS and '00_core' in NAMED and any(i.startswith('solutions/') for i in IDS)
 
 
+def test_a_number_means_one_lesson():
+    lessons = [p.stem for p in NOTEBOOKS if p.parent.name != 'solutions' and p.stem[:2].isdigit()]
+    assert [n for n, k in Counter(stem.partition('_')[0] for stem in lessons).items() if k > 1] == []
+    worked = {p.stem for p in NOTEBOOKS if p.parent.name == 'solutions' and p.stem[:2].isdigit()}
+    assert worked <= set(lessons)
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=IDS)
 def test_notebook_is_valid_and_clean(path):
     text = path.read_text(encoding='utf-8')
