@@ -131,7 +131,7 @@ def owned(decisions)->torch.Tensor: # (B, L + 1, n)
     return torch.stack([*rest, torch.zeros_like(rest[0])], 1)
 
 def ponder_loss(weight:float=5e-4): # An objective
-    "Blocks and remainder of each token, in the mean (Yin et al. 2022, equation 9)."
+    "Blocks and remainder of each token, on average (Yin et al. 2022, equation 9)."
     @looks_at('decisions')
     def ponder(seen):
         rest = owned(seen.decisions)
@@ -175,7 +175,7 @@ def channel_zero(model,  # A timm ViT
 
 def mean_depth(t,       # (n, L) from `channel_zero`
                gamma:float, beta:float)->float:
-    "Blocks before a token halts, in the mean, if no other did."
+    "Blocks before a token halts, on average, if no other did."
     left = 1 - torch.sigmoid(gamma*t + beta)[:, :-1].cumsum(1)
     return 1 + (left > EPS).sum(1).float().mean().item()
 
@@ -183,7 +183,7 @@ def fit_gate(t,           # (n, L) from `channel_zero`
              depth:float, # the mean depth that is wanted, from 1 to L
              gamma:float|None=None, # None: one over the standard deviation of t
              )->tuple:    # (gamma, beta)
-    "The sigmoid with which tokens halt at this depth in the mean, by bisection."
+    "The sigmoid with which tokens halt at this depth on average, by bisection."
     gamma = gamma or 1/max(t.std().item(), 1e-6)
     logits = gamma*t
     low, high = -logits.max().item() - 40, 40 - logits.min().item()  # none gives anything, all give all

@@ -23,7 +23,7 @@ from .base import Config, Method, method, option
 
 # %% ../../nbs/3_methods/17_tome.ipynb #17e0000e
 def merge_schedule(n_blocks:int, # L
-                   r:float,      # tokens to merge away in a block, in the mean
+                   r:float,      # tokens to merge away in a block, on average
                    inflection:float=0., # in [-1, 1]: below 0 the first blocks merge more
                    )->list:      # L whole numbers
     "From r(1 - inflection) in the first block to r(1 + inflection) in the last; the total is right."
@@ -168,7 +168,7 @@ def merge_groups(slim,   # A SlimViT with a policy of `tome_policy`
 # %% ../../nbs/3_methods/17_tome.ipynb #17e00019
 class TomeConfig(Config):
     r: Annotated[float, Field(ge=0, le=1e6)]|None = option(
-        None, 'tokens merged away in each block, in the mean', 'a number from 0 to a million', 'R',
+        None, 'tokens merged away in each block, on average', 'a number from 0 to a million', 'R',
         dial=True, shown='13 of 196 patches, and in proportion')
     inflection: Annotated[float, Field(ge=-1, le=1)] = option(
         0., 'below 0 the first blocks merge more, above 0 the last ones', 'a number from -1 to 1', 'TILT')
