@@ -46,3 +46,11 @@ def test_chance_has_the_counts_of_its_method_and_none_of_its_choices(name, model
     else: assert counts_of(blind) == counts_of(theirs)
     drawn = chance_of(theirs, model, seed=2).set_mode('mask').kept(images)
     assert not torch.equal(drawn, other), 'another seed draws other tokens'
+
+
+def test_chance_chooses_anew_where_its_method_does(model, images):
+    theirs = prune('evovit', model, POOL, keep_rate=.5, finetune_epochs=0)
+    renewed = {i: s.score.renew for i, s in theirs.policy.each()}
+    assert sorted(renewed.values()) != [True]*len(renewed), 'a stage of one block would show nothing'
+    kept = chance_of(theirs, model, seed=1).set_mode('mask').kept(images)
+    for i in range(min(renewed) + 1, max(renewed) + 1): assert torch.equal(kept[:, i], kept[:, i - 1]) == (not renewed[i])

@@ -120,6 +120,7 @@ class Scorer(nn.Module):
     "Base of all scorers: `forward(tokens)` gives (B, n) scores, higher means keep."
     needs = ()       # views of the attention that it wants to be given, out of `VIEWS`: one name, or several
     follows = None   # class of an earlier step's scorer whose scores it repeats: one order for both
+    renew = True     # False: it repeats the choice of an earlier block
     def config(self)->dict: return {} # what `__init__` needs to rebuild it
 
     def macs(self, n:float, dim:int, n_prefix:int=1)->float:

@@ -77,9 +77,14 @@ def chance_policy(policy:Policy, # Of any method
                   n_patches:int, # Of the dense model
                   seed:int=0,    # Of the draw
                   )->Policy:     # As many tokens in each block
-    "The same places and counts, and random choices; a step whose tokens stay draws for its own block."
+    """The same places and counts, and random choices; where tokens stay, a new draw wherever the method chooses
+    anew."""
+    since, last = {}, None                              # the block of the last new choice
+    for i in sorted(policy.steps):
+        anew = any(getattr(s.score, 'renew', True) for s in steps_of(policy.steps, i))
+        last = since[i] = i if anew or last is None else last
     def blind(i, s):
-        draw = seed + 1000*(i + 1) if s.fate.stays else seed
+        draw = seed + 1000*(since[i] + 1) if s.fate.stays else seed
         reads = s.fate.freezes or s.fate.ends           # the head reads what it has put aside
         fate = 'idle' if s.fate.stays else s.fate if reads else 'remove'
         if s.ragged:
