@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'ANSWERS', 'target', 'stage', 'one_run', 'experiment_table'
            'report_text', 'write_report']
 
 # %% ../../nbs/6_reference/25c_report.ipynb #20fb0ac6
-import base64, csv
+import base64, csv, math
 from pathlib import Path
 
 # %% ../../nbs/6_reference/25c_report.ipynb #1705bdb1
@@ -131,11 +131,18 @@ def _unpacked(r):
     return np.unpackbits(bits, count=n).astype(bool)
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a313b04a
+def _unpaired(a, b): # -> p-value
+    "Of the difference between two rows, as if each had images of its own."
+    share = (a['correct'] + b['correct'])/(a['images'] + b['images'])
+    error = (share*(1 - share)*(1/a['images'] + 1/b['images']))**.5
+    return math.erfc(abs(a['top1'] - b['top1'])/error/2**.5) if error else 1.
+
 def leaders(rows:list,       # Of one run
             pairs:list,      # From `read_pairs`
             level:float=.05, # Probability of any false alarm at one budget and stage
             )->list:         # Dicts: target, seed, stage, leader (a row), ahead, open (methods), macs (range)
-    "Who is ahead, of whom; McNemar's test with Bonferroni's correction for all pairs."
+    """Who is ahead, of whom; McNemar's test with Bonferroni's correction for all pairs. Rows that no pair
+    compares, because they come from different stretches, are tested without pairing."""
     require(0 < level < 1, 'level', level, 'a probability in (0, 1)')
     p = {(q['reduction'], q['seed'], STAGES[q['recovery'] != 'none'],
           frozenset((q['a'], q['b']))): q['p_value'] for q in pairs}
@@ -147,8 +154,10 @@ def leaders(rows:list,       # Of one run
     for key in sorted(groups, key=lambda k: (k[0], STAGES.index(k[2]), k[1])):
         first, *rest = sorted(groups[key], key=lambda r: -r['top1'])
         n = len(rest)*(len(rest) + 1)/2
-        ahead = [r['method'] for r in rest if p.get((*key, frozenset((first['method'], r['method']))),
-                                                    1.)*n <= level]
+        def sure(r):
+            pair = (*key, frozenset((first['method'], r['method'])))
+            return (p[pair] if pair in p else _unpaired(first, r))*n <= level
+        ahead = [r['method'] for r in rest if sure(r)]
         out.append(dict(target=key[0], seed=key[1], stage=key[2], leader=first, ahead=ahead,
                         open=[r['method'] for r in rest if r['method'] not in ahead],
                         macs=(min(r['macs'] for r in groups[key]), max(r['macs'] for r in groups[key]))))
