@@ -77,8 +77,8 @@ def chance_policy(policy:Policy, # Of any method
                   n_patches:int, # Of the dense model
                   seed:int=0,    # Of the draw
                   )->Policy:     # As many tokens in each block
-    """The same places and counts, and random choices; where tokens stay, a new draw wherever the method chooses
-    anew."""
+    """The same places and counts, and random choices; where tokens stay, a new draw wherever the method
+    chooses anew."""
     since, last = {}, None                              # the block of the last new choice
     for i in sorted(policy.steps):
         anew = any(getattr(s.score, 'renew', True) for s in steps_of(policy.steps, i))
