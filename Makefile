@@ -113,6 +113,9 @@ TOURNAMENT = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --se
 RECIPE = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --set recover.lr=$(1) --out runs/recipe-$(1) --results data/results/tournament_recipe_$(1).csv $(2)
 recipe = $(call anew,recipe-$(1),data/results/tournament_recipe_$(1)*.csv,$(call RECIPE,$(1),$(2)))
 HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
+# Evo-ViT without any training beside a chance that draws once a stage.
+UNTRAINED = --set methods=evovit --set reductions=0.35 --set training=0 --set recover={} --set chance_recovered=[] --set control=false --set options.evovit.finetune_epochs=0
+UNTRAINED_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_chance --results data/results/tournament_chance.csv $(UNTRAINED)
 tournament-asked:
 	@test -n "$(CIFAR100)" -a -n "$(WEIGHTS)" || { echo "make tournament: say where the images and the weights are, CIFAR100=FOLDER WEIGHTS=FILE (data/README.md)" >&2; exit 2; }
 tournament: tournament-asked $(DEV)
@@ -121,6 +124,7 @@ tournament: tournament-asked $(DEV)
 	$(call recipe,5e-5,$(HELD_OUT))
 	$(call recipe,2e-4,$(HELD_OUT))
 	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv data/results/tournament_answers.csv,$(TOURNAMENT))
+	$(call anew,tournament_chance,data/results/tournament_chance*.csv,$(UNTRAINED_RUN))
 	$(BIN)/python tests/readme.py
 
 clean:

@@ -156,3 +156,11 @@ def test_make_record_repeats_the_short_runs_on_cifar100():
             if r['method'] != 'dense':
                 made = r['schedule']['options']
                 assert {**method_options(plan, r['method'], target(r)), 'seed': r['seed']}.items() >= made.items(), (name, made)
+
+
+def test_make_tournament_repeats_the_run_without_training():
+    asked = re.findall(r'--set (\S+)', re.search(r'^UNTRAINED = (.*)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M)[1])
+    plan, rows = read_experiment(ROOT/'configs'/'tournament.toml', asked), read_rows(ROOT/'data'/'results'/'tournament_chance.csv')
+    assert [(r['method'], target(r), r['recovery']) for r in rows] == [(u.name, u.reduction, s) for u in units(plan) for s in stages(plan, u)]
+    made, = (r['schedule']['options'] for r in rows if r['method'] == 'evovit')
+    assert made == {**method_options(plan, 'evovit', .35), 'seed': 0}

@@ -132,7 +132,7 @@ def _unpacked(r):
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a313b04a
 def _unpaired(a, b): # -> p-value
-    "Of the difference between two rows, as if each had images of its own."
+    "Of two rows, by the pooled z-test of two shares, which takes the images of each for its own."
     share = (a['correct'] + b['correct'])/(a['images'] + b['images'])
     error = (share*(1 - share)*(1/a['images'] + 1/b['images']))**.5
     return math.erfc(abs(a['top1'] - b['top1'])/error/2**.5) if error else 1.
