@@ -40,10 +40,12 @@ def test_chance_has_the_counts_of_its_method_and_none_of_its_choices(name, model
     if not theirs.policy.steps: return
     ours, other = (m.set_mode('mask').kept(images) for m in (theirs, blind))
     assert not torch.equal(ours, other)
-    if theirs.policy.ragged:
-        first = min(theirs.policy.steps)
-        assert torch.equal(ours[:, first].sum(-1), other[:, first].sum(-1))
-    else: assert counts_of(blind) == counts_of(theirs)
+    assert not blind.policy.ragged
+    if not theirs.policy.ragged: assert counts_of(blind) == counts_of(theirs)
+    else:
+        want, got = (torch.tensor(counts_of(m))[:, [0, 2]] for m in (theirs, blind))       # who asks, and who is in the MLP
+        assert (want - got).abs().max() < 1, 'the mean, rounded'
+        assert abs((want - got).sum(0)).max() < 1 or not any(s.fate.stays for _, s in theirs.policy.each())
     drawn = chance_of(theirs, model, seed=2).set_mode('mask').kept(images)
     assert not torch.equal(drawn, other), 'another seed draws other tokens'
 

@@ -397,7 +397,7 @@ case('20_avit', 'check_threshold(Threshold)',
      '''class wrong(HaltingScore):                                                    # the method's own rule
     def __init__(self, gamma, beta, reads, theta): super().__init__(gamma, beta, reads)''',
      '''class wrong(right):                                                           # a block late
-    def owns(self, t, at, rest): return torch.where(rest > 1 - self.theta, rest - self.gives(t.x), torch.zeros_like(rest))''',
+    def owns(self, x, rest): return torch.where(rest > 1 - self.theta, rest - self.gives(x), torch.zeros_like(rest))''',
      '''class wrong(right):                                                           # the other side of it
     def __init__(self, gamma, beta, reads, theta): super().__init__(gamma, beta, reads, 1 - theta)''')
 case('20b_iared', 'check_penalty(penalty_for)',

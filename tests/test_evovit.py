@@ -99,8 +99,9 @@ def test_modes_agree_on_other_vits(kind):
 
 @pytest.mark.parametrize('rate, stages', [(.5, (3, 5)), (.02, (2,)), (.99, (2, 3, 4, 5, 6)), (.3, (6,))])
 @pytest.mark.parametrize('representative', [False, True])
-def test_macs_are_counted(rate, stages, representative):
-    slim = SlimViT(vit(), EvoPlan(64, rate, 6, stages, representative).policy())
+@pytest.mark.parametrize('kind', KINDS)
+def test_macs_are_counted(kind, rate, stages, representative):
+    slim = SlimViT(vit(**KINDS[kind]), EvoPlan(64, rate, 6, stages, representative).policy())
     assert macs_of(slim) == count_macs(slim, images())/3
 
 

@@ -4,13 +4,12 @@ import pytest
 import torch
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.engine.macs import counts_of, macs_of
-from vitprune_nb.engine.policy import Tokens
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence.results import over_draws
-from vitprune_nb.methods.avit import EPS, NOTE, HaltingScore, fit_gate, mean_depth
+from vitprune_nb.methods.avit import fit_gate, mean_depth
 from vitprune_nb.methods.base import METHODS, prune, recover
-from vitprune_nb.methods.baselines import Shuffled, chance_of
+from vitprune_nb.methods.baselines import chance_of
 from vitprune_nb.train.recipe import TrainConfig
 from vitprune_nb.train.trainer import fit
 from vitprune_nb.vit.cost import model_macs
@@ -102,25 +101,6 @@ def test_printed_macs_are_of_the_images_that_were_looked_at(pool, tmp_path, vitp
     said = {b: vitprune('eval', tmp_path/'slim', '--limit', 40, '--batch', b).stdout for b in (1, 40)}
     less = {b: text[text.index('('):].split('less')[0].split('(')[-1] for b, text in said.items()}
     assert less[1] == less[40], said
-
-
-def test_what_chance_deals_out_is_what_a_token_has_left():
-    score = HaltingScore(1., -1.5, reads=0)
-    dealt, memory, p = Shuffled(score, seed=3), {}, 1
-    pos, ones = torch.arange(7).expand(2, 7), torch.ones(2, 7, 1)
-    order = dealt.lot(Tokens(ones, None, pos, 0, p, {}))[0, p:].argsort(descending=True)
-    for block in range(3):
-        x = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(block))
-        own = {NOTE: memory[NOTE]} if memory else {}
-        scores = dealt(Tokens(x, None, pos, block, p, memory))
-        rest = memory[NOTE].rest[:, :7]
-        torch.testing.assert_close(rest, (scores + EPS).clamp_min(0))
-        assert (rest[:, p:][:, order].diff(dim=1) <= 0).all(), 'in the order of the draw'
-        theirs = score.give(Tokens(x, None, pos, block, p, own), lambda at, before: score.owns(Tokens(x, None, pos, block, p, own), at, before))
-        torch.testing.assert_close(rest.sort(1).values, theirs.sort(1).values)
-    memory.clear()
-    for block in range(3): dealt(Tokens(ones, None, pos, block, p, memory))
-    torch.testing.assert_close(memory[NOTE].mean[:, :7, 0] + memory[NOTE].rest[:, :7], torch.ones(2, 7))      # each has one unit to give
 
 
 @pytest.mark.parametrize('depth', [2, 3, 4])

@@ -95,7 +95,7 @@ def test_the_score_is_the_logit_of_cls_but_for_a_constant(kind):
 
 
 @pytest.mark.parametrize('rate, first', [(.7, 3), (.02, 1), (.99, 6), (.3, 2)])
-@pytest.mark.parametrize('kind', ['cls', 'qk norm and layer scale'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_macs_are_counted(rate, first, kind):
     slim = SlimViT(vit(**KINDS[kind]), IdlePlan(64, rate, 6, first).policy())
     assert macs_of(slim) == count_macs(slim, images())/3

@@ -154,7 +154,7 @@ def test_ranks_and_retention():
 
 
 @pytest.mark.parametrize('masses', [(60., 50., 40., 30., 20., 1.), (64.,)*5 + (0.,), (5., 60., 3., 3., 2.9, 2.9), (64.,)*6])
-@pytest.mark.parametrize('kind', ['cls', 'registers'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_macs_are_counted(masses, kind):
     slim = SlimViT(vit(**KINDS[kind]), PowerPlan(64, masses).policy())
     assert macs_of(slim) == count_macs(slim, images())/3

@@ -141,10 +141,6 @@ class Scorer(nn.Module):
         token is kept, for tokens with these scores (B, n). Then no token leaves; the product over all steps
         weighs keys and averages. None: a hard choice."""
 
-    def dealt(self, t:Tokens, scores):
-        """A draw of chance has dealt what `forward` said out among these tokens: `scores` (B, n) is what each
-        was dealt. A scorer that keeps notes in `t.memory` rewrites them here."""
-
 def needs_of(score # A scorer, or None
              )->frozenset: # names out of `VIEWS`
     "The views that a scorer wants to be given."

@@ -55,17 +55,17 @@ class HaltingScore(Scorer):
         kind = torch.promote_types(x.dtype, torch.float)
         return Given(x.new_ones(B, n + 1, dtype=kind), x.new_zeros(B, self.reads or n + 1, D, dtype=kind))
 
-    def owns(self, t, at, rest): # -> (B, n), what is left of each
-        left = rest - self.gives(t.x)
+    def owns(self, x, rest): # (B, n, D), (B, n) before -> (B, n), what is left of each
+        left = rest - self.gives(x)
         return torch.where(left > EPS, left, torch.zeros_like(left))
 
-    def give(self, t, owns): # owns(place, what was left) -> (B, n), what is left of each now
+    def give(self, t): # -> (B, n), what is left of each now
         "Note down what each has given, and what is left of it."
         so_far, k = t.memory.get(NOTE) or self.start(t.x), self.reads
         here = t.pos >= 0 if t.present is None else t.present & (t.pos >= 0)
         at = torch.where(here, t.pos, so_far.rest.shape[1] - 1)
         before = so_far.rest.gather(1, at)
-        left = torch.where(here, owns(at, before), before)
+        left = torch.where(here, self.owns(t.x, before), before)
         given = (before - left)[..., None]
         if k: mean = so_far.mean + given[:, :k]*t.x[:, :k]
         else:
@@ -75,15 +75,10 @@ class HaltingScore(Scorer):
         return left
 
     def forward(self, t:Tokens):
-        score = self.give(t, lambda at, before: self.owns(t, at, before)) - EPS
+        score = self.give(t) - EPS
         if not self.reads or self.training: return score
         done = (t.memory[NOTE].rest[:, :self.reads] == 0).all(1, keepdim=True)   # the head has its answer
         return score.masked_fill(done, -1.)
-
-    def dealt(self, t:Tokens, scores):
-        """Each has left what it was dealt, plus eps, or nothing. One order holds for all blocks, so no token
-        is dealt more than it had."""
-        self.give(t, lambda at, before: torch.where(scores > 0, scores + EPS, torch.zeros_like(scores)))
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0000f
 @register_fate('mean_field')
