@@ -711,6 +711,14 @@ case('29_dense', 'check_mean_wins(mean_wins)',
      'lambda d, middle=1.: right(d)',                                                 # about the bottom always
      'lambda d, middle=1.: loss(middle) < max(loss(middle - d), loss(middle + d))',   # better than one of them
      'lambda d, middle=1.: True')
+case('34_official', 'check_margin(margin)',
+     'lambda scores, k: (scores.sort(1, descending=True).values.diff(dim=1).abs().min()).item()',    # of any two neighbours
+     'lambda scores, k: (scores.sort(1, descending=True).values[:, k - 1] - scores.sort(1, descending=True).values[:, k]).max().item()',
+     'lambda scores, k: right(scores, k - 1 or 2)')
+case('34_official', 'check_ours(ours)',
+     'lambda model, keep: SlimViT(model, Policy({0: Step(score=NormScore(), count=keep)}))',         # before the first block
+     'lambda model, keep: SlimViT(model, Policy({1: Step(score=NormScore(), count=min(keep + 1, 16))}))',
+     'lambda model, keep: SlimViT(model, Policy({1: Step(keep=range(keep))}))')
 
 case('notation', 'check_as_reduction(as_reduction)', 'lambda printed: printed', 'lambda printed: 1/(1 + printed)', 'lambda printed: 1 - printed')
 case('notation', 'check_compound(compound)',
