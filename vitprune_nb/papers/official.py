@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'their_modules', 'old_timm', 'loud_vit', 'official', 'Official', 'Tome', 'PaddedSampling', 'Ats', 'Evit',
-           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'gaps', 'compare', 'main']
+           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'gaps', 'plain', 'compare',
+           'main']
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00003
 import argparse, contextlib, copy, functools, importlib, os, subprocess, sys, types, warnings
@@ -400,6 +401,10 @@ def gaps(theirs, ours, wrong, # Functions of images
     return dict(gap=max(gap(want, ours(images)), gap(alone, ours(images[:1]))),
                 spoilt=gap(want, wrong(images)), logits=want.std().item())
 
+def plain(value)->str: # of a setting, as a row holds it
+    if isinstance(value, dict): return ', '.join(f'{k} {v}' for k, v in value.items())
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
 @torch.no_grad()
 def compare(method:str, # One of OFFICIAL
             code,       # Folder with the authors' repositories, each under its own name
@@ -428,11 +433,11 @@ def compare(method:str, # One of OFFICIAL
         for s, (single, double) in zip(o.settings, found, strict=True):
             note = dict(repository=o.repo, their_commit=commit_of(code/o.folder), gap=single['gap'],
                         gap_double=double['gap'], spoilt=double['spoilt'], logits=double['logits'])
-            what = dict(model=str(kw), **{k: str(v) for k, v in s.items()})
+            what = {k: plain(v) for k, v in dict(s, model=kw).items()}
             rows.append(make_row(method, name, schedule=what, seed=0, note=note))
         single, double = (max(g['gap'] for g in gs) for gs in zip(*found))
-        say(f'{method}, {name} {kw}: {len(found)} settings, differences up to {double:.1e} in float64, '
-            f'{single:.1e} in float32')
+        say(f'{" ".join([method, name, plain(kw)]).strip()}: {len(found)} settings, differences up to '
+            f'{double:.1e} in float64, {single:.1e} in float32')
     return rows
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00013
