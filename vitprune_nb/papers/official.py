@@ -98,6 +98,9 @@ class Official:
     def theirs(self, load, model, **s): raise NotImplementedError # -> a function of images
     def ours(self, model, **s): raise NotImplementedError         # -> a function of images
     def wrong(self, model, **s): return self.ours(model, **{**s, 'keep_rate': s['keep_rate']*.9 + .01})
+    # with the slips: their code with nothing changed, and ours with nothing put back
+    def published(self, load, model, **s): return self.theirs(load, model, **s)
+    def shipped(self, model, **s): return self.ours(model, **s)
 
     @property
     def folder(self): return self.repo.partition('/')[2]
@@ -127,6 +130,10 @@ class Tome(Official):
             r = [(low*(L - 1 - i) + (2*r[0] - low)*i)//(L - 1) for i in range(L)]
         wanted = r if isinstance(r, list) else merge_schedule(L, r)
         return SlimViT(model, tome_policy(model, wanted, proportional))
+
+    def shipped(self, model, r, proportional=True):
+        if isinstance(r, tuple): r = merge_schedule(len(model.blocks), *r)
+        return self.ours(model, r, proportional)
 
     def wrong(self, model, r, proportional=True): return self.ours(model, r, not proportional)
 
@@ -167,7 +174,7 @@ class Ats(Official):
             q, k, _ = b.attn.qkv.bias.data.chunk(3)
             q.add_(1.2), k.sub_(1.2)
 
-    def theirs(self, load, model, blocks=None, drop_tokens=True):
+    def theirs(self, load, model, blocks=None, drop_tokens=True, eps=0.):
         block, embed, L = model.blocks[0], model.patch_embed, len(model.blocks)
         net = load('libs.models.transformers.vit').ViT(types.SimpleNamespace(VIT=types.SimpleNamespace(
             IMG_SIZE=embed.img_size, PATCH_SIZE=embed.patch_size, IN_CHANNELS=3, DEPTH=L,
@@ -182,12 +189,16 @@ class Ats(Official):
         net.load_state_dict(dict(net.state_dict(), **model.state_dict()))
         for m in net.eval().modules():
             soft = getattr(m, 'softmax_with_policy', None)
-            if soft: m.softmax_with_policy = functools.partial(soft, eps=0.)
+            if soft: m.softmax_with_policy = functools.partial(soft, eps=eps)
         return lambda images: net(images)[0]
+
+    def published(self, load, model, **s): return self.theirs(load, model, **s, eps=1e-6)
+    def shipped(self, model, blocks=None, drop_tokens=True):
+        return SlimViT(model, ats_policy(model, model.patch_embed.num_patches, blocks, 'official'), 'packed')
 
     def ours(self, model, blocks=None, drop_tokens=True):
         N = model.patch_embed.num_patches
-        policy = ats_policy(model, N, blocks, 'official')
+        policy = self.shipped(model, blocks).policy
         score = PaddedSampling(N, 0 if drop_tokens else N + 1)
         steps = {b: Step('middle', score=score, threshold=0.) for b in policy.steps}
         return SlimViT(model, Policy(steps), 'packed')
@@ -338,12 +349,15 @@ class Avit(Official):
         return logits
 
     def ours(self, model, scale, centre):
-        policy = avit_policy(model, scale, -centre)
-        if model.num_prefix_tokens == 1: return SlimViT(model, policy, 'packed')
-        slim = SlimViT(model, policy, 'mask')
+        slim = self.shipped(model, scale, centre)
+        if model.num_prefix_tokens == 1: return slim
+        slim.set_mode('mask')
         def logits(images):
             with mock.patch('vitprune_nb.engine.modes.select', _leave): return slim(images)
         return logits
+
+    def shipped(self, model, scale, centre):
+        return SlimViT(model, avit_policy(model, scale, -centre), 'packed')
 
     def wrong(self, model, scale, centre): return self.ours(model, scale, centre - 3)
 
@@ -422,17 +436,20 @@ def compare(method:str, # One of OFFICIAL
         try:
             with their_modules(code/o.folder, o.stubs()) as load:
                 theirs = [[o.theirs(load, m, **s) for m, _ in both] for s in o.settings]
+                published = [o.published(load, both[1][0], **s) for s in o.settings]
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 found = [[gaps(f, o.ours(m, **s), o.wrong(m, **s), x) for f, (m, x) in zip(fs, both)]
                          for fs, s in zip(theirs, o.settings)]
+                slips = [(f(x.double()) - o.shipped(both[1][0], **s)(x.double())).abs().max().item()
+                         for f, s in zip(published, o.settings)]
         except VitpruneError: raise
         except Exception as e:            # whatever strange code can raise
             raised = f'{type(e).__name__} was raised ({e})'
             refuse('code', f'{code/o.folder}, where {raised}', f'a checkout of {o.repo} that runs')
-        for s, (single, double) in zip(o.settings, found, strict=True):
+        for s, slip, (single, double) in zip(o.settings, slips, found, strict=True):
             note = dict(repository=o.repo, their_commit=commit_of(code/o.folder), gap=single['gap'],
-                        gap_double=double['gap'], spoilt=double['spoilt'], logits=double['logits'])
+                        gap_double=double['gap'], slip=slip, spoilt=double['spoilt'], logits=double['logits'])
             what = {k: plain(v) for k, v in dict(s, model=kw).items()}
             rows.append(make_row(method, name, schedule=what, seed=0, note=note))
         single, double = (max(g['gap'] for g in gs) for gs in zip(*found))
