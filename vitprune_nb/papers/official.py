@@ -44,6 +44,7 @@ def their_modules(code,    # Folder of a checkout
     before = {n: sys.modules.pop(n) for n in hidden()}
     sys.path.insert(0, str(code))
     sys.modules.update(stubs)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True       # nothing of theirs is touched
     # they greet and print what they are about to do; new versions of PyTorch warn of old calls
     try:
         with contextlib.redirect_stdout(None), warnings.catch_warnings():
@@ -51,6 +52,7 @@ def their_modules(code,    # Folder of a checkout
             yield importlib.import_module
     finally:
         sys.path.remove(str(code))
+        sys.dont_write_bytecode = writes
         for n in hidden(): del sys.modules[n]
         sys.modules.update(before)
 
