@@ -6,7 +6,7 @@ import torch
 
 from vitprune_nb.engine.fates import Fate
 from vitprune_nb.engine.modes import MODES
-from vitprune_nb.engine.policy import POINTS, ClsAttention, NormScore, Policy, RandomScore, Scorer, Step
+from vitprune_nb.engine.policy import POINTS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer, Step
 from vitprune_nb.engine.slim import BACKBONES, SlimViT, TimmViT, check_policy
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods.life import LifeLeft, life_plan
@@ -556,3 +556,14 @@ def test_a_scale_changed_by_hand_counts_where_timm_reads_it(images, fused):
     for name, policy in rules.items():
         for mode in ('mask', 'packed') if policy.ragged else ('mask', 'gather', 'packed'):
             assert torch.allclose(SlimViT(net, policy, mode)(images), net(images), atol=1e-5), (name, mode)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_given_counts_are_kept_in_every_block_and_in_any_batch(model, images, seed):
+    counts = {1: (15, 9, 4), 2: (7, 6, 3), 3: (2, 5, 0)}
+    def slim(rows):
+        return SlimViT(model, Policy({i: Step(score=GivenCounts([c[b] for b in rows], seed), threshold=0.) for i, c in counts.items()}), 'packed').eval()
+    kept = slim(range(3)).kept(images)
+    assert kept.sum(-1).tolist() == [[16, *c] for c in zip(*counts.values(), strict=True)]
+    for b in range(3): assert torch.equal(slim([b]).kept(images[b:b + 1])[0], kept[b])
+    assert (kept[:, 1:] <= kept[:, :-1]).all(), 'one order for all blocks'

@@ -182,17 +182,16 @@ class ClsAttention(Scorer):
 # %% ../../nbs/1_foundations/04b_policy.ipynb #2d3a532d
 @register_scorer('given_counts')
 class GivenCounts(Scorer):
-    """Scores above 0 for exactly counts[b] patches of image b (the same random order for all): ragged
-    budgets on demand."""
+    """Scores above 0 for exactly counts[b] of the patches of image b that are there, the first ones of one
+    random order of places, the same for all images and blocks: ragged budgets on demand."""
     def __init__(self, counts, seed:int=0):
         super().__init__()
-        self.counts, self.seed = list(counts), seed
+        self.counts, self.seed, self.lot = [int(c) for c in counts], seed, RandomScore(seed)
     def config(self): return dict(counts=self.counts, seed=self.seed)
     def forward(self, t:Tokens):
-        n = int(t.pos.max()) + 1
-        order = torch.randperm(n - t.n_prefix,
-                               generator=torch.Generator().manual_seed(self.seed)).to(t.pos.device)
-        rank = torch.cat([order.new_zeros(t.n_prefix), order])[t.pos.clamp_min(0)]
+        out = torch.arange(t.pos.shape[1], device=t.pos.device) < t.n_prefix
+        if t.present is not None: out = out | ~t.present
+        rank = self.lot(t).masked_fill(out, math.inf).argsort(dim=1, stable=True).argsort(1)
         return torch.tensor(self.counts, device=t.pos.device)[:len(t.pos), None] - rank - .5
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #5cc9e4b5

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'their_modules', 'old_timm', 'loud_vit', 'official', 'Official', 'Tome', 'PaddedSampling', 'Ats', 'Evit',
-           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'gaps', 'plain', 'compare',
-           'main']
+           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'checkout', 'gaps', 'plain',
+           'compare', 'main']
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00003
 import argparse, contextlib, copy, functools, importlib, os, subprocess, sys, types, warnings
@@ -408,6 +408,13 @@ def clone_of(o, code)->str: # An `Official`, the folder of all
     "The command that brings the authors' code to where it is looked for."
     return f'git clone https://github.com/{o.repo} {Path(code)/o.folder}'
 
+def checkout(method, code)->tuple: # (`Official`, its folder)
+    "Where the authors' code of a method is."
+    require(method in OFFICIAL, 'methods', method, ', '.join(OFFICIAL))
+    o, code = OFFICIAL[method], path_of('code', code)
+    require((code/o.folder).is_dir(), 'code', code, f"a folder with {method}'s code", clone_of(o, code))
+    return o, code/o.folder
+
 def gaps(theirs, ours, wrong, # Functions of images
          images, # (B, 3, H, W)
          )->dict: # gap, spoilt: largest differences of logits; logits: their standard deviation
@@ -427,16 +434,14 @@ def compare(method:str, # One of OFFICIAL
             say=print,  # Gets a line for each model
             )->list:    # A row for each model and setting
     "The authors' code of a method against ours, on random weights and images."
-    require(method in OFFICIAL, 'methods', method, ', '.join(OFFICIAL))
-    o, code, rows = OFFICIAL[method], path_of('code', code), []
-    require((code/o.folder).is_dir(), 'code', code, f"a folder with {method}'s code", clone_of(o, code))
+    (o, folder), rows = checkout(method, code), []
     for name, kw in o.models:
         model = loud_vit(name, **kw)
         o.prepare(model)
         x = torch.randn(4, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
         both = [(model, x), (copy.deepcopy(model).double(), x.double())]
         try:
-            with their_modules(code/o.folder, o.stubs()) as load:
+            with their_modules(folder, o.stubs()) as load:
                 theirs = [[o.theirs(load, m, **s) for m, _ in both] for s in o.settings]
                 published = [o.published(load, both[1][0], **s) for s in o.settings]
             with warnings.catch_warnings():
@@ -448,9 +453,9 @@ def compare(method:str, # One of OFFICIAL
         except VitpruneError: raise
         except Exception as e:            # whatever strange code can raise
             raised = f'{type(e).__name__} was raised ({e})'
-            refuse('code', f'{code/o.folder}, where {raised}', f'a checkout of {o.repo} that runs')
+            refuse('code', f'{folder}, where {raised}', f'a checkout of {o.repo} that runs')
         for s, slip, (single, double) in zip(o.settings, slips, found, strict=True):
-            note = dict(repository=o.repo, their_commit=commit_of(code/o.folder), gap=single['gap'],
+            note = dict(repository=o.repo, their_commit=commit_of(folder), gap=single['gap'],
                         gap_double=double['gap'], slip=slip, spoilt=double['spoilt'], logits=double['logits'])
             what = {k: plain(v) for k, v in dict(s, model=kw).items()}
             rows.append(make_row(method, name, schedule=what, seed=0, note=note))
@@ -478,6 +483,7 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     methods, file = o.methods.split(','), o.results or data_path('results', 'official.csv')
     try:
         old = [r for r in read_rows(file) if r['method'] not in methods] if file.exists() else []
+        for m in methods: checkout(m, o.code)
         rows = [r for m in methods for r in compare(m, o.code)]
         with write_atomic(file) as tmp: tmp.write_text(to_csv(old + rows), encoding='utf-8', newline='\n')
     except VitpruneError as e: print(f'official: {for_shell(str(e))}', file=sys.stderr); return 2

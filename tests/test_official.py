@@ -1,0 +1,103 @@
+"Comparisons with somebody's code: what is refused, what is left as it was, and rows that are replaced."
+import functools, subprocess, sys
+
+import pytest
+from vitprune_nb.engine.policy import Policy, Step
+from vitprune_nb.engine.slim import SlimViT
+from vitprune_nb.errors import VitpruneError
+from vitprune_nb.evidence.results import append_rows, make_row, read_rows
+from vitprune_nb.papers.official import OFFICIAL, Official, clone_of, commit_of, compare, main, plain, their_modules
+
+CODE = '''
+import helper
+def logits(model, images, keep):
+    x = model.blocks[0](model._pos_embed(model.patch_embed(images)))[:, :helper.MORE + keep]
+    return model.forward_head(model.norm(model.blocks[1:](x)))
+'''
+
+
+class Toy(Official):
+    method, repo = 'toy', 'somebody/toy'
+    models, settings = (('vit_tiny_patch16_224', dict(img_size=32, depth=2, embed_dim=48, num_heads=3)),), (dict(keep=1), dict(keep=3))
+    def theirs(self, load, model, keep): return functools.partial(load('toy_net').logits, model, keep=keep)
+    def ours(self, model, keep): return SlimViT(model, Policy({1: Step(keep=range(keep))}))
+    def wrong(self, model, keep): return self.ours(model, keep - 1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(OFFICIAL, 'toy', Toy())
+    code = tmp_path/'code'
+    (code/'toy').mkdir(parents=True)
+    (code/'toy'/'toy_net.py').write_text(CODE)
+    (code/'toy'/'helper.py').write_text('MORE = 1')
+    return code
+
+
+def test_equal_code_agrees_and_a_slip_is_seen(folder):
+    right = compare('toy', folder, say=lambda text: None)
+    assert [r['schedule'] for r in right] == [dict(keep=k, model='img_size 32, depth 2, embed_dim 48, num_heads 3') for k in ('1', '3')]
+    assert all(r['note']['gap_double'] < 1e-12 and r['note']['spoilt'] > 1e-3 for r in right)
+    (folder/'toy'/'helper.py').write_text('MORE = 2')
+    assert compare('toy', folder, say=lambda text: None)[0]['note']['gap_double'] > 1e-3
+
+
+@pytest.mark.parametrize('text', [CODE, 'import a_package_of_2019', 'raise SystemError', 'logits = None', CODE.replace('MORE', 'LESS')])
+def test_the_interpreter_is_as_it_was(folder, text):
+    (folder/'toy'/'toy_net.py').write_text(text)
+    modules, path, writes = set(sys.modules), list(sys.path), sys.dont_write_bytecode
+    before = sorted(p.name for p in folder.rglob('*'))
+    if text == CODE: compare('toy', folder, say=lambda text: None)
+    else:
+        with pytest.raises(VitpruneError, match='was raised .*; allowed: a checkout of somebody/toy that runs'):
+            compare('toy', folder, say=lambda text: None)
+    assert not {m for m in set(sys.modules) - modules if m in ('toy_net', 'helper')}
+    assert (sys.path, sys.dont_write_bytecode) == (path, writes)
+    assert sorted(p.name for p in folder.rglob('*')) == before, 'nothing is written into their folder'
+
+
+def test_a_module_of_ours_comes_back(folder):
+    own = sys.modules['helper'] = object()
+    try:
+        with their_modules(folder/'toy') as load: assert load('helper').MORE == 1
+        assert sys.modules['helper'] is own
+    finally: del sys.modules['helper']
+
+
+def test_rows_of_what_was_compared_are_replaced(folder, tmp_path, capsys):
+    file, words = tmp_path/'official.csv', [str(folder), '--methods', 'toy', '--results', str(tmp_path/'official.csv')]
+    append_rows(file, [make_row('other', note=dict(gap=1.)), make_row('toy', note=dict(gap=2.))])
+    for _ in range(2):
+        assert main(words) == 0
+        assert [r['method'] for r in read_rows(file)] == ['other', 'toy', 'toy']
+    assert read_rows(file)[0]['note'] == dict(gap=1.)
+
+
+@pytest.mark.parametrize('words, said', [
+    (['nowhere'], 'code: got nowhere'), (['{code}', '--methods', 'Toy'], 'methods: got Toy; allowed: tome, ats'),
+    (['{code}', '--methods', ''], 'methods: got '), (['{code}', '--methods', 'toy,'], 'methods: got '),
+    (['{code}', '--methods', 'toy,evit'], 'git clone https://github.com/youweiliang/evit'), (['{file}'], 'code: got '),
+    (['{code}', '--methods', 'toy', '--results', '{mine}'], 'results: got '), (['{code}', '--methods', 'toy', '--results', '{code}'], 'results: got '),
+    (['{code}', '--methods', 'toy', '--results', '{file}/x.csv'], 'got ')])
+def test_bad_words_are_one_sentence_and_touch_nothing(folder, tmp_path, capsys, words, said):
+    (tmp_path/'mine.csv').write_text('a,b\n1,2\n')
+    (tmp_path/'file').write_text('x')
+    places = dict(code=folder, file=tmp_path/'file', mine=tmp_path/'mine.csv')
+    words = [w.format(**places) for w in words]
+    if '--results' not in words: words += ['--results', str(tmp_path/'new.csv')]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('official: ') and said in err and err.count('\n') == 1, err
+    assert (tmp_path/'mine.csv').read_text() == 'a,b\n1,2\n' and not (tmp_path/'new.csv').exists()
+
+
+def test_where_a_clone_stands(tmp_path):
+    assert commit_of(tmp_path) == '' and clone_of(OFFICIAL['evit'], 'F') == 'git clone https://github.com/youweiliang/evit F/evit'
+    git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True, text=True).stdout
+    git('init', '-q')
+    git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '--allow-empty', '-m', 'x')
+    assert commit_of(tmp_path) == git('rev-parse', 'HEAD').strip() != ''
+
+
+def test_settings_in_plain_words():
+    assert plain(dict(a=1, b=[2, 3])) == 'a 1, b [2, 3]' and plain([4, 8]) == plain((4, 8)) == '4 8' and plain(.5) == '0.5' and plain({}) == ''
