@@ -20,8 +20,7 @@ from ..core import data_path
 from ..engine.policy import Policy, Step
 from ..engine.slim import SlimViT
 from ..errors import VitpruneError, for_shell, path_of, refuse, require
-from ..evidence.results import make_row, read_rows, to_csv
-from ..files import write_atomic
+from ..evidence.results import make_row, read_rows, replace_rows
 from ..methods.ats import AdaptiveSampling, ats_policy, draw
 from ..methods.avit import avit_policy
 from ..methods.dynamicvit import dynamic_policy, make_predictors, quarter_stages
@@ -482,10 +481,10 @@ def main(args:list|None=None # Words of the command line; None takes them from t
     o = _words().parse_args(args)
     methods, file = o.methods.split(','), o.results or data_path('results', 'official.csv')
     try:
-        old = [r for r in read_rows(file) if r['method'] not in methods] if file.exists() else []
+        if file.exists(): read_rows(file)               # or nobody can add to it later
         for m in methods: checkout(m, o.code)
         rows = [r for m in methods for r in compare(m, o.code)]
-        with write_atomic(file) as tmp: tmp.write_text(to_csv(old + rows), encoding='utf-8', newline='\n')
+        replace_rows(file, rows, lambda r: r['method'] in methods)
     except VitpruneError as e: print(f'official: {for_shell(str(e))}', file=sys.stderr); return 2
     return 0
 

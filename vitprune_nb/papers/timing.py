@@ -6,8 +6,8 @@
 __all__ = ['SLICES', 'PLANS', 'TIMED', 'ENGINES', 'ALLOCATOR', 'DEIT', 'THROUGHPUT', 'CASE', 'Contestant', 'patch_contestant',
            'life_contestant', 'channel_contestants', 'even_shares', 'skip_policy', 'cosine_contestant', 'course_shares',
            'contestants', 'constants', 'Case', 'compile_error', 'cannot', 'all_cases', 'page_faults', 'time_case',
-           'timing_grid', 'short_name', 'timing_table', 'no_gain', 'draw_realised', 'life_speeds', 'over_sessions',
-           'draw_sessions', 'main']
+           'image_rows', 'record_images', 'promise_table', 'timing_grid', 'short_name', 'timing_table', 'no_gain',
+           'draw_realised', 'life_speeds', 'over_sessions', 'draw_sessions', 'main']
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #87d68224
 import argparse, contextlib, functools, itertools, os, re, sys
@@ -32,7 +32,8 @@ from ..engine.macs import macs_of
 from ..methods.base import turn
 from .patch_tables import PRINTED
 from ..engine.plan import ramp_plan, uniform_plan
-from ..evidence.results import append_rows, make_row, mean_interval, read_rows, settings
+from ..evidence.results import (append_rows, make_row, mean_interval, read_rows, replace_rows,
+                                          settings)
 from ..vit.model import create_vit
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #1ee3e42a
@@ -272,6 +273,45 @@ def time_case(case:Case,      # What to time
                              schedule=dict(engine=case.engine, budget=budget, dial=found[n].dial,
                                            **_apart(session), **kwargs)))
     return rows
+
+# %% ../../nbs/6_reference/32a_grid.ipynb #32a00002
+def image_rows(method:str,   # What rows call it
+               backbone:str, # Likewise
+               dense,        # A timm ViT
+               pruned:dict,  # {what sets it apart: a pruned form of it}
+               images,       # (B, 3, H, W)
+               repeats:int=20, warmup:int=2, # Rounds that count, and rounds before
+               note:str='',  # Anything else
+               )->list:      # Result rows, the dense network first
+    "Dense and pruned networks timed in turn on these images, and what their MACs promise on them."
+    timing = bench(dict(dense=dense, **pruned), images, warmup, repeats)
+    macs = dict(dense=model_macs(dense), **{n: macs_of(m, images) for n, m in pruned.items()})
+    rows = []
+    for t, r in zip(timing, time_reduction(timing, 'dense'), strict=True):
+        n = t['name']
+        said = {f'speed_up{e}': round(1/(1 - r[f'time_reduction{e}']), 4) for e in ('', '_low', '_high')}
+        promised = dict(by_macs=round(macs['dense']/macs[n], 4), about=note)
+        rows.append(make_row('dense' if n == 'dense' else method, backbone, timing=t, macs=round(macs[n]),
+                             schedule=dict(beside=method) if n == 'dense' else dict(kind=n),
+                             note=promised | (said if n != 'dense' else {})))
+    return rows
+
+def record_images(path, rows:list)->int: # A CSV file; from `image_rows`. -> rows in the file afterwards
+    "Put these rows in the place of older ones of the same method and backbone."
+    mine = {(r['method'], r['backbone']) for r in rows}
+    beside = lambda r: (r['schedule'] or {}).get('beside', r['method'])
+    return replace_rows(path, rows, lambda r: (beside(r), r['backbone']) in mine)
+
+def promise_table(rows:list, method:str): # From `record_images`' file -> pandas.DataFrame
+    "Measured speed-ups of a method beside those that its MACs promise, with intervals of the rounds."
+    import pandas as pd
+    def line(r):
+        n = r['note']
+        three = [n[f'speed_up{e}'] for e in ('', '_low', '_high')]
+        say = lambda divisor: '{:.2f} ({:.2f} to {:.2f})'.format(*(v/divisor for v in three))
+        return {'network': r['backbone'], 'pruned': r['schedule']['kind'], 'images at once': r['batch'],
+                'times as fast': say(1), 'by its MACs': f"{n['by_macs']:.2f}", 'ratio': say(n['by_macs'])}
+    return pd.DataFrame([line(r) for r in rows if r['method'] == method]).set_index('network')
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #afe75b1e
 DEIT = tuple(PRINTED)   # DeiT-Ti, -S, -B
