@@ -42,7 +42,7 @@ def test_equal_code_agrees_and_a_slip_is_seen(folder):
     assert compare('toy', folder, say=lambda text: None)[0]['note']['gap_double'] > 1e-3
 
 
-@pytest.mark.parametrize('text', [CODE, 'import a_package_of_2019', 'raise SystemError', 'logits = None', CODE.replace('MORE', 'LESS')])
+@pytest.mark.parametrize('text', [CODE, 'import a_package_of_2019', 'import sys; sys.exit()', 'logits = None', CODE.replace('MORE', 'LESS'), CODE + 'import sys; sys.path.clear(); raise ValueError'])
 def test_the_interpreter_is_as_it_was(folder, text):
     (folder/'toy'/'toy_net.py').write_text(text)
     modules, path, writes = set(sys.modules), list(sys.path), sys.dont_write_bytecode
@@ -56,6 +56,19 @@ def test_the_interpreter_is_as_it_was(folder, text):
     assert sorted(p.name for p in folder.rglob('*')) == before, 'nothing is written into their folder'
 
 
+@pytest.mark.parametrize('code, said', [(CODE.replace('return model', 'if len(x) == 1: return x[:, 0]/0*0\n    return model'), 'not finite|logits: got'),
+                                        (CODE.replace('    return', '    return x[0, :1, :1].expand(1, 10)\n    return'), r'logits: got \[1, 10\]')])
+def test_logits_that_are_none(folder, code, said):
+    (folder/'toy'/'toy_net.py').write_text(code)
+    with pytest.raises(VitpruneError, match=said): compare('toy', folder, say=lambda text: None)
+
+
+def test_not_a_number_is_not_small(folder):
+    (folder/'toy'/'toy_net.py').write_text(CODE.replace('return model.forward_head', 'return x.new_tensor(torch.nan if len(x) == 1 else 0.) + model.forward_head')
+                                           .replace('import helper', 'import helper, torch'))
+    with pytest.raises(VitpruneError, match='whose logits are not finite'): compare('toy', folder, say=lambda text: None)
+
+
 def test_a_module_of_ours_comes_back(folder):
     own = sys.modules['helper'] = object()
     try:
@@ -66,11 +79,11 @@ def test_a_module_of_ours_comes_back(folder):
 
 def test_rows_of_what_was_compared_are_replaced(folder, tmp_path, capsys):
     file, words = tmp_path/'official.csv', [str(folder), '--methods', 'toy', '--results', str(tmp_path/'official.csv')]
-    append_rows(file, [make_row('other', note=dict(gap=1.)), make_row('toy', note=dict(gap=2.))])
-    for _ in range(2):
-        assert main(words) == 0
-        assert [r['method'] for r in read_rows(file)] == ['other', 'toy', 'toy']
-    assert read_rows(file)[0]['note'] == dict(gap=1.)
+    append_rows(file, [make_row('other', note=dict(gap_double=1.)), make_row('toy', note='a row that compares nothing')])
+    kept = read_rows(file)
+    for methods in ('toy', 'toy,toy'):
+        assert main([methods if w == 'toy' else w for w in words]) == 0
+        assert [r['method'] for r in read_rows(file)] == ['other', 'toy', 'toy', 'toy'] and read_rows(file)[:2] == kept
 
 
 @pytest.mark.parametrize('words, said', [
@@ -95,8 +108,12 @@ def test_where_a_clone_stands(tmp_path):
     assert commit_of(tmp_path) == '' and clone_of(OFFICIAL['evit'], 'F') == 'git clone https://github.com/youweiliang/evit F/evit'
     git = lambda *words: subprocess.run(['git', '-C', str(tmp_path), *words], check=True, capture_output=True, text=True).stdout
     git('init', '-q')
+    assert commit_of(tmp_path) == '', 'no commit yet'
     git('-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '--allow-empty', '-m', 'x')
     assert commit_of(tmp_path) == git('rev-parse', 'HEAD').strip() != ''
+    (tmp_path/'a').write_text('1')
+    git('add', 'a')
+    assert commit_of(tmp_path) == git('rev-parse', 'HEAD').strip() + '+'
 
 
 def test_settings_in_plain_words():

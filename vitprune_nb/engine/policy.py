@@ -182,13 +182,19 @@ class ClsAttention(Scorer):
 # %% ../../nbs/1_foundations/04b_policy.ipynb #2d3a532d
 @register_scorer('given_counts')
 class GivenCounts(Scorer):
-    """Scores above 0 for exactly counts[b] of the patches of image b that are there, the first ones of one
-    random order of places, the same for all images and blocks: ragged budgets on demand."""
-    def __init__(self, counts, seed:int=0):
+    """Scores above 0 for exactly counts[b] of the patches of the b-th image of a batch, fewer if fewer are
+    there: the first ones of one random order of places, the same for all images and blocks."""
+    def __init__(self, counts, # A whole number for each image: a list, or a tensor (B,)
+                 seed:int=0):  # Of the order
         super().__init__()
-        self.counts, self.seed, self.lot = [int(c) for c in counts], seed, RandomScore(seed)
+        counts = counts.tolist() if isinstance(counts, torch.Tensor) else counts
+        ok = isinstance(counts, (list, tuple)) and all(is_whole(c) and c >= 0 for c in counts)
+        require(ok, 'counts', counts, 'whole numbers, 0 or more, one for each image')
+        self.counts, self.seed, self.lot = list(counts), seed, RandomScore(seed)
     def config(self): return dict(counts=self.counts, seed=self.seed)
     def forward(self, t:Tokens):
+        n = len(self.counts)
+        require(len(t.pos) <= n, 'images', f'{len(t.pos)} in a batch', f'at most {n}, one for each count')
         out = torch.arange(t.pos.shape[1], device=t.pos.device) < t.n_prefix
         if t.present is not None: out = out | ~t.present
         rank = self.lot(t).masked_fill(out, math.inf).argsort(dim=1, stable=True).argsort(1)

@@ -51,18 +51,24 @@ class Random(Uniform):
 # %% ../../nbs/3_methods/11d_baselines.ipynb #ba000011
 def mean_counts(pruned,      # A `SlimViT` with thresholds
                 images=None, # (B, 3, H, W) or an `ImageSet` to count on; None: what `prune` remembered
-                )->dict:     # {block index: patches}, one for each of these steps
-    "How many patches a threshold leaves on average, in whole numbers that add up to the means."
-    p, found, over, last = pruned.num_prefix_tokens, {}, 0., pruned.n_tokens - pruned.num_prefix_tokens
-    counts = counts_of(pruned, images)
-    for i, s in pruned.policy.each():
-        if not s.ragged: continue
-        nq, _, nmlp, _ = counts[i]
-        mean = (nmlp if s.at == 'middle' else nq) - p + over
+                )->dict:     # {(block index, place): patches}, one for each step with a threshold
+    """How many patches a threshold leaves on average, in whole numbers; what rounding takes is made up for in
+    the next step."""
+    require(hasattr(pruned, 'policy'), 'pruned', type(pruned).__name__, 'a pruned model, from `prune`')
+    p, last = pruned.num_prefix_tokens, pruned.n_tokens - pruned.num_prefix_tokens
+    counts, steps, found, over, span = counts_of(pruned, images), list(pruned.policy.each()), {}, 0., 1
+    ends = [i for i, _ in steps[1:]] + [len(pruned.blocks)]
+    for (i, s), end in zip(steps, ends, strict=True):
+        if not s.ragged:
+            if not s.fate.stays: last = min(last, s.patches + s.fate.joins)
+            continue
+        nq, nkv, nmlp, _ = counts[i]
+        blocks = 1 if s.fate.stays else max(end - i, 1)       # that compute so many
+        mean = dict(before=nkv, queries=nq, middle=nmlp)[s.at] - p + over*min(1., span/blocks)
         least = int(pruned.averages and s.fate.lost)          # a head that averages patches needs one
-        found[i] = min(max(round(mean), least), last)
-        over = mean - found[i]
-        if not s.fate.stays: last = found[i]
+        found[i, s.at] = min(max(round(mean), least), last)
+        over, span = mean - found[i, s.at], blocks
+        if not s.fate.stays: last = found[i, s.at]
     return found
 
 
@@ -70,10 +76,14 @@ def mean_counts(pruned,      # A `SlimViT` with thresholds
 def chance_policy(policy:Policy, # Of any method
                   n_patches:int, # Of the dense model
                   seed:int=0,    # Of the draw
-                  counts=None,   # {block index: patches} for steps with a threshold, from `mean_counts`
+                  counts=None,   # From `mean_counts`, for steps with a threshold
                   )->Policy:     # As many tokens in each block
     """The same places and counts, and random choices; where tokens stay, a new draw wherever the method
     chooses anew."""
+    check_seed(seed)
+    given = {(i, s.at) for i, s in policy.each() if s.ragged}
+    fits = given <= set(counts or ())
+    require(fits, 'counts', counts, f'a number for each of {sorted(given)}, from `mean_counts`')
     since, last = {}, None                              # the block of the last new choice
     for i in sorted(policy.steps):
         anew = any(getattr(s.score, 'renew', True) for s in steps_of(policy.steps, i))
@@ -81,7 +91,7 @@ def chance_policy(policy:Policy, # Of any method
     def blind(i, s):
         draw = seed + 1000*(since[i] + 1) if s.fate.stays else seed
         fate = 'idle' if s.fate.stays else 'halt' if s.fate.freezes else 'remove'
-        count = counts[i] if s.ragged else min(s.patches + s.fate.joins, n_patches)
+        count = counts[i, s.at] if s.ragged else min(s.patches + s.fate.joins, n_patches)
         return Step(s.at, fate, score=RandomScore(draw), count=count)
     return Policy({i: tuple(blind(i, s) for s in steps_of(policy.steps, i)) for i in policy.steps}, 'chance')
 

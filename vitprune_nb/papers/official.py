@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'their_modules', 'old_timm', 'loud_vit', 'official', 'Official', 'Tome', 'PaddedSampling', 'Ats', 'Evit',
-           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'checkout', 'gaps', 'plain',
-           'compare', 'main']
+           'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'checkout', 'gap', 'gaps',
+           'plain', 'compare', 'main']
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00003
-import argparse, contextlib, copy, functools, importlib, os, subprocess, sys, types, warnings
+import argparse, contextlib, copy, functools, importlib, math, os, subprocess, sys, types, warnings
 from itertools import accumulate
 from pathlib import Path
 from unittest import mock
@@ -16,7 +16,7 @@ from unittest import mock
 # %% ../../nbs/5_papers/34_official.ipynb #34f00004
 import torch
 import torch.nn.functional as F
-from ..core import data_path
+from ..core import check_seed, data_path
 from ..engine.policy import Policy, Step
 from ..engine.slim import SlimViT
 from ..errors import VitpruneError, for_shell, path_of, refuse, require
@@ -38,20 +38,24 @@ def their_modules(code,    # Folder of a checkout
                   ):       # `load(name)`, for a name as their files import it
     "Inside, imports find the files of a folder and the stand-ins first; afterwards all is as before."
     code = path_of('code', code)
+    require(code.is_dir(), 'code', code, 'a folder')
     own = {p.stem for p in code.iterdir()} | set(stubs)
     hidden = lambda: [n for n in sys.modules if n in own or n.partition('.')[0] in own]
     before = {n: sys.modules.pop(n) for n in hidden()}
+    path, writes, drawn, kind = (list(sys.path), sys.dont_write_bytecode, torch.get_rng_state(),
+                                 torch.get_default_dtype())
     sys.path.insert(0, str(code))
     sys.modules.update(stubs)
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True       # nothing of theirs is touched
+    sys.dont_write_bytecode = True       # nothing is written into their folder
     # they greet and print what they are about to do; new versions of PyTorch warn of old calls
     try:
         with contextlib.redirect_stdout(None), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield importlib.import_module
     finally:
-        sys.path.remove(str(code))
-        sys.dont_write_bytecode = writes
+        sys.path[:], sys.dont_write_bytecode = path, writes
+        torch.set_rng_state(drawn)
+        torch.set_default_dtype(kind)
         for n in hidden(): del sys.modules[n]
         sys.modules.update(before)
 
@@ -68,6 +72,7 @@ def loud_vit(name, # timm's
              seed:int=0, # Of weights, biases, norms and positions
              **kw):# For timm
     "A ViT in eval mode whose attention is far from even, so that a wrong choice is seen in its logits."
+    check_seed(seed)
     model = create_vit(name, num_classes=10, **kw)
     gen = torch.Generator().manual_seed(seed)
     for n, p in model.named_parameters():
@@ -89,19 +94,24 @@ def official(method, repo): # Class decorator
     return add
 
 class Official:
-    "The authors' code of a method beside ours, with the same weights and settings."
-    slips = ''      # what their code does that ours does not, and how it is put back here
+    """The authors' code of a method beside ours, with the same weights and settings: functions from images
+    (B, 3, H, W) to logits (B, classes)."""
+    slips = ''      # what their code does and ours does not, and how the comparison deals with it
     settings = ({},)
     models = (('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', dict(img_size=96)))
 
     def stubs(self)->dict: return old_timm()
     def prepare(self, model): "Change random weights, where a method asks for it."
-    def theirs(self, load, model, **s): raise NotImplementedError # -> a function of images
-    def ours(self, model, **s): raise NotImplementedError         # -> a function of images
-    def wrong(self, model, **s): return self.ours(model, **{**s, 'keep_rate': s['keep_rate']*.9 + .01})
-    # with the slips: their code with nothing changed, and ours with nothing put back
-    def published(self, load, model, **s): return self.theirs(load, model, **s)
-    def shipped(self, model, **s): return self.ours(model, **s)
+    def theirs(self, load, model, **s): raise NotImplementedError  # their classes, slips taken out
+    def ours(self, model, **s): raise NotImplementedError          # a `SlimViT`, slips added
+    def wrong(self, model, **s): return self.ours(model, **{**s, 'keep_rate': s['keep_rate']*.8})
+    def published(self, load, model, **s): return self.theirs(load, model, **s)  # nothing taken out
+    def shipped(self, model, **s): return self.ours(model, **s)                  # nothing added
+
+    def sizes(self, model)->dict: # of a ViT, as old timm's classes take them
+        embed, blocks = model.patch_embed, model.blocks
+        return dict(img_size=embed.img_size, patch_size=embed.patch_size, num_classes=model.num_classes,
+                    embed_dim=model.embed_dim, depth=len(blocks), num_heads=blocks[0].attn.num_heads)
 
     @property
     def folder(self): return self.repo.partition('/')[2]
@@ -109,9 +119,9 @@ class Official:
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000c
 @official('tome', 'facebookresearch/ToMe')
 class Tome(Official):
-    slips = ('Their schedules round the number of each block down, so that a falling one merges too few '
-             'tokens: here our policy is given their numbers. Their patch passes over LayerScale and over '
-             'norms of q and k without a word: the models here have neither.')
+    slips = ('Their schedules that rise or fall round the number of each block down, so that too few tokens '
+             'are merged in all: here our policy is given their numbers. Their patch passes over LayerScale '
+             'and over norms of q and k without a word: the models here have neither.')
     models = (*Official.models, ('deit_tiny_distilled_patch16_224', dict(img_size=96)),
               ('vit_tiny_patch16_224', dict(img_size=96, global_pool='avg')))
     settings = (dict(r=1), dict(r=8), dict(r=13), dict(r=16), dict(r=(13, -1.)), dict(r=(8, .5)),
@@ -140,7 +150,7 @@ class Tome(Official):
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000d
 class PaddedSampling(AdaptiveSampling):
-    "Sampling in which the zero of the padding is the least score of an image that is padded."
+    "Sampling in which the zero of the padding is the least score of an image that is padded; above 0: drawn."
     def __init__(self, samples, longest): # tokens to which all are padded; 0: to the longest of the batch
         super().__init__(samples, 'official')
         self.longest = longest
@@ -210,19 +220,15 @@ class Ats(Official):
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000e
 @official('evit', 'youweiliang/evit')
 class Evit(Official):
-    slips = ('None without a DIST token. With one, their two heads read CLS of the first two images, so '
-             'there is nothing to compare.')
+    slips = ('With a DIST token, their two heads read CLS of the first two images: not compared.')
     settings = (*(dict(keep_rate=r) for r in (.9, .7, .5, .2, 1.)), dict(keep_rate=.7, fuse=False),
                 dict(keep_rate=.5, stages=(1, 2, 12)), dict(keep_rate=.8, stages=(3, 4, 5, 6, 7, 8)))
 
     def stubs(self): return old_timm(dict(torchprofile=dict(profile_macs=None)))
 
     def theirs(self, load, model, keep_rate, stages=(4, 7, 10), fuse=True):
-        block, embed = model.blocks[0], model.patch_embed
         rates = [keep_rate if b + 1 in stages else 1 for b in range(len(model.blocks))]
-        net = load('evit').EViT(embed.img_size, embed.patch_size, num_classes=model.num_classes,
-                                embed_dim=model.embed_dim, depth=len(rates), num_heads=block.attn.num_heads,
-                                keep_rate=rates, fuse_token=fuse)
+        net = load('evit').EViT(**self.sizes(model), keep_rate=rates, fuse_token=fuse)
         net.to(model.pos_embed).load_state_dict(model.state_dict())
         return net.eval()
 
@@ -247,10 +253,9 @@ class DynamicVit(Official):
         return [f.to(model.pos_embed) for f in found]
 
     def theirs(self, load, model, keep_rate, stages=None, seed=0):
-        block, embed, stages = model.blocks[0], model.patch_embed, stages or quarter_stages(len(model.blocks))
+        stages = stages or quarter_stages(len(model.blocks))
         net = load('models.dyvit').VisionTransformerDiffPruning(
-            embed.img_size, embed.patch_size, num_classes=model.num_classes, embed_dim=model.embed_dim,
-            depth=len(model.blocks), num_heads=block.attn.num_heads, pruning_loc=[b - 1 for b in stages],
+            **self.sizes(model), pruning_loc=[b - 1 for b in stages],
             token_ratio=[keep_rate**(i + 1) for i in range(len(stages))])
         weights = dict(model.state_dict())
         for i, p in enumerate(self.predictors(model, stages, seed)):
@@ -266,6 +271,8 @@ class DynamicVit(Official):
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000f
 @official('evovit', 'YifanXu74/Evo-ViT')
 class EvoVit(Official):
+    slips = ('Which patches were in a block, theirs remembers; ours asks whose attention is above 0, which '
+             'is the same until an exponential is 0 in floating point: not compared.')
     models = tuple((n, dict(kw, global_pool='avg')) for n, kw in Official.models)     # as their DeiT
     settings = (*(dict(keep_rate=r) for r in (.5, .7, .3, .9, 1.)), dict(keep_rate=.5, share=.2),
                 dict(keep_rate=.5, share=.8), dict(keep_rate=.5, layer_wise=True))
@@ -285,9 +292,7 @@ class EvoVit(Official):
     def theirs(self, load, model, keep_rate, share=.5, layer_wise=False):
         # blocks 1 to 4 take the newest attention alone, as in the models that they register
         net = load('deit.evo_deit').EvoVisionTransformer(
-            model.patch_embed.img_size, model.patch_embed.patch_size, num_classes=model.num_classes,
-            embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads,
-            prune_ratio=[1]*4 + [keep_rate]*8, tradeoff=[1]*4 + [share]*8)
+            **self.sizes(model), prune_ratio=[1]*4 + [keep_rate]*8, tradeoff=[1]*4 + [share]*8)
         net.remove_cls()                            # the second head, which evaluation does not use
         net.to(model.pos_embed).load_state_dict(self.renamed(model.state_dict()))
         net.stage_wise_prune = not layer_wise
@@ -308,9 +313,8 @@ class IdleVit(Official):
         L = len(model.blocks)
         # three rates for three blocks each, even where fewer than nine blocks idle
         net = load('vit').IdleVisionTransformer(
-            model.patch_embed.img_size, model.patch_embed.patch_size, num_classes=model.num_classes,
-            embed_dim=model.embed_dim, depth=L, num_heads=model.blocks[0].attn.num_heads,
-            idle_layers=range(first - 1, L), keep_ratios=[keep_rate**(1 + i//3) for i in range(9)])
+            **self.sizes(model), idle_layers=range(first - 1, L),
+            keep_ratios=[keep_rate**(1 + i//3) for i in range(9)])
         net.to(model.pos_embed).load_state_dict(model.state_dict())
         return net.eval()
 
@@ -339,9 +343,7 @@ class Avit(Official):
     def theirs(self, load, model, scale, centre):
         args = types.SimpleNamespace(act_mode=4, distr_prior_alpha=0., gate_scale=scale, gate_center=centre)
         net = load('timm.models.act_vision_transformer').VisionTransformer(
-            model.patch_embed.img_size, model.patch_embed.patch_size, num_classes=model.num_classes,
-            embed_dim=model.embed_dim, depth=len(model.blocks), num_heads=model.blocks[0].attn.num_heads,
-            distilled=hasattr(model, 'head_dist'), args=args)
+            **self.sizes(model), distilled=hasattr(model, 'head_dist'), args=args)
         net.to(model.pos_embed).load_state_dict(model.state_dict())
         net.eval()
         def logits(images): # their counters go to a GPU by name; here they stay where the images are
@@ -364,8 +366,7 @@ class Avit(Official):
 
 @official('iared', 'joon-stack/ltrp')
 class Iared(Official):
-    slips = ("The authors published no code; this repository has what seems to be a copy of their tool's "
-             'forward pass.')
+    # the authors published no code; this repository has what seems to be a copy of their tool's forward pass
     # their threshold is .5 throughout; fewer groups that decide are the stages of their curriculum
     settings = (*(dict(seed=s) for s in (0, 1, 2)), dict(deciding=2), dict(deciding=1),
                 dict(groups=(2, 5, 5)), dict(groups=(6, 6), deciding=2), dict(groups=(1, 3, 8), deciding=2))
@@ -397,11 +398,12 @@ class Iared(Official):
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00012
 def commit_of(folder)->str:
-    "The commit that is checked out, or ''."
+    "The commit that is checked out, with a + where files were changed; '' if git knows of none."
     if not (Path(folder)/'.git').exists(): return ''
-    words = 'git', '-C', str(folder), 'rev-parse', 'HEAD'
-    try: return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    def git(*words): return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True)
+    try: commit = git('rev-parse', '--verify', '-q', 'HEAD').stdout.strip()
     except OSError: return ''
+    return commit + '+'*bool(commit and git('diff-index', '--quiet', 'HEAD').returncode)
 
 def clone_of(o, code)->str: # An `Official`, the folder of all
     "The command that brings the authors' code to where it is looked for."
@@ -409,19 +411,22 @@ def clone_of(o, code)->str: # An `Official`, the folder of all
 
 def checkout(method, code)->tuple: # (`Official`, its folder)
     "Where the authors' code of a method is."
-    require(method in OFFICIAL, 'methods', method, ', '.join(OFFICIAL))
+    require(isinstance(method, str) and method in OFFICIAL, 'methods', method, ', '.join(OFFICIAL))
     o, code = OFFICIAL[method], path_of('code', code)
     require((code/o.folder).is_dir(), 'code', code, f"a folder with {method}'s code", clone_of(o, code))
     return o, code/o.folder
 
+def gap(a, b)->torch.Tensor: # largest absolute difference of two (B, classes); NaN stays NaN
+    require(a.shape == b.shape, 'logits', list(a.shape), f'{list(b.shape)}, as ours')
+    return (a - b).abs().max()
+
 def gaps(theirs, ours, wrong, # Functions of images
          images, # (B, 3, H, W)
          )->dict: # gap, spoilt: largest differences of logits; logits: their standard deviation
-    "Their logits against ours, and against those of a wrong choice."
-    want, alone = theirs(images), theirs(images[:1])
-    gap = lambda a, b: (a - b).abs().max().item()
-    return dict(gap=max(gap(want, ours(images)), gap(alone, ours(images[:1]))),
-                spoilt=gap(want, wrong(images)), logits=want.std().item())
+    "Their logits against ours, in a batch and alone, and against those of a wrong choice."
+    want = theirs(images)
+    both = torch.stack([gap(want, ours(images)), gap(theirs(images[:1]), ours(images[:1]))])
+    return dict(gap=both.max().item(), spoilt=gap(want, wrong(images)).item(), logits=want.std().item())
 
 def plain(value)->str: # of a setting, as a row holds it
     if isinstance(value, dict): return ', '.join(f'{k} {v}' for k, v in value.items())
@@ -432,7 +437,9 @@ def compare(method:str, # One of OFFICIAL
             code,       # Folder with the authors' repositories, each under its own name
             say=print,  # Gets a line for each model
             )->list:    # A row for each model and setting
-    "The authors' code of a method against ours, on random weights and images."
+    """The authors' code of a method against ours, on random weights and images. In a row's note, largest
+    absolute differences of logits: gap (float32) and gap_double of theirs and ours, slip of both with nothing
+    changed, spoilt of theirs and a wrong choice; logits: their standard deviation."""
     (o, folder), rows = checkout(method, code), []
     for name, kw in o.models:
         model = loud_vit(name, **kw)
@@ -447,13 +454,15 @@ def compare(method:str, # One of OFFICIAL
                 warnings.simplefilter('ignore')
                 found = [[gaps(f, o.ours(m, **s), o.wrong(m, **s), x) for f, (m, x) in zip(fs, both)]
                          for fs, s in zip(theirs, o.settings)]
-                slips = [(f(x.double()) - o.shipped(both[1][0], **s)(x.double())).abs().max().item()
+                slips = [gap(f(x.double()), o.shipped(both[1][0], **s)(x.double())).item()
                          for f, s in zip(published, o.settings)]
         except VitpruneError: raise
-        except Exception as e:            # whatever strange code can raise
+        except (Exception, SystemExit) as e:            # whatever strange code can raise
             raised = f'{type(e).__name__} was raised ({e})'
             refuse('code', f'{folder}, where {raised}', f'a checkout of {o.repo} that runs')
         for s, slip, (single, double) in zip(o.settings, slips, found, strict=True):
+            finite = all(map(math.isfinite, (slip, *single.values(), *double.values())))
+            require(finite, 'code', f'{folder}, whose logits are not finite at {s}', f'one of {o.repo}')
             note = dict(repository=o.repo, their_commit=commit_of(folder), gap=single['gap'],
                         gap_double=double['gap'], slip=slip, spoilt=double['spoilt'], logits=double['logits'])
             what = {k: plain(v) for k, v in dict(s, model=kw).items()}
@@ -471,7 +480,7 @@ def _words():
     p.add_argument('code', type=Path, help="folder with the authors' repositories, each under its own name")
     p.add_argument('--methods', default=','.join(OFFICIAL), help='default: %(default)s')
     p.add_argument('--results', type=Path, default=None,
-                   help='CSV whose rows of these methods are replaced; default: '
+                   help='CSV whose comparisons of these methods are replaced; default: '
                         'data/results/official.csv of the clone')
     return p
 
@@ -479,12 +488,14 @@ def main(args:list|None=None # Words of the command line; None takes them from t
          )->int:             # Exit code
     "python -m vitprune_nb.papers.official: all comparisons, or some."
     o = _words().parse_args(args)
-    methods, file = o.methods.split(','), o.results or data_path('results', 'official.csv')
+    methods = list(dict.fromkeys(o.methods.split(',')))
+    file = o.results or data_path('results', 'official.csv')
+    renews = lambda r: r['method'] in methods and 'gap_double' in (r['note'] or '')
     try:
         if file.exists(): read_rows(file)               # or nobody can add to it later
         for m in methods: checkout(m, o.code)
         rows = [r for m in methods for r in compare(m, o.code)]
-        replace_rows(file, rows, lambda r: r['method'] in methods)
+        replace_rows(file, rows, renews)
     except VitpruneError as e: print(f'official: {for_shell(str(e))}', file=sys.stderr); return 2
     return 0
 
