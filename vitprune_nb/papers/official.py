@@ -8,7 +8,7 @@ __all__ = ['OFFICIAL', 'their_modules', 'old_timm', 'loud_vit', 'official', 'Off
            'plain', 'compare', 'main']
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00003
-import argparse, contextlib, copy, functools, importlib, math, os, subprocess, sys, types, warnings
+import argparse, contextlib, copy, functools, importlib, math, subprocess, sys, types, warnings
 from itertools import accumulate
 from pathlib import Path
 from unittest import mock
