@@ -119,6 +119,7 @@ class Official:
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000c
 @official('tome', 'facebookresearch/ToMe')
 class Tome(Official):
+    "A patch of theirs changes the classes of a timm model."
     slips = ('Their schedules that rise or fall round the number of each block down, so that too few tokens '
              'are merged in all: here our policy is given their numbers. Their patch passes over LayerScale '
              'and over norms of q and k without a word: the models here have neither.')
@@ -167,6 +168,7 @@ class PaddedSampling(AdaptiveSampling):
 
 @official('ats', 'adaptivetokensampling/ATS')
 class Ats(Official):
+    "Theirs pads a batch; so does ours here."
     slips = ('Theirs takes the zeros of the padding for the least score, so that in a batch an image with '
              'fewer patches can draw its least patch and the longest cannot: here ours adds a patch of score '
              '0 to such images. Their softmax adds 1e-6, which tells where padding has the largest logit: '
@@ -220,6 +222,7 @@ class Ats(Official):
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000e
 @official('evit', 'youweiliang/evit')
 class Evit(Official):
+    "One class of theirs, with a keep rate for each block."
     slips = ('With a DIST token, their two heads read CLS of the first two images: not compared.')
     settings = (*(dict(keep_rate=r) for r in (.9, .7, .5, .2, 1.)), dict(keep_rate=.7, fuse=False),
                 dict(keep_rate=.5, stages=(1, 2, 12)), dict(keep_rate=.8, stages=(3, 4, 5, 6, 7, 8)))
@@ -235,8 +238,10 @@ class Evit(Official):
     def ours(self, model, keep_rate, stages=(4, 7, 10), fuse=True):
         return SlimViT(model, EvitPlan(model.patch_embed.num_patches, keep_rate, stages, fuse).policy())
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0b001
 @official('dynamicvit', 'raoyongming/DynamicViT')
 class DynamicVit(Official):
+    "The same random predictors for both."
     # their code says 14 times 14 patches
     models = (Official.models[0],
               ('vit_tiny_patch16_224', dict(img_size=56, patch_size=4, embed_dim=96)))
@@ -271,6 +276,7 @@ class DynamicVit(Official):
 # %% ../../nbs/5_papers/34_official.ipynb #34f0000f
 @official('evovit', 'YifanXu74/Evo-ViT')
 class EvoVit(Official):
+    "Theirs keeps weights in lists of its own."
     slips = ('Which patches were in a block, theirs remembers; ours asks whose attention is above 0, which '
              'is the same until an exponential is 0 in floating point: not compared.')
     models = tuple((n, dict(kw, global_pool='avg')) for n, kw in Official.models)     # as their DeiT
@@ -303,8 +309,10 @@ class EvoVit(Official):
         plan = EvoPlan(model.patch_embed.num_patches, keep_rate, L, evo_stages(L))
         return SlimViT(model, plan.policy(layer_wise, scorers))
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0b002
 @official('idlevit', 'Ackesnal/IdleViT')
 class IdleVit(Official):
+    "Three keep rates for three blocks each."
     slips = ('Their infer.py begins to idle one block before their main.py, which trains the weights; ours '
              'begins where main.py does, and first=4 repeats infer.py.')
     settings = (*(dict(keep_rate=r, first=b) for b in (5, 4) for r in (.7, .5, .9)), dict(keep_rate=1.))
@@ -328,6 +336,7 @@ def _leave(step, t, scores, least=0): # our rule for a threshold, but prefix tok
 
 @official('avit', 'NVlabs/A-ViT')
 class Avit(Official):
+    "Theirs brings a timm of its own."
     slips = ('In ours, CLS and DIST stay keys for the others to the end; in theirs, where a model has both, '
              'the one that halts first is no longer seen: here ours does the same.')
     models = tuple((n, kw) for _, kw in Official.models
@@ -364,8 +373,10 @@ class Avit(Official):
 
     def wrong(self, model, scale, centre): return self.ours(model, scale, centre - 3)
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0b003
 @official('iared', 'joon-stack/ltrp')
 class Iared(Official):
+    "Theirs takes a timm model's parts; the same random interpreters for both."
     # the authors published no code; this repository has what seems to be a copy of their tool's forward pass
     # their threshold is .5 throughout; fewer groups that decide are the stages of their curriculum
     settings = (*(dict(seed=s) for s in (0, 1, 2)), dict(deciding=2), dict(deciding=1),
@@ -416,6 +427,7 @@ def checkout(method, code)->tuple: # (`Official`, its folder)
     require((code/o.folder).is_dir(), 'code', code, f"a folder with {method}'s code", clone_of(o, code))
     return o, code/o.folder
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0c002
 def gap(a, b)->torch.Tensor: # largest absolute difference of two (B, classes); NaN stays NaN
     require(a.shape == b.shape, 'logits', list(a.shape), f'{list(b.shape)}, as ours')
     return (a - b).abs().max()
@@ -428,6 +440,7 @@ def gaps(theirs, ours, wrong, # Functions of images
     both = torch.stack([gap(want, ours(images)), gap(theirs(images[:1]), ours(images[:1]))])
     return dict(gap=both.max().item(), spoilt=gap(want, wrong(images)).item(), logits=want.std().item())
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0c004
 def plain(value)->str: # of a setting, as a row holds it
     if isinstance(value, dict): return ', '.join(f'{k} {v}' for k, v in value.items())
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
