@@ -48,7 +48,9 @@ def test_chance_has_the_counts_of_its_method_and_none_of_its_choices(name, model
     else:
         want, got = (torch.tensor(counts_of(m))[:, [0, 2]] for m in (theirs, blind))       # who asks, and who is in the MLP
         assert (want - got).abs().max() < 1, 'the mean, rounded'
-        assert abs((want - got).sum(0)).max() <= .5*len(model.blocks)
+        stays = any(s.fate.stays for _, s in theirs.policy.each())
+        total = (want - got).sum(0).abs().max()
+        assert total < 1 if stays else total <= .5*len(model.blocks)
     drawn = chance_of(theirs, model, seed=2).set_mode('mask').kept(images)
     assert not torch.equal(drawn, other), 'another seed draws other tokens'
 

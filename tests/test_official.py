@@ -56,9 +56,9 @@ def test_the_interpreter_is_as_it_was(folder, text):
     assert sorted(p.name for p in folder.rglob('*')) == before, 'nothing is written into their folder'
 
 
-@pytest.mark.parametrize('code, said', [(CODE.replace('return model', 'if len(x) == 1: return x[:, 0]/0*0\n    return model'), 'not finite|logits: got'),
+@pytest.mark.parametrize('code, said', [(CODE.replace('return model', 'if len(x) == 1: return x[:, 0]\n    return model'), r'logits: got \[1, 48\]'),
                                         (CODE.replace('    return', '    return x[0, :1, :1].expand(1, 10)\n    return'), r'logits: got \[1, 10\]')])
-def test_logits_that_are_none(folder, code, said):
+def test_logits_of_another_shape(folder, code, said):
     (folder/'toy'/'toy_net.py').write_text(code)
     with pytest.raises(VitpruneError, match=said): compare('toy', folder, say=lambda text: None)
 

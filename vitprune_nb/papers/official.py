@@ -157,7 +157,7 @@ class PaddedSampling(AdaptiveSampling):
         self.longest = longest
 
     @torch.no_grad()
-    def forward(self, t):
+    def forward(self, t): # `Tokens` -> (B, n)
         here = torch.ones_like(t.pos, dtype=torch.bool) if t.present is None else t.present
         n = here.sum(1, keepdim=True)
         patch = here & (torch.arange(here.shape[1], device=here.device) >= t.n_prefix)
