@@ -284,7 +284,7 @@ def image_rows(method:str,   # What rows call it
                note:str='',  # Anything else
                )->list:      # Result rows, the dense network first
     """Dense and pruned networks timed in turn on these images. In a row's note, ratios to the dense one:
-    speed_up with its 95% interval over the rounds, and by_macs, what the MACs of these very images promise."""
+    speed_up with its 95% interval over the rounds, and by_macs, what the MACs of these images promise."""
     timing = bench(dict(dense=dense, **pruned), images, warmup, repeats)
     macs = dict(dense=model_macs(dense), **{n: macs_of(m, images) for n, m in pruned.items()})
     rows = []
