@@ -6,7 +6,7 @@ from vitprune_nb.engine.policy import Policy, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence.results import append_rows, make_row, read_rows
-from vitprune_nb.papers.official import OFFICIAL, Official, clone_of, commit_of, compare, main, plain, their_modules
+from vitprune_nb.papers.official import OFFICIAL, Official, clone_of, commit_of, compare, main, plain, race, their_modules
 
 CODE = '''
 import helper
@@ -19,6 +19,7 @@ def logits(model, images, keep):
 class Toy(Official):
     method, repo = 'toy', 'somebody/toy'
     models, settings = (('vit_tiny_patch16_224', dict(img_size=32, depth=2, embed_dim=48, num_heads=3)),), (dict(keep=1), dict(keep=3))
+    raced = dict(keep=1)
     def theirs(self, load, model, keep): return functools.partial(load('toy_net').logits, model, keep=keep)
     def ours(self, model, keep): return SlimViT(model, Policy({1: Step(keep=range(keep))}))
     def wrong(self, model, keep): return self.ours(model, keep - 1)
@@ -84,6 +85,28 @@ def test_rows_of_what_was_compared_are_replaced(folder, tmp_path, capsys):
     for methods in ('toy', 'toy,toy'):
         assert main([methods if w == 'toy' else w for w in words]) == 0
         assert [r['method'] for r in read_rows(file)] == ['other', 'toy', 'toy', 'toy'] and read_rows(file)[:2] == kept
+
+
+def test_a_race_times_both_and_says_how_they_differ(folder, tmp_path):
+    small, said = dict(model_name='vit_tiny_patch16_224', **Toy.models[0][1]), []
+    theirs, ours = race('toy', folder, small, batch=2, repeats=3, say=said.append)
+    assert [r['schedule'] for r in (theirs, ours)] == [dict(keep='1', code=c) for c in ('theirs', 'ours')]
+    assert all(r['batch'] == 2 and r['repeats'] == 3 and r['latency_ms'] > 0 for r in (theirs, ours))
+    note = ours['note']
+    assert note['slip'] < 1e-5 and note['faster'] == pytest.approx(theirs['latency_ms']/ours['latency_ms'], abs=1e-4)
+    assert note['faster_low'] <= note['faster'] <= note['faster_high'] and 'faster' not in theirs['note'] and said[0].startswith('toy: ours is ')
+    (folder/'toy'/'helper.py').write_text('MORE = 2')
+    assert race('toy', folder, small, batch=2, repeats=1)[1]['note']['slip'] > 1e-3
+    (folder/'toy'/'toy_net.py').write_text('import a_package_of_2019')
+    with pytest.raises(VitpruneError, match='ModuleNotFoundError was raised'): race('toy', folder, small)
+
+
+def test_races_and_comparisons_replace_their_own_rows(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('vitprune_nb.papers.official.race', functools.partial(race, model=dict(model_name='vit_tiny_patch16_224', **Toy.models[0][1]), batch=1, repeats=1))
+    words = [str(folder), '--methods', 'toy', '--results', str(tmp_path/'official.csv')]
+    for more in ([], ['--race'], ['--race'], []): assert main(words + more) == 0
+    marks = [next(k for k in ('model', 'code') if k in r['schedule']) for r in read_rows(tmp_path/'official.csv')]
+    assert sorted(marks) == ['code', 'code', 'model', 'model']
 
 
 @pytest.mark.parametrize('words, said', [

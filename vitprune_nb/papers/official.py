@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'their_modules', 'old_timm', 'loud_vit', 'official', 'Official', 'Tome', 'PaddedSampling', 'Ats', 'Evit',
            'DynamicVit', 'EvoVit', 'IdleVit', 'Avit', 'Iared', 'commit_of', 'clone_of', 'checkout', 'gap', 'gaps',
-           'plain', 'compare', 'main']
+           'plain', 'compare', 'race', 'main']
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f00003
 import argparse, contextlib, copy, functools, importlib, math, subprocess, sys, types, warnings
@@ -20,6 +20,7 @@ from ..core import check_seed, data_path
 from ..engine.policy import Policy, Step
 from ..engine.slim import SlimViT
 from ..errors import VitpruneError, for_shell, path_of, refuse, require
+from ..evidence.measure import bench, ratio_interval
 from ..evidence.results import make_row, read_rows, replace_rows
 from ..methods.ats import AdaptiveSampling, ats_policy, draw
 from ..methods.avit import avit_policy
@@ -98,6 +99,7 @@ class Official:
     (B, 3, H, W) to logits (B, classes)."""
     slips = ''      # what their code does and ours does not, and how the comparison deals with it
     settings = ({},)
+    raced = {}      # the setting whose time is taken
     models = (('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', dict(img_size=96)))
 
     def stubs(self)->dict: return old_timm()
@@ -127,6 +129,8 @@ class Tome(Official):
               ('vit_tiny_patch16_224', dict(img_size=96, global_pool='avg')))
     settings = (dict(r=1), dict(r=8), dict(r=13), dict(r=16), dict(r=(13, -1.)), dict(r=(8, .5)),
                 dict(r=[0, 30, 0, 0, 7, 1, 0, 50, 0, 3, 3, 0]), dict(r=13, proportional=False))
+
+    raced = dict(r=13)
 
     def stubs(self): return {}
     def theirs(self, load, model, r, proportional=True):
@@ -226,6 +230,7 @@ class Evit(Official):
     slips = ('With a DIST token, their two heads read CLS of the first two images: not compared.')
     settings = (*(dict(keep_rate=r) for r in (.9, .7, .5, .2, 1.)), dict(keep_rate=.7, fuse=False),
                 dict(keep_rate=.5, stages=(1, 2, 12)), dict(keep_rate=.8, stages=(3, 4, 5, 6, 7, 8)))
+    raced = dict(keep_rate=.7)
 
     def stubs(self): return old_timm(dict(torchprofile=dict(profile_macs=None)))
 
@@ -247,6 +252,7 @@ class DynamicVit(Official):
               ('vit_tiny_patch16_224', dict(img_size=56, patch_size=4, embed_dim=96)))
     settings = (*(dict(keep_rate=r) for r in (.9, .7, .5, .3, 1.)), dict(keep_rate=.7, seed=1),
                 dict(keep_rate=.5, stages=[1, 2, 12]), dict(keep_rate=.3, stages=[5]))
+    raced = dict(keep_rate=.7)
 
     def stubs(self):
         return old_timm({'torch._six': dict(inf=float('inf')), 'tensorboardX': dict(SummaryWriter=None)})
@@ -282,6 +288,7 @@ class EvoVit(Official):
     models = tuple((n, dict(kw, global_pool='avg')) for n, kw in Official.models)     # as their DeiT
     settings = (*(dict(keep_rate=r) for r in (.5, .7, .3, .9, 1.)), dict(keep_rate=.5, share=.2),
                 dict(keep_rate=.5, share=.8), dict(keep_rate=.5, layer_wise=True))
+    raced = dict(keep_rate=.5)
 
     def renamed(self, state): # they keep q and k, v, the projection and the first norm in lists of their own
         out = {}
@@ -316,6 +323,7 @@ class IdleVit(Official):
     slips = ('Their infer.py begins to idle one block before their main.py, which trains the weights; ours '
              'begins where main.py does, and first=4 repeats infer.py.')
     settings = (*(dict(keep_rate=r, first=b) for b in (5, 4) for r in (.7, .5, .9)), dict(keep_rate=1.))
+    raced = dict(keep_rate=.7)
 
     def theirs(self, load, model, keep_rate, first=5):
         L = len(model.blocks)
@@ -344,6 +352,7 @@ class Avit(Official):
     # scale and centre of the sigmoid: of DeiT-Ti, of DeiT-S and of the pictures; then softer ones
     settings = tuple(dict(scale=float(a), centre=float(b))
                      for a, b in ((10, 30), (10, 75), (5, 50), (1, 3), (.5, 3), (2, 2)))
+    raced = dict(scale=10., centre=75.)               # of DeiT-S
 
     def stubs(self): return {}                        # they bring a timm of their own
     def prepare(self, model):
@@ -445,6 +454,16 @@ def plain(value)->str: # of a setting, as a row holds it
     if isinstance(value, dict): return ', '.join(f'{k} {v}' for k, v in value.items())
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
+@contextlib.contextmanager
+def _runs(o, folder): # whatever strange code raises becomes a sentence
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: yield
+        except VitpruneError: raise
+        except (Exception, SystemExit) as e:
+            raised = f'{type(e).__name__} was raised ({e})'
+            refuse('code', f'{folder}, where {raised}', f'a checkout of {o.repo} that runs')
+
 @torch.no_grad()
 def compare(method:str, # One of OFFICIAL
             code,       # Folder with the authors' repositories, each under its own name
@@ -459,20 +478,14 @@ def compare(method:str, # One of OFFICIAL
         o.prepare(model)
         x = torch.randn(4, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
         both = [(model, x), (copy.deepcopy(model).double(), x.double())]
-        try:
+        with _runs(o, folder):
             with their_modules(folder, o.stubs()) as load:
                 theirs = [[o.theirs(load, m, **s) for m, _ in both] for s in o.settings]
                 published = [o.published(load, both[1][0], **s) for s in o.settings]
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                found = [[gaps(f, o.ours(m, **s), o.wrong(m, **s), x) for f, (m, x) in zip(fs, both)]
-                         for fs, s in zip(theirs, o.settings)]
-                slips = [gap(f(x.double()), o.shipped(both[1][0], **s)(x.double())).item()
-                         for f, s in zip(published, o.settings)]
-        except VitpruneError: raise
-        except (Exception, SystemExit) as e:            # whatever strange code can raise
-            raised = f'{type(e).__name__} was raised ({e})'
-            refuse('code', f'{folder}, where {raised}', f'a checkout of {o.repo} that runs')
+            found = [[gaps(f, o.ours(m, **s), o.wrong(m, **s), x) for f, (m, x) in zip(fs, both)]
+                     for fs, s in zip(theirs, o.settings)]
+            slips = [gap(f(x.double()), o.shipped(both[1][0], **s)(x.double())).item()
+                     for f, s in zip(published, o.settings)]
         for s, slip, (single, double) in zip(o.settings, slips, found, strict=True):
             finite = all(map(math.isfinite, (slip, *single.values(), *double.values())))
             require(finite, 'code', f'{folder}, whose logits are not finite at {s}', f'one of {o.repo}')
@@ -485,6 +498,37 @@ def compare(method:str, # One of OFFICIAL
             f'{double:.1e} in float64, {single:.1e} in float32')
     return rows
 
+# %% ../../nbs/5_papers/34_official.ipynb #34f0c006
+def race(method:str, # One of OFFICIAL
+         code,       # Folder with the authors' repositories, each under its own name
+         model:dict|None=None, # Another name and arguments for timm; None: a DeiT-S of 224 px
+         batch:int=32, repeats:int=20, # Images at once, rounds that count
+         say=print,  # Gets a line
+         )->list:    # Result rows: theirs, ours
+    """The authors' code of a method and ours timed in turn, nothing changed, on the same random weights and
+    images. In the note of ours: faster, their median time over ours with its 95% interval over the rounds,
+    and slip, the largest difference of logits."""
+    o, folder = checkout(method, code)
+    name, kw = o.models[0]
+    model = dict(model_name=name.replace('tiny', 'small'), **kw) if model is None else dict(model)
+    backbone = model.pop('model_name')
+    net = loud_vit(backbone, **model)
+    o.prepare(net)
+    x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    with _runs(o, folder), torch.inference_mode():
+        with their_modules(folder, o.stubs()) as load: theirs = o.published(load, net, **o.raced)
+        ours = o.shipped(net, **o.raced)
+        slip = gap(theirs(x), ours(x)).item()
+    with _runs(o, folder): times = bench(dict(theirs=theirs, ours=ours), x, 2, repeats)
+    ratio = [round(v, 4) for v in ratio_interval(*(t['times_ms'] for t in times))]
+    how = {k: plain(v) for k, v in o.raced.items()}
+    note = dict(repository=o.repo, their_commit=commit_of(folder))
+    found = dict(slip=slip, faster=ratio[0], faster_low=ratio[1], faster_high=ratio[2])
+    say('{}: ours is {:.2f} ({:.2f} to {:.2f}) times as fast'.format(method, *ratio))
+    return [make_row(method, backbone, timing=t, seed=0, schedule=dict(how, code=t['name']),
+                     note=note | (found if t['name'] == 'ours' else {})) for t in times]
+
+
 # %% ../../nbs/5_papers/34_official.ipynb #34f00013
 def _words():
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.official',
@@ -492,22 +536,26 @@ def _words():
                                             'clone only what you trust.')
     p.add_argument('code', type=Path, help="folder with the authors' repositories, each under its own name")
     p.add_argument('--methods', default=','.join(OFFICIAL), help='default: %(default)s')
+    p.add_argument('--race', action='store_true',
+                   help='compare times instead; nothing else should run on the machine')
     p.add_argument('--results', type=Path, default=None,
-                   help='CSV whose comparisons of these methods are replaced; default: '
-                        'data/results/official.csv of the clone')
+                   help='CSV whose rows of these methods are replaced; default: data/results/official.csv of '
+                        'the clone, or official_speed.csv')
     return p
 
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
-    "python -m vitprune_nb.papers.official: all comparisons, or some."
+    "python -m vitprune_nb.papers.official: all comparisons, or some; or all races."
     o = _words().parse_args(args)
     methods = list(dict.fromkeys(o.methods.split(',')))
-    file = o.results or data_path('results', 'official.csv')
-    renews = lambda r: r['method'] in methods and 'gap_double' in (r['note'] or '')
+    measure, mark = (race, 'code') if o.race else (compare, 'model')
+    file = o.results or data_path('results', 'official_speed.csv' if o.race else 'official.csv')
+    renews = lambda r: (r['method'] in methods and 'repository' in (r['note'] or '')
+                        and mark in (r['schedule'] or ''))
     try:
         if file.exists(): read_rows(file)               # or nobody can add to it later
         for m in methods: checkout(m, o.code)
-        rows = [r for m in methods for r in compare(m, o.code)]
+        rows = [r for m in methods for r in measure(m, o.code)]
         replace_rows(file, rows, renews)
     except VitpruneError as e: print(f'official: {for_shell(str(e))}', file=sys.stderr); return 2
     return 0
