@@ -87,26 +87,53 @@ def test_rows_of_what_was_compared_are_replaced(folder, tmp_path, capsys):
         assert [r['method'] for r in read_rows(file)] == ['other', 'toy', 'toy', 'toy'] and read_rows(file)[:2] == kept
 
 
-def test_a_race_times_both_and_says_how_they_differ(folder, tmp_path):
-    small, said = dict(model_name='vit_tiny_patch16_224', **Toy.models[0][1]), []
-    theirs, ours = race('toy', folder, small, batch=2, repeats=3, say=said.append)
-    assert [r['schedule'] for r in (theirs, ours)] == [dict(keep='1', code=c) for c in ('theirs', 'ours')]
-    assert all(r['batch'] == 2 and r['repeats'] == 3 and r['latency_ms'] > 0 for r in (theirs, ours))
+SMALL = Toy.models[0]
+
+
+def test_a_race_times_both_and_says_how_they_differ(folder):
+    said = []
+    theirs, ours = race('toy', folder, SMALL, batch=2, repeats=3, say=said.append)
+    assert [(r['schedule']['keep'], r['schedule']['code'], r['batch']) for r in (theirs, ours)] == [('1', c, 2) for c in ('theirs', 'ours')]
     note = ours['note']
     assert note['slip'] < 1e-5 and note['faster'] == pytest.approx(theirs['latency_ms']/ours['latency_ms'], abs=1e-4)
-    assert note['faster_low'] <= note['faster'] <= note['faster_high'] and 'faster' not in theirs['note'] and said[0].startswith('toy: ours is ')
+    assert 'faster' not in theirs['note'] and said[0].startswith('toy: ours is ')
     (folder/'toy'/'helper.py').write_text('MORE = 2')
-    assert race('toy', folder, small, batch=2, repeats=1)[1]['note']['slip'] > 1e-3
-    (folder/'toy'/'toy_net.py').write_text('import a_package_of_2019')
-    with pytest.raises(VitpruneError, match='ModuleNotFoundError was raised'): race('toy', folder, small)
+    assert race('toy', folder, SMALL, batch=2, repeats=1)[1]['note']['slip'] > 1e-3
+
+
+def test_slow_code_loses_the_race(folder):
+    (folder/'toy'/'toy_net.py').write_text(CODE.replace('    return', '    time.sleep(2)\n    return').replace('import helper', 'import helper, time'))
+    theirs, ours = race('toy', folder, SMALL, batch=1, repeats=1)
+    assert ours['note']['faster'] > 1 and theirs['latency_ms'] > ours['latency_ms']
+
+
+@pytest.mark.parametrize('text, given, said', [
+    ('import a_package_of_2019', {}, 'ModuleNotFoundError was raised'), (CODE.replace('return model', 'return torch.nan*model').replace('import helper', 'import helper, torch'), {}, 'not finite'),
+    (CODE, dict(batch=0), 'batch: got 0'), (CODE, dict(batch=-1), 'batch: got -1'), (CODE, dict(repeats=0), 'repeats: got 0')])
+def test_races_that_cannot_be_run(folder, text, given, said):
+    (folder/'toy'/'toy_net.py').write_text(text)
+    with pytest.raises(VitpruneError, match=said): race('toy', folder, SMALL, **{**dict(batch=1, repeats=1), **given})
 
 
 def test_races_and_comparisons_replace_their_own_rows(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr('vitprune_nb.papers.official.race', functools.partial(race, model=dict(model_name='vit_tiny_patch16_224', **Toy.models[0][1]), batch=1, repeats=1))
-    words = [str(folder), '--methods', 'toy', '--results', str(tmp_path/'official.csv')]
+    monkeypatch.setattr('vitprune_nb.papers.official.race', functools.partial(race, model=SMALL, batch=1, repeats=1))
+    file, words = tmp_path/'official.csv', [str(folder), '--methods', 'toy', '--results', str(tmp_path/'official.csv')]
+    append_rows(file, [make_row('toy', schedule='model', note='repository'), make_row('toy', schedule=3., note=4.), make_row('toy', note=dict(repository='old', gap_double=1.)),
+                       make_row('toy', note=dict(repository='old'))])
+    kept = read_rows(file)[:2]
     for more in ([], ['--race'], ['--race'], []): assert main(words + more) == 0
-    marks = [next(k for k in ('model', 'code') if k in r['schedule']) for r in read_rows(tmp_path/'official.csv')]
-    assert sorted(marks) == ['code', 'code', 'model', 'model']
+    rows = read_rows(file)
+    assert rows[:2] == kept
+    assert sorted('gap_double' in r['note'] for r in rows[2:]) == [False, False, True, True] and all(r['note']['repository'] == 'somebody/toy' for r in rows[2:])
+
+
+def test_what_was_compared_before_a_failure_is_kept(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(OFFICIAL, 'other', type('Other', (Toy,), dict(method='other', repo='somebody/other'))())
+    (folder/'other').mkdir()
+    (folder/'other'/'toy_net.py').write_text('import a_package_of_2019')
+    file = tmp_path/'official.csv'
+    assert main([str(folder), '--methods', 'toy,other', '--results', str(file)]) == 2
+    assert [r['method'] for r in read_rows(file)] == ['toy', 'toy'] and 'somebody/other' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('words, said', [

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from ..core import check_seed, data_path
 from ..engine.policy import Policy, Step
 from ..engine.slim import SlimViT
-from ..errors import VitpruneError, for_shell, path_of, refuse, require
+from ..errors import VitpruneError, for_shell, is_whole, path_of, refuse, require
 from ..evidence.measure import bench, ratio_interval
 from ..evidence.results import make_row, read_rows, replace_rows
+from ..files import check_output
 from ..methods.ats import AdaptiveSampling, ats_policy, draw
 from ..methods.avit import avit_policy
 from ..methods.dynamicvit import dynamic_policy, make_predictors, quarter_stages
@@ -501,7 +502,7 @@ def compare(method:str, # One of OFFICIAL
 # %% ../../nbs/5_papers/34_official.ipynb #34f0c006
 def race(method:str, # One of OFFICIAL
          code,       # Folder with the authors' repositories, each under its own name
-         model:dict|None=None, # Another name and arguments for timm; None: a DeiT-S of 224 px
+         model=None, # (timm name, its arguments); None: a DeiT-S of 224 px
          batch:int=32, repeats:int=20, # Images at once, rounds that count
          say=print,  # Gets a line
          )->list:    # Result rows: theirs, ours
@@ -509,22 +510,26 @@ def race(method:str, # One of OFFICIAL
     images. In the note of ours: faster, their median time over ours with its 95% interval over the rounds,
     and slip, the largest difference of logits."""
     o, folder = checkout(method, code)
-    name, kw = o.models[0]
-    model = dict(model_name=name.replace('tiny', 'small'), **kw) if model is None else dict(model)
-    backbone = model.pop('model_name')
-    net = loud_vit(backbone, **model)
+    for name, n in (('batch', batch), ('repeats', repeats)):
+        require(is_whole(n) and 0 < n <= 10**6, name, n, 'a positive integer, at most a million')
+    backbone, kw = (o.models[0][0].replace('tiny', 'small'), o.models[0][1]) if model is None else model
+    net = loud_vit(backbone, **kw)
     o.prepare(net)
     x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
-    with _runs(o, folder), torch.inference_mode():
-        with their_modules(folder, o.stubs()) as load: theirs = o.published(load, net, **o.raced)
+    with torch.inference_mode():
         ours = o.shipped(net, **o.raced)
-        slip = gap(theirs(x), ours(x)).item()
+        mine = ours(x)
+        with _runs(o, folder):
+            with their_modules(folder, o.stubs()) as load: theirs = o.published(load, net, **o.raced)
+            slip = gap(theirs(x), mine).item()
+    require(math.isfinite(slip), 'code', f'{folder}, whose logits are not finite', f'one of {o.repo}')
     with _runs(o, folder): times = bench(dict(theirs=theirs, ours=ours), x, 2, repeats)
     ratio = [round(v, 4) for v in ratio_interval(*(t['times_ms'] for t in times))]
-    how = {k: plain(v) for k, v in o.raced.items()}
+    how = {k: plain(v) for k, v in dict(o.raced, model=kw).items()}
     note = dict(repository=o.repo, their_commit=commit_of(folder))
     found = dict(slip=slip, faster=ratio[0], faster_low=ratio[1], faster_high=ratio[2])
-    say('{}: ours is {:.2f} ({:.2f} to {:.2f}) times as fast'.format(method, *ratio))
+    said = '{}: ours is {:.2f} ({:.2f} to {:.2f}) times as fast; logits differ by {:.0e}'
+    say(said.format(method, *ratio, slip))
     return [make_row(method, backbone, timing=t, seed=0, schedule=dict(how, code=t['name']),
                      note=note | (found if t['name'] == 'ours' else {})) for t in times]
 
@@ -532,32 +537,35 @@ def race(method:str, # One of OFFICIAL
 # %% ../../nbs/5_papers/34_official.ipynb #34f00013
 def _words():
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.official',
-                                description="Compare logits with those of the authors' own code. It is run: "
-                                            'clone only what you trust.')
+                                description="Compare logits, or times, with those of the authors' own code. "
+                                            'It is run: clone only what you trust.')
     p.add_argument('code', type=Path, help="folder with the authors' repositories, each under its own name")
     p.add_argument('--methods', default=','.join(OFFICIAL), help='default: %(default)s')
     p.add_argument('--race', action='store_true',
                    help='compare times instead; nothing else should run on the machine')
     p.add_argument('--results', type=Path, default=None,
-                   help='CSV whose rows of these methods are replaced; default: data/results/official.csv of '
-                        'the clone, or official_speed.csv')
+                   help='CSV whose comparisons (with --race: times) of these methods are replaced; default: '
+                        'official.csv (official_speed.csv) in data/results of the clone')
     return p
+
+def _renews(method, is_race): # -> whether an old row makes way for new ones
+    def renews(r):
+        note = r['note'] if isinstance(r['note'], dict) else {}
+        return r['method'] == method and 'repository' in note and ('gap_double' in note) != is_race
+    return renews
 
 def main(args:list|None=None # Words of the command line; None takes them from the shell
          )->int:             # Exit code
     "python -m vitprune_nb.papers.official: all comparisons, or some; or all races."
     o = _words().parse_args(args)
     methods = list(dict.fromkeys(o.methods.split(',')))
-    measure, mark = (race, 'code') if o.race else (compare, 'model')
     file = o.results or data_path('results', 'official_speed.csv' if o.race else 'official.csv')
-    renews = lambda r: (r['method'] in methods and 'repository' in (r['note'] or '')
-                        and mark in (r['schedule'] or ''))
     try:
-        if file.exists(): read_rows(file)               # or nobody can add to it later
-        for m in methods: checkout(m, o.code)
-        rows = [r for m in methods for r in measure(m, o.code)]
-        replace_rows(file, rows, renews)
+        if check_output(file, 'results', folder=False).exists(): read_rows(file)
+        for m in methods: checkout(m, o.code)           # before minutes are spent
+        for m in methods: replace_rows(file, (race if o.race else compare)(m, o.code), _renews(m, o.race))
     except VitpruneError as e: print(f'official: {for_shell(str(e))}', file=sys.stderr); return 2
+    except KeyboardInterrupt: print('official: interrupted', file=sys.stderr); return 130
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
