@@ -30,6 +30,7 @@ def test_a_number_that_is_not_printed_is_noticed(monkeypatch):
     assert lost(by_hand) == ([], [])
     assert lost(by_hand.replace('89.0%', '89.1%')) == (['89.1'], [])
     assert lost(by_hand.replace('1.0 to', '1.1 to'))[1] == ['1.1 to 7.7']
+    assert lost(by_hand.replace('by 4.3', 'by −4.3'))[0] and not lost(by_hand.replace('by 4.3', 'by +4.3'))[0]
     assert lost(by_hand.replace('7.7). Chance', '7.7), and chance'))[0]       # one sentence, two cells
 
 
@@ -40,9 +41,9 @@ def test_few_numbers_are_found_by_accident():
         for s, b in sentences(verdict(lesson)[0]):
             there = verdicts.printed(lesson, b).values()
             exact = [n for n in results(s) if n[2] > 0 or n[3]]
-            for i, (text, value, decimals, percent) in enumerate(exact):
+            for i, (text, value, decimals, *kind) in enumerate(exact):
                 for off in (-2, -1, 1, 2):
-                    wrong = [*exact[:i], (text, value + off*10.**-decimals, decimals, percent), *exact[i + 1:]]
+                    wrong = [*exact[:i], (text, value + off*10.**-decimals, decimals, *kind), *exact[i + 1:]]
                     tries, hits = tries + 1, hits + any(all(any(same(n, o) for o in v) for n in wrong) for v in there)
     assert hits < tries/6, f'{hits} of {tries}'
 

@@ -12,6 +12,7 @@ from notebooks import ROOT, notebooks
 LESSONS = {p.stem: p for p in notebooks() if p.parent.name[:1] in '12345' and not p.stem.startswith('project')}
 HEAD = re.compile(r'^## (What we found|Verdict)\b', re.M)
 NUMBER = re.compile(r'(?<![\w.^/{])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:e[-+]?\d+)?(?![\w^]|\.\d)')
+SIGN = re.compile(r'(?:^|[\s(\[{|,:;=])([-−+])$')     # a hyphen has a letter or a digit before it
 # names, places in papers and in the network, and years: no results
 NAMED = re.compile(r'''\b([Ee]quations?|eq\.|[Tt]ables?|[Ff]igures?|[Ss]ections?|[Aa]lgorithm|exercise|lessons?|CIFAR|DeiT|[A-Z]\w*Net|blocks?|stages?|batch(es)?( of)?|seeds?|keep\srates?|PyTorch|Python)
                        [\s-]*\d[\d.]*((,\s|\sand\s|\sto\s|\sor\s|,?\sand\s)\d[\d.]*)*|\b(19|20)\d\d\b|\d+(-bit|\s?px\b|\s?GB\b)''', re.X)
@@ -60,13 +61,15 @@ def bare(text):
 
 
 def numbers(text):
-    "[(as written, value, decimals, whether in percent or points)] of a text."
+    "[(as written, value, decimals, whether in percent or points, '+' or '-' where one is written)] of a text."
     out = []
     for m in NUMBER.finditer(text):
         if not any(ch.isdigit() for ch in m[0]): continue
         mantissa, _, power = m[0].replace(',', '').partition('e')
         percent = re.match(r'( to [-−+]?[\d.]+)?(%| points?\b)', text[m.end():]) is not None
-        out.append((m[0], float(m[0].replace(',', '')), len(mantissa.partition('.')[2]) - int(power or 0), percent))
+        before = SIGN.search(text[:m.start()][-2:])
+        sign = '' if not before else '+' if before[1] == '+' else '-'
+        out.append((m[0], float(m[0].replace(',', '')), len(mantissa.partition('.')[2]) - int(power or 0), percent, sign))
     return out
 
 
@@ -78,8 +81,9 @@ def results(text):
 
 
 def same(number, other):
-    "Is the first number the second one, or the second one rounded? A share may stand for a percentage and the other way round."
-    (_, v, d, percent), (_, o, e, per) = number, other
+    "Is the first number the second one, or the second one rounded? A share may stand for a percentage and the other way round; signs count where both have one."
+    (_, v, d, percent, sign), (_, o, e, per, its) = number, other
+    if sign and its and sign != its and (v or o): return False
     for scale, shift in ((1, 0), (100, 2)) if percent and not per else ((.01, -2), (1, 0)) if per and not percent else ((1, 0),):
         off, finer = abs(abs(o)*scale - v), e - shift > d and (d > 0 or percent)
         if off <= (.5*10.**-d if finer else 0)*(1 + 1e-6) + 1e-12*(1 + v): return True
@@ -117,11 +121,11 @@ def literals(lesson):
 def origins(lesson):
     """[(sentence, {number: where it was found})]; nowhere is ''. What a sentence says in decimals or percent comes from one cell,
     whole numbers, which are sizes and settings, from any."""
-    out, code, known = [], [(o[0], *o[1:3], True) for o in literals(lesson)], FACTS[''] | FACTS.get(lesson, {})
+    out, code, known = [], [(*o[:3], True, '') for o in literals(lesson)], FACTS[''] | FACTS.get(lesson, {})
     for s, b in sentences(verdict(lesson)[0]):
         found, there = {}, printed(lesson, b)
         for n in results(s):
-            setting = re.search(rf'(?<![\d.]){re.escape(n[0])}{SETTING}', s) and any(same(n, o) or same(n, (*o[:3], False)) for o in code)
+            setting = re.search(rf'(?<![\d.]){re.escape(n[0])}{SETTING}', s) and any(same(n, o) or same(n, (*o[:3], False, '')) for o in code)
             found[n] = known.get(n[0]) or ('the code' if setting else None)
         exact = [n for n, where in found.items() if not where and (n[2] > 0 or n[3])]
         one = next((k for k, v in there.items() if all(any(same(n, o) for o in v) for n in exact)), '')
@@ -138,7 +142,7 @@ def torn(lesson):
     for s, b in sentences(verdict(lesson)[0]):
         pairs = [p for v in printed(lesson, b).values() for p in zip(v, v[1:])]
         for low, high in (numbers(f'{m[1]} {m[2]}') for m in INTERVAL.finditer(s)):
-            low, high = ((*n[:3], '%' in s or 'points' in s) for n in (low, high))
+            low, high = ((*n[:3], '%' in s or 'points' in s, n[4]) for n in (low, high))
             if not any(same(low, x) and same(high, y) or same(low, y) and same(high, x) for x, y in pairs): out.append(f'{low[0]} to {high[0]}')
     return out
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ANSWERS', 'target', 'stage', 'one_run', 'experiment_table', 'draw_experiment', 'read_pairs', 'pack_answers',
-           'read_answers', 'leaders', 'leader_text', 'gain', 'points', 'chance_lines', 'chance_table', 'draw_chance',
-           'report_text', 'write_report']
+           'read_answers', 'unpaired', 'leaders', 'leader_text', 'gain', 'points', 'chance_lines', 'chance_table',
+           'draw_chance', 'report_text', 'write_report']
 
 # %% ../../nbs/6_reference/25c_report.ipynb #20fb0ac6
 import base64, csv, math
@@ -131,11 +131,15 @@ def _unpacked(r):
     return np.unpackbits(bits, count=n).astype(bool)
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a313b04a
-def _unpaired(a, b): # -> p-value
-    "Of two rows, by the pooled z-test of two shares, which takes the images of each for its own."
-    share = (a['correct'] + b['correct'])/(a['images'] + b['images'])
+def unpaired(a:dict, b:dict # Result rows
+             )->dict:       # difference, low, high, p_value
+    """How much more often b is right than a, as if each had images of its own: the 95% interval of the
+    difference of two shares, and the pooled z-test."""
+    d, share = b['top1'] - a['top1'], (a['correct'] + b['correct'])/(a['images'] + b['images'])
+    half = 1.96*sum(r['top1']*(1 - r['top1'])/r['images'] for r in (a, b))**.5
     error = (share*(1 - share)*(1/a['images'] + 1/b['images']))**.5
-    return math.erfc(abs(a['top1'] - b['top1'])/error/2**.5) if error else 1.
+    p = math.erfc(abs(d)/error/2**.5) if error else 1.
+    return dict(difference=d, low=d - half, high=d + half, p_value=p)
 
 def leaders(rows:list,       # Of one run
             pairs:list,      # From `read_pairs`
@@ -156,7 +160,7 @@ def leaders(rows:list,       # Of one run
         n = len(rest)*(len(rest) + 1)/2
         def sure(r):
             pair = (*key, frozenset((first['method'], r['method'])))
-            return (p[pair] if pair in p else _unpaired(first, r))*n <= level
+            return (p[pair] if pair in p else unpaired(first, r)['p_value'])*n <= level
         ahead = [r['method'] for r in rest if sure(r)]
         out.append(dict(target=key[0], seed=key[1], stage=key[2], leader=first, ahead=ahead,
                         open=[r['method'] for r in rest if r['method'] not in ahead],
@@ -202,7 +206,7 @@ def chance_lines(rows:list, # Of one run
                  pairs:list,# From `read_pairs`
                  )->list:   # Dicts, a line for each method, budget and seed; cells are text
     """Every method with what its choice is worth, and with what it lacks to the dense model that had the same
-    training."""
+    training; a * marks what no pair compares."""
     by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
     is_rival = lambda name: name != 'dense' and not name.startswith('chance of ')
     keys = dict.fromkeys(k[:3] for k in by if is_rival(k[1]))
@@ -210,14 +214,18 @@ def chance_lines(rows:list, # Of one run
     out = []
     for budget, m, seed in sorted(keys, key=lambda k: k[0]):
         first, last = (by.get((budget, m, seed, s)) for s in STAGES)
-        over = lambda a, when: points(gain(pairs, a, m, budget, when, seed))
+        chance = [by.get((budget, f'chance of {m}', seed, s)) for s in STAGES]
+        control = by.get((0., 'dense', seed, STAGES[1]))
+        def over(a, when, other=None):
+            r, g = last if when == 'recovered' else first, gain(pairs, a, m, budget, when, seed)
+            return points(g) if g or not (r and other) else points(unpaired(other, r)) + '*'
         percent = lambda r: f"{100*r['top1']:.1f}" if r else ''
         out.append({'MACs saved': f'{100*budget:g}%', 'method': m, **({'seed': str(seed)} if several else {}),
                     'before, %': percent(first),
-                    'minus chance, before': over(f'chance of {m}', 'none'),
+                    'minus chance, before': over(f'chance of {m}', 'none', chance[0]),
                     'after, %': percent(last),
-                    'minus chance, after': over(f'chance of {m}', 'recovered'),
-                    'minus dense, after': over('dense control', 'recovered')})
+                    'minus chance, after': over(f'chance of {m}', 'recovered', chance[1]),
+                    'minus dense, after': over('dense control', 'recovered', control)})
     return out
 
 def chance_table(rows:list, pairs:list, # As for `chance_lines`
@@ -226,7 +234,9 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
     lines = chance_lines(rows, pairs)
     if not lines: return ''
     shown = [c for c in lines[0] if any(l[c] for l in lines)]
-    return markdown_table(lines, {c: c for c in shown})
+    starred = any(l[c].endswith('*') for l in lines for c in shown)
+    note = '\n\n\\* not paired: the answers of one of the two are not on record.\n'
+    return markdown_table(lines, {c: c for c in shown}) + note*starred
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
 def draw_chance(rows:list # Of one run
