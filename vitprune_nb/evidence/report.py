@@ -235,7 +235,7 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
     if not lines: return ''
     shown = [c for c in lines[0] if any(l[c] for l in lines)]
     starred = any(l[c].endswith('*') for l in lines for c in shown)
-    note = '\n\n\\* not paired: the answers of one of the two are not on record.\n'
+    note = '\n\n\\* not paired: the answers of one of the two are not on record.'
     return markdown_table(lines, {c: c for c in shown}) + note*starred
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
