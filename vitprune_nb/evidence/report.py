@@ -278,7 +278,6 @@ def draw_chance(rows:list # Of one run
             line[0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names) - .4))
     return [ax for line in axes for ax in line if ax.get_visible()]
 
-
 # %% ../../nbs/6_reference/25c_report.ipynb #a8097416
 def report_text(name:str,   # Of the experiment
                 rows:list,  # Of one run

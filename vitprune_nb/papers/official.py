@@ -533,7 +533,6 @@ def race(method:str, # One of OFFICIAL
     return [make_row(method, backbone, timing=t, seed=0, schedule=dict(how, code=t['name']),
                      note=note | (found if t['name'] == 'ours' else {})) for t in times]
 
-
 # %% ../../nbs/5_papers/34_official.ipynb #34f00013
 def _words():
     p = argparse.ArgumentParser(prog='python -m vitprune_nb.papers.official',
