@@ -5,6 +5,7 @@ import pytest
 from vitprune_nb.engine.policy import Policy, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
+from vitprune_nb.evidence.measure import bench
 from vitprune_nb.evidence.results import append_rows, make_row, read_rows
 from vitprune_nb.papers.official import OFFICIAL, Official, clone_of, commit_of, compare, main, plain, race, their_modules
 
@@ -101,10 +102,11 @@ def test_a_race_times_both_and_says_how_they_differ(folder):
     assert race('toy', folder, SMALL, batch=2, repeats=1)[1]['note']['slip'] > 1e-3
 
 
-def test_slow_code_loses_the_race(folder):
-    (folder/'toy'/'toy_net.py').write_text(CODE.replace('    return', '    time.sleep(2)\n    return').replace('import helper', 'import helper, time'))
-    theirs, ours = race('toy', folder, SMALL, batch=1, repeats=1)
-    assert ours['note']['faster'] > 1 and theirs['latency_ms'] > ours['latency_ms']
+def test_slow_code_loses_the_race(folder, monkeypatch):
+    took = dict(theirs=[4., 5., 4.], ours=[2., 2., 9.])
+    monkeypatch.setattr('vitprune_nb.papers.official.bench', lambda *args: [dict(r, times_ms=took[r['name']], latency_ms=sorted(took[r['name']])[1]) for r in bench(*args)])
+    theirs, ours = race('toy', folder, SMALL, batch=1, repeats=3)
+    assert (theirs['latency_ms'], ours['latency_ms'], ours['note']['faster']) == (4., 2., 2.)
 
 
 @pytest.mark.parametrize('text, given, said', [
@@ -134,6 +136,13 @@ def test_what_was_compared_before_a_failure_is_kept(folder, tmp_path, monkeypatc
     file = tmp_path/'official.csv'
     assert main([str(folder), '--methods', 'toy,other', '--results', str(file)]) == 2
     assert [r['method'] for r in read_rows(file)] == ['toy', 'toy'] and 'somebody/other' in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('vitprune_nb.papers.official.compare', interrupted)
+    assert main([str(folder), '--methods', 'toy', '--results', str(tmp_path/'new.csv')]) == 130
+    assert capsys.readouterr().err == 'official: interrupted\n' and not (tmp_path/'new.csv').exists()
 
 
 @pytest.mark.parametrize('words, said', [

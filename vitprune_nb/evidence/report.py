@@ -216,7 +216,7 @@ def chance_lines(rows:list, # Of one run
         first, last = (by.get((budget, m, seed, s)) for s in STAGES)
         chance = [by.get((budget, f'chance of {m}', seed, s)) for s in STAGES]
         control = by.get((0., 'dense', seed, STAGES[1]))
-        def over(a, when, other=None):
+        def over(a, when, other):
             r, g = last if when == 'recovered' else first, gain(pairs, a, m, budget, when, seed)
             return points(g) if g or not (r and other) else points(unpaired(other, r)) + '*'
         percent = lambda r: f"{100*r['top1']:.1f}" if r else ''

@@ -438,7 +438,9 @@ def checkout(method, code)->tuple: # (`Official`, its folder)
     return o, code/o.folder
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f0c002
-def gap(a, b)->torch.Tensor: # largest absolute difference of two (B, classes); NaN stays NaN
+def gap(a, b, # Logits (B, classes)
+        )->torch.Tensor: # ()
+    "Their largest absolute difference; NaN stays NaN."
     require(a.shape == b.shape, 'logits', list(a.shape), f'{list(b.shape)}, as ours')
     return (a - b).abs().max()
 
@@ -451,7 +453,9 @@ def gaps(theirs, ours, wrong, # Functions of images
     return dict(gap=both.max().item(), spoilt=gap(want, wrong(images)).item(), logits=want.std().item())
 
 # %% ../../nbs/5_papers/34_official.ipynb #34f0c004
-def plain(value)->str: # of a setting, as a row holds it
+def plain(value # Of a setting
+          )->str:
+    "As a row holds it: dicts as 'name value, …', lists as 'a b …'."
     if isinstance(value, dict): return ', '.join(f'{k} {v}' for k, v in value.items())
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
