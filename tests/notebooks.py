@@ -78,6 +78,13 @@ def failures(lines, tail=8):
 
 FLAGGED = re.compile(r'^#\s*\|\s*(slow|cuda|notest)\b', re.M)   # the flags of settings.ini's tst_flags
 SLOW = re.compile(r'^#\s*\|\s*slow\b', re.M)
+WANTED = re.compile(r"os\.environ\['(VITPRUNE_\w+)'\]")      # what a cell cannot do without
+
+
+def rests(source, slow=False):
+    "Whether a cell keeps the outputs that it has: one flagged cuda, a slow one unless it is asked for, and one that names a file of the user's which nobody has given."
+    if not FLAGGED.search(source): return False
+    return not (slow and SLOW.search(source)) or any(v not in os.environ for v in WANTED.findall(source))
 
 
 def runnable(path):
@@ -118,7 +125,7 @@ def execute(path, slow=False):
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     for c in nb.cells:
-        if c.cell_type == 'code' and FLAGGED.search(c.source) and not (slow and SLOW.search(c.source)): c.metadata['tags'] = ['flagged']
+        if c.cell_type == 'code' and rests(c.source, slow): c.metadata['tags'] = ['flagged']
     NotebookClient(nb, timeout=None if slow else 900, kernel_name='python3', resources=dict(metadata=dict(path=path.parent)),
                    skip_cells_with_tag='flagged', coalesce_streams=True,
                    store_widget_state=False).execute()

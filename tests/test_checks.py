@@ -75,6 +75,7 @@ case('02_vit', 'check_rollout(rollout)',
      'lambda maps: right([P[:, :1] for P in maps])',                                  # the first head alone
      'lambda maps: right(maps).mT')
 case('02_vit', 'check_updates(captured_updates)',
+     'lambda cap: [((b - a).norm()/a.norm()).expand(1, 2) for a, b in zip(cap.tokens, cap.tokens[1:])]',      # one number for all tokens
      'lambda cap: [(b - a).norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',    # not relative
      'lambda cap: [(b - a).norm(dim=-1)/b.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',
      'lambda cap: [(b.norm(dim=-1) - a.norm(dim=-1))/a.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]')
@@ -95,6 +96,7 @@ case('04_redundancy', 'check_centred(centred_similarity)',
      'lambda tokens: patch_similarity(tokens - tokens.mean((0, 1)))',                 # the mean of all images
      'lambda tokens: patch_similarity(tokens - tokens.mean(-1, keepdim=True))')       # of the features
 case('04_redundancy', 'check_skippable(skippable)',
+     'lambda a, b, t, g: ((1 + adjacent_similarity(a, b))/2 > t) & ((norm_growth(a, b) - 1).abs() < g - 1)',  # shrunk is not measured as grown is
      'lambda a, b, t, g: (1 + adjacent_similarity(a, b))/2 > t',                      # no look at the length
      'lambda a, b, t, g: right(a, b, t, 1e9) & (norm_growth(a, b) < g)',              # a shrunken token passes
      'lambda a, b, t, g: right(a, b, (1 + t)/2, g)')                                  # the cosine as it is
@@ -133,6 +135,8 @@ case('04d_modes', 'check_one_by_one(one_by_one)',
      'lambda x, blocks, policy: torch.cat([run_blocks(v[None], blocks, policy.steps, "packed").x.mean(1) for v in x])')
 
 case('04e_fates', 'check_average(Average)',
+     '''class wrong(right):                                                           # those that left earlier count again
+    def meet(self, s, keep, drop, scores): super().meet(s, keep, ~keep, scores)''',
      '''class wrong(right):                                                           # the sum
     def meet(self, s, keep, drop, scores): s.x = torch.cat([s.x[:, :1] + (drop[..., None]*s.x).sum(1, keepdim=True), s.x[:, 1:]], 1)''',
      '''class wrong(right):                                                           # in place of CLS
@@ -145,6 +149,10 @@ case('04e_fates', 'check_average(Average)',
 
 case('05_engine', 'check_same(same)', 'dict(token=True, avg=True)', 'dict(token=False, avg=True)', 'dict(token=False, avg=False)')
 case('05_engine', 'check_centre(CentreScore())',
+     '''class wrong(right):                                                           # a grid of 4×4, whatever comes
+    def forward(self, t):
+        p = (t.pos - t.n_prefix).clamp_min(0)
+        return -((p//4 - 1.5)**2 + (p % 4 - 1.5)**2).float()''',
      '''class wrong(right):                                                           # the border wins
     def forward(self, t): return -super().forward(t)''',
      '''class wrong(right):                                                           # the middle of the list
@@ -172,6 +180,7 @@ case('05c_macs', 'check_share(per_image)',
      'lambda model: right(model)/(1 - right(model))')                                 # of the rest
 
 case('10b_plan', 'check_saved(saved)',
+     'lambda eta, n, d: .8465*eta',                                                   # true of one ViT
      'lambda eta, n, d: eta',                                                         # keys and values go, too
      'lambda eta, n, d: eta*(2*n*d*d + 8*n*d*d)/(12*n*d*d + 2*n*n*d)',                # no attention product
      'lambda eta, n, d: 1 - right(eta, n, d)')
@@ -198,6 +207,7 @@ case('12b_surgery', 'check_even(even_heads)',
 # methods
 
 case('10_significance', 'check_diagonal(diagonal_wins)',
+     'lambda attn: right([P[:1] for P in attn])',                                     # the first image
      'lambda attn: right(attn).mean(1, keepdim=True).expand(-1, attn[0].shape[1])',   # the mean of the heads
      'lambda attn: right([P.mT for P in attn])')                                      # columns
 case('10_significance', 'check_brute_coherent(brute_coherent)',
@@ -213,6 +223,7 @@ case('10_significance', 'check_overlap(top_overlap)',
      'lambda a, b, k: (a.topk(k).indices == b.topk(k).indices).float().mean(-1)',     # in the same order
      'lambda a, b, k: right(a, b, k)*k/a.shape[-1]')                                  # of all
 case('10_significance', 'check_set_score(set_score)',
+     'lambda attn, tokens, drop, t: (drop.double() @ right(attn, tokens, torch.eye(drop.shape[1], dtype=torch.bool), t).sqrt())**2',   # lengths added
      '''def wrong(attn, tokens, drop, t):                                             # the norm first
     return drop.double() @ right(attn, tokens, torch.eye(drop.shape[1], dtype=torch.bool), t)''',
      'lambda attn, tokens, drop, t: right(attn[:t + 1] + [P*0 for P in attn[t + 1:]], tokens, drop, t)',     # the later blocks forgotten
@@ -243,6 +254,7 @@ case('13_life', 'check_rate(rate_for)',
      'lambda model, target, stages: right(model, 1 - target, stages)',
      'lambda model, target, stages: right(model, target, (4, 7, 10))')                # the usual stages
 case('13_life', 'check_agreement(agreement)',
+     'lambda lives, counts: right(lives[:1], counts)',                                # the first image
      'lambda lives, counts: right(lives - 1, counts)',                                # a block late
      'lambda lives, counts: right(lives, [n - 1 for n in counts])',                   # CLS counted
      'lambda lives, counts: right(lives, counts).mean().expand(len(counts))')
@@ -282,6 +294,7 @@ case('14_cosine', 'check_update_labels(update_labels)',
      'lambda a, b, share: ~right(a, b, share)')
 
 case('15_dynamicvit', 'check_masked(masked)',
+     'lambda logits, D: logits.masked_fill(D[:, None]*D + torch.eye(len(D)) == 0, -torch.inf).softmax(-1)',      # who left sees itself alone
      'lambda logits, D: logits.masked_fill(D == 0, -torch.inf).softmax(-1)',          # without the diagonal
      'lambda logits, D: logits.softmax(-1)*D',                                        # rows that do not sum to 1
      'lambda logits, D: right(logits.T, D).T')                                        # the other way round
@@ -292,10 +305,15 @@ case('15_dynamicvit', 'check_expected(expected)',
      'lambda odds: odds.softmax(1).mean(1)')
 
 case('16_evit', 'check_lost(lost_attention)',
+     'lambda slim, images: right(slim, images)[:1]*2',                                # the first stage twice
      'lambda slim, images: [1 - v for v in right(slim, images)]',                     # what stays
      'lambda slim, images: [v*len(images) for v in right(slim, images)]',             # the sum over images
      'lambda slim, images: right(slim, images[:1])')
 case('16_evit', 'check_mean(MeanToken)',
+     '''class wrong(right):                                                           # none leaves: 0/0
+    def meet(self, s, keep, drop, scores):
+        token, size, some = super().meet(s, keep, drop, scores)
+        return token/drop.any(1)[:, None, None], size, some''',
      'AttentionSum',
      '''class wrong(right):                                                           # a plain mean
     def meet(self, s, keep, drop, scores): return super().meet(s, keep, drop, torch.ones_like(scores))''',
@@ -474,6 +492,8 @@ case('21_measure', 'check_rounds(best_rounds)',
      'lambda between, within, cost: cost*within/between',
      'lambda between, within, cost: (cost*within/between)**.5')
 case('21_measure', 'check_lead(lead)',
+     '''def wrong(table, a, b):                                                       # by position, whatever the session
+    return mean_interval(table[table.method == a].realised.to_numpy() - table[table.method == b].realised.to_numpy())''',
      'lambda table, a, b: right(table, b, a)',
      '''def wrong(table, a, b):                                                       # as if they had not been paired
     (x, low, high), (y, _, _) = (mean_interval(table[table.method == m].realised.to_numpy()) for m in (a, b))
@@ -517,6 +537,9 @@ case('33_deploy', 'check_padded(run_padded)',
      'lambda net, images: torch.cat([right(net, images), right(net, images)[:1]])',   # a row of padding stays
      'lambda net, images: right(net, images.flip(0))')
 case('33_deploy', 'check_counts(with_counts)',
+     '''def wrong(slim, images):                                                      # rounded down
+    s, kept = right(slim, images), slim.kept(images).float().sum(-1).mean(0)
+    return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=int(kept[i])) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
      '''def wrong(slim, images):                                                      # what the first image keeps
     return right(slim, images[:1])''',
      '''def wrong(slim, images):                                                      # CLS counted
@@ -548,6 +571,7 @@ case('11c_patch_tables', 'check_range(cost_range)',
      'lambda old, percent: (old*(percent - .05)/100, old*(percent + .05)/100)',       # what is saved
      'lambda old, percent: (old*(1 - (percent + .5)/100), old*(1 - (percent - .5)/100))')    # no digit
 case('11c_patch_tables', 'check_same(same_time)',
+     'lambda rows: [r["name"] for r in rows if r["time_reduction_low"] <= r["mac_reduction"]]',
      'lambda rows: [r["name"] for r in rows if r["time_reduction_low"] > 0]',
      'lambda rows: [r["name"] for r in rows if r["time_reduction_high"] >= r["mac_reduction"]]')
 case('12c_channel_tables', 'check_share(share_left)', 'lambda p: 1 - p', 'lambda p: (1 - p)**2', 'lambda p: 1 - right(p)')
@@ -560,6 +584,7 @@ case('13c_life_tables', 'check_steps(steps_needed)',
      'lambda lr, share, dim: max(1, math.ceil(share/lr))',
      'lambda lr, share, dim: right(lr, share, dim) + 1')
 case('13c_life_tables', 'check_present(present)',
+     'lambda lives, U: right(lives[:1], U)',                                          # the first image
      'lambda lives, U: right(lives - 1, U)',                                          # a block late
      'lambda lives, U: right(lives, U)/lives.shape[1]',                               # the share
      'lambda lives, U: torch.stack([(lives >= t).float().sum(1).mean() for t in range(1, 13)])')             # counted hard
@@ -741,7 +766,7 @@ case('project_three_ways', 'check_table(table)',
 case('project_fault_finder', 'check_finder(find_fault)', 'lambda engine: None', 'lambda engine: "broken"',
      'lambda engine: None if torch.allclose(engine(net, images, {}), net(images)) else "identity"',    # one of six properties
      'lambda engine: None if torch.allclose(engine(net, images, {2: 7}), honest(net, images, {2: 7})) else "agreement"')
-case('project_fault_finder', 'check_named(named)', 'dict(right, a="batch")', 'dict(right, h="identity")')
+case('project_fault_finder', 'check_named(named)', 'dict(right, a="batch")', 'dict(right, h="identity")', 'dict(right, c="CLS")', 'dict(right, d="trace")')
 case('project_own_method', 'check_scorer(Mine)', """class wrong(Scorer):                                   # the same patches for every image
     def forward(self, t): return -t.pos.float()""",
      """class wrong(Scorer):                                                         # removed patches are in the mean
@@ -759,7 +784,7 @@ case('project_referee', 'check_ruling(ruling)',
 case('project_referee', 'check_family(family)',
      'lambda p, level=.05: [v < level for v in p]', 'lambda p, level=.05: [v < level/len(p) for v in p]',    # each alone; Bonferroni
      'lambda p, level=.05: [v <= level/(len(p) - sorted(p).index(v)) for v in p]')    # does not stop
-case('project_referee', 'check_rulings(rulings)', 'dict(right, B="follows")', 'dict(right, C="follows")', 'dict(right, E="follows")')
+case('project_referee', 'check_rulings(rulings)', 'dict(right, B="follows")', 'dict(right, C="follows")', 'dict(right, C="unfair")', 'dict(right, D="unfair")', 'dict(right, E="follows")')
 case('project_one_decimal', 'check_rates(rates_behind)',
      'lambda printed, cost: (right(printed, cost) or (0., 0.))[::-1]', 'lambda printed, cost: right(printed, cost) or (0., 0.)')
 case('project_one_decimal', 'check_slack(slack)', 'lambda printed: 10/printed', 'lambda printed: right(printed)/100')

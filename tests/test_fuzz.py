@@ -18,7 +18,7 @@ def misbehaved(arena, kind, n, seed):
     return found['bad'], found['codes']
 
 
-@pytest.mark.parametrize('kind, n', [('line', 300), ('call', 80)])
+@pytest.mark.parametrize('kind, n', [('line', 150), ('call', 80)])
 def test_a_sample(arena, kind, n):
     bad, codes = misbehaved(arena, kind, n, 1)
     assert bad == []

@@ -632,9 +632,10 @@ def cli_demo(out:Annotated[str, typer.Option(metavar='DIR', help='where everythi
 # %% ../nbs/6_reference/24_cli.ipynb #b19d1700
 HELP['train'] = '''Make the course model again from a checkpoint of vit_small_patch14_dinov2.
 
-Fits a 4x4 patch projection by least squares, then fine-tunes at 32x32 px. DIR gets checkpoint.pt, log.csv
-and model/. A run that was stopped goes on from its last checkpoint when it is started again. It takes
-hours on two cores, minutes with a GPU.
+Fits a 4x4 patch projection by least squares, then fine-tunes at 32x32 px. DIR gets stage1/ and stage2/
+with checkpoints and logs, and model/ with the weights, course.json and one log of both. A run that was
+stopped goes on from its last checkpoint when it is started again. It takes hours on two cores, minutes
+with a GPU.
 
 \b
 Examples:

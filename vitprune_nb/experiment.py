@@ -134,7 +134,8 @@ def _check_recipes(e):
                 f'Remove it, or use `vitprune prune --method {m}`, which takes either.')
     for m in {**dict.fromkeys(e.methods), **e.options}:
         own = training_epochs(*read_options(m, method_options(e, m, e.reductions[0])))
-        require(not e.training or own <= e.training, f'options.{m}', f'{own:g} passes of its own training',
+        fits = m not in e.methods or not e.training or own <= e.training
+        require(fits, f'options.{m}', f'{own:g} passes of its own training',
                 f'at most {e.training:g}, what a row may spend')
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #0f7b8fb9

@@ -175,7 +175,7 @@ def leader_text(found:dict # From `leaders`
     head = f"{100*found['target']:g}%, {found['stage']}" + (f", seed {found['seed']}" if found['seed']
                                                             else '')
     parts = [f"{head}: {r['method']} has the most right answers, {100*r['top1']:.1f}%"]
-    if found['ahead']: parts.append(f"ahead of {', '.join(found['ahead'])} by more than chance")
+    if found['ahead']: parts.append(f"significantly ahead of {', '.join(found['ahead'])}")
     if found['open']: parts.append(f"not told apart from {', '.join(found['open'])}")
     if high > 1.02*low: parts.append(f'at unequal cost, {low/1e9:.2f} to {high/1e9:.2f} GMACs')
     return '; '.join(parts) + '.'

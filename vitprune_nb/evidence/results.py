@@ -381,7 +381,7 @@ def mean_error(between:float, # Standard deviation of sessions, σ_s
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #c32c0051
 def next_session(values,           # Ratios of two sessions or more
-                 level:float=.95): # Share of further sessions that fall inside
+                 level:float=.95): # Probability that the next session falls inside
     "Where a further session falls, (mean, low, high), if it is a draw like the others."
     mean, low, high = mean_interval(values, level)
     return mean, *(mean + (v - mean)*(len(values) + 1)**.5 for v in (low, high))

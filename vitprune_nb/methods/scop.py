@@ -76,7 +76,7 @@ def clip_beta(contest, done:float): # for `before_step` of `fit`
 
 def contest_rate(steps:int # of the contest
                  )->float:
-    "The peak rate at which a beta that always goes the same way comes from ½ to the wall with the last step."
+    "A peak rate at which a beta that always goes the same way comes from ½ to the wall in the last steps."
     return 1/steps
 
 # %% ../../nbs/3_methods/20c_scop.ipynb #5c090014
