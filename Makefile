@@ -80,7 +80,7 @@ LONGER = --set reductions=0.35 --set recover.epochs=0.5
 TRAINED = --set methods=cosine,life,vtp,random --set reductions=0.35 --set control=false --set options.vtp.sparse_epochs=1.6 --set options.life.predictor_epochs=0.2 --set options.life.backbone_epochs=0.1 --set options.life.batch_size=10 --set options.cosine.calibration=320 --set recover.epochs=0.5
 CALIBRATION = --set methods=patch-slimming,uniform --set reductions=0.35 --set seeds=0,1,2,3 --set calibration=256 --set recover={} --set control=false
 record: $(DEV)
-	$(if $(WEIGHTS),VITPRUNE_GALLERY=$(WEIGHTS)) $(BIN)/python tests/notebooks.py --record
+	$(if $(WEIGHTS),VITPRUNE_GALLERY=$(abspath $(WEIGHTS))) $(BIN)/python tests/notebooks.py --record
 	$(TIMING) --batches 1 --engines eager --repeats 30
 	$(TIMING) --batches 32 --dtypes fp32 --engines eager --repeats 30
 	$(TIMING) --backbones $(TI) $(S) --batches 1 --engines compile --repeats 30
@@ -116,9 +116,9 @@ HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
 # Evo-ViT without any training beside a chance that draws once a stage.
 UNTRAINED = --set methods=evovit --set reductions=0.35 --set training=0 --set recover={} --set chance_recovered=[] --set control=false --set options.evovit.finetune_epochs=0
 UNTRAINED_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_chance --results data/results/tournament_chance.csv $(UNTRAINED)
-# The four papers' own methods at 35% where a row may spend other lengths than one pass, half of it in training of their own; λ times steps stay, by the forecast of lesson 30b.
+# The four papers' own methods at 35% where a row may spend other lengths than one pass; life and vtp spend half of it in training of their own. λ times steps stay (lesson 30b). Other LENGTHS leave other files, which lesson 30 shows; tests/test_sync.py wants them named here.
 LENGTHS = 0.25 0.5
-of = $(shell awk 'BEGIN { printf "%g", $(1) }')
+of = $(shell LC_ALL=C awk 'BEGIN { printf "%g", $(1) }')
 LENGTH = --set methods=patch-slimming,cosine,life,vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set training=$(1) --set options.life.predictor_epochs=$(call of,$(1)/2) --set options.vtp.sparse_epochs=$(call of,$(1)/2) --set options.vtp.l1=$(call of,0.04/$(1))
 LENGTH_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_$(1)_passes --results data/results/tournament_$(1)_passes.csv $(LENGTH)
 tournament-asked:

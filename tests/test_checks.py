@@ -537,6 +537,7 @@ case('33_deploy', 'check_padded(run_padded)',
      'lambda net, images: torch.cat([right(net, images), right(net, images)[:1]])',   # a row of padding stays
      'lambda net, images: right(net, images.flip(0))')
 case('33_deploy', 'check_counts(with_counts)',
+     'lambda slim, images: SlimViT(slim.model)',                                      # nothing pruned
      '''def wrong(slim, images):                                                      # rounded down
     s, kept = right(slim, images), slim.kept(images).float().sum(-1).mean(0)
     return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=int(kept[i])) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
@@ -610,6 +611,12 @@ case('14b_cosine_claims', 'check_similar_batches(similar_batches)',
 case('00_core', 'check_fold(equal)', 'True')
 case('00_core', 'check_temp_seed(temp_seed)',
      '''@contextlib.contextmanager
+def wrong(seed):                                                                      # restored, but never seeded
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try: yield
+    finally:
+        random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])''',
+     '''@contextlib.contextmanager
 def wrong(seed):                                                                      # PyTorch only
     state = torch.get_rng_state()
     yield set_seed(seed)
@@ -645,15 +652,17 @@ case('00b_files', 'check_copy_atomic(copy_atomic)',
     target.with_suffix('.tmp').replace(target)''')
 case('01_data', 'check_fifteen(each)', '[15]*10', '[1.5]*10', '[2]*5 + [1]*5')
 case('01_data', 'check_content_hash(content_hash)',
+     "lambda ds: right(ds.subset([0])) + str(list(ds.targets))",                      # the first image
      'lambda ds: ds.digest',
      "lambda ds: right(ds) + str(ds.images[0])",                                      # where the tree lies
      "lambda ds: ''.join(sorted(hashlib.sha256(im.tobytes() if isinstance(im, np.ndarray) else Path(im).read_bytes()).hexdigest() for im in ds.images))")    # in any order
 case('06_viz', 'check_returns(only_leave, blocks)', '(True, [0, 3, 4, 6, 7])', '(False, [0, 3, 6])', '(False, [0, 3, 4, 6])')
 case('06_viz', 'check_death_map(death_map)',
+     'lambda kept: right(kept).reshape(-1)[:4].reshape(2, 2)',                        # two rows, whatever comes
      'lambda kept: right(kept) - 1',                                                  # counted from 0
      'lambda kept: right(kept).T',
      'lambda kept: kept.argmin(0).reshape(2, 2)')                                     # the first that it sits out
-case('06_viz', 'check_palette(extra)', "'#FF0000'", "'#777777'")
+case('06_viz', 'check_palette(extra)', "'#FF0000'", "'#777777'", "'#FFFFFF'")
 case('07_recipe', 'check_steps(n_steps, whole_from)',
      '(1760, 1564)', '(1757, 781)', '(3515, 3125)')                                  # a batch that is not full; batches of 32
 case('07_recipe', 'check_slowdown(slowdown)',
@@ -703,6 +712,7 @@ case('09_course', 'check_ridge(ridge_projection)',
      'lambda big, images, strength: right(big, images, 0. if strength < 1e6 else strength)')
 case('23_demo', 'check_apart(apart)', "{'dense', 'random'}", "{'dense', 'uniform', 'random'}", 'set()')
 case('23_demo', 'check_random_band(random_band)',
+     'lambda model, plan, ds, seeds: right(model, plan, ds, seeds[-1:])',             # the last seed
      'lambda model, plan, ds, seeds: right(model, plan, ds, seeds)[::-1]',
      'lambda model, plan, ds, seeds: right(model, plan, ds, range(len(seeds)))',      # other seeds
      'lambda model, plan, ds, seeds: tuple(v/len(ds) for v in right(model, plan, ds, seeds))')
@@ -791,6 +801,7 @@ case('project_one_decimal', 'check_slack(slack)', 'lambda printed: 10/printed', 
 case('project_one_decimal', 'check_unequal_by(unequal_by)',
      'lambda table, model, a, b: right(table, model, b, a)', 'lambda table, model, a, b: right(table, model, a, b)[::-1]')
 case('project_own_images', 'check_folder(as_folder)',
+     'lambda ds, folder: right(ds.but(targets=[(y + 1) % 10 for y in ds.targets]), folder)',      # under the wrong names
      'lambda ds, folder: right(ds.subset(range(10)), folder)', 'lambda ds, folder: right(ds, Path(folder)/"images")')
 case('project_own_images', 'check_experiment(experiment)',
      'lambda data: right(data).replace("chance = true", "")', 'lambda data: right(data).replace("0.45", "0.5")')

@@ -22,7 +22,7 @@ def noise(steps):
     (lambda: lambda_for([], .5, 500, 5e-5), 'sigma: got (0,)'),
     (lambda: lambda_for(torch.ones(2, 2), .5, 500, 5e-5), 'sigma: got (2, 2)'),
     (lambda: noise(1), 'steps: got 1'), (lambda: noise(11), 'at most 10'),
-    (lambda: gate_row('.', None, None, dict(seed=4, schedule=dict(options={}))), 'There is no checkpoint.pt in shared/vtp-s4')])
+    (lambda: gate_row('.', None, None, dict(method='vtp', seed=4, schedule=dict(options={}))), 'There is no checkpoint.pt in shared/vtp-s4')])
 def test_refused_by_name(call, text):
     with pytest.raises(VitpruneError) as said: call()
     assert text in str(said.value)

@@ -6,7 +6,7 @@ import nbformat, pytest
 from conftest import BIN, ROOT, clean_env
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import environment, failures, notebooks, run_all
+from notebooks import environment, failures, notebooks, read_cells, rests, run_all, WANTED
 from vitprune_nb.evidence.report import target
 from vitprune_nb.evidence.results import read_rows
 from vitprune_nb.experiment import method_options, read_experiment, stages, units
@@ -103,6 +103,22 @@ def test_what_a_notebook_run_says_is_heard_at_once(monkeypatch):
     assert said.stdout == '- Completed a'
 
 
+def test_recording_leaves_a_cell_alone_until_its_file_is_named(monkeypatch):
+    cell = "#| slow\nnet = load(os.environ['VITPRUNE_GALLERY'])"
+    monkeypatch.delenv('VITPRUNE_GALLERY', raising=False)
+    assert rests(cell) and rests(cell, slow=True)
+    monkeypatch.setenv('VITPRUNE_GALLERY', 'a file')
+    assert rests(cell) and not rests(cell, slow=True)
+    assert rests('#| slow\n1') and not rests('#| slow\n1', slow=True)
+    assert rests('#| cuda\n1', slow=True) and not rests('1') and not rests("os.environ['VITPRUNE_NONE']")
+
+
+def test_the_gallery_is_recorded_from_the_weights_that_make_record_is_given():
+    recipe = re.search(r'^record: .*\n(\t.*)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M)[1]
+    wanted = {v for p in NOTEBOOKS for _, c in read_cells(p) if rests(c) for v in WANTED.findall(c)}
+    assert 'VITPRUNE_GALLERY=$(abspath $(WEIGHTS))' in recipe and wanted == {'VITPRUNE_GALLERY', 'VITPRUNE_OFFICIAL'}
+
+
 def test_there_are_notebooks():
     assert 'index.ipynb' in IDS and '00_core' in NAMED and any(i.startswith('solutions/') for i in IDS)
 
@@ -164,3 +180,19 @@ def test_make_tournament_repeats_the_run_without_training():
     assert [(r['method'], target(r), r['recovery']) for r in rows] == [(u.name, u.reduction, s) for u in units(plan) for s in stages(plan, u)]
     made, = (r['schedule']['options'] for r in rows if r['method'] == 'evovit')
     assert made == {**method_options(plan, 'evovit', .35), 'seed': 0}
+
+
+def test_make_tournament_repeats_the_runs_of_other_lengths():
+    makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
+    lengths = re.search(r'^LENGTHS = (.*)$', makefile, re.M)[1].split()
+    folder = ROOT/'data'/'results'
+    assert [f'tournament_{t}_passes.csv' for t in lengths] == sorted(p.name for p in folder.glob('tournament_*_passes.csv'))
+    for t in lengths:
+        numbers = {'1': f'{float(t):g}', 'call of,$(1)/2': f'{float(t)/2:g}', 'call of,0.04/$(1)': f'{.04/float(t):g}'}
+        text = re.search(r'^LENGTH = (.*)$', makefile, re.M)[1]
+        for what in ('call of,$(1)/2', 'call of,0.04/$(1)', '1'): text = text.replace(f'$({what})', numbers[what])
+        plan, rows = read_experiment(ROOT/'configs'/'tournament.toml', re.findall(r'--set (\S+)', text)), read_rows(folder/f'tournament_{t}_passes.csv')
+        want = Counter((u.name, u.reduction, s != 'none') for u in units(plan) for s in stages(plan, u))
+        assert Counter((r['method'], target(r), r['recovery'] != 'none') for r in rows) == want
+        for r in rows:
+            if r['method'] != 'dense': assert {**method_options(plan, r['method'], .35), 'seed': 0}.items() >= r['schedule']['options'].items()

@@ -31,7 +31,7 @@ def set_seed(seed:int): # Any integer from 0 to 2**32 - 1
 # %% ../nbs/6_reference/00_core.ipynb #3ed66b3c
 def fold_seed(*numbers:int # A seed and any counters: epoch, step, image index …
               )->int:      # A well mixed 32-bit seed
-    "One seed from several integers; different tuples give unrelated seeds."
+    "One seed from several integers below 2**32; different tuples of one length give unrelated seeds."
     return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1)[0])
 
 # %% ../nbs/6_reference/00_core.ipynb #c0de0001

@@ -110,7 +110,7 @@ PHOTOS = ('cat', 'coffee', 'rocket', 'astronaut')
 def photo(what='cat' # One of PHOTOS, a PIL image, or the path of an image file
           )->Image.Image: # Square, 224 px wide
     "A picture, cut to its middle square."
-    if isinstance(what, Image.Image): im = what.convert('RGB')
+    if isinstance(what, Image.Image): im = as_shown(what)
     elif what in PHOTOS: im = open_image(data_path('gallery', f'{what}.jpg'))
     else:
         given = isinstance(what, (str, Path))

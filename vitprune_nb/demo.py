@@ -363,7 +363,7 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
 
 # %% ../nbs/6_reference/23_demo.ipynb #5b749ade
 def _write(out, slim, test, rows, right, **info):
-    "All files of a demo, or none; what an earlier demo left goes, other files stay."
+    "All files of a demo are made before the first is moved; what an earlier demo left goes."
     stage = temporary_path(out/'demo')
     with writing(stage, 'out'):
         sweep(out)

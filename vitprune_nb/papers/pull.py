@@ -80,7 +80,8 @@ def gate_row(run,      # Folder of a run
              )->dict:
     """A result row of the network whose gates a run trained, before the cut; its note says what share of the
     gates is closed."""
-    file, options = Path(run)/'shared'/f"vtp-s{cut['seed']}"/'checkpoint.pt', cut['schedule']['options']
+    options = cut['schedule']['options']
+    file = Path(run)/'shared'/f"{cut['method']}-s{cut['seed']}"/'checkpoint.pt'
     require(file.is_file(), 'run', run, 'a folder in which `vitprune run` trained gates',
             f'There is no {file.name} in shared/{file.parent.name}.')
     saved = read_checkpoint(file, 'run')
