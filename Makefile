@@ -113,6 +113,11 @@ TOURNAMENT = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --se
 RECIPE = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --set recover.lr=$(1) --out runs/recipe-$(1) --results data/results/tournament_recipe_$(1).csv $(2)
 recipe = $(call anew,recipe-$(1),data/results/tournament_recipe_$(1)*.csv,$(call RECIPE,$(1),$(2)))
 HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
+# VTP's λ, on the same 5,000 images with half a pass for a row; and the tournament's row with what was best there (λ times steps stays).
+GATES = --set methods=vtp --set control=false --set chance=false --set options.vtp.sparse_epochs=0.25 --set options.vtp.gate_start=0.0025 --set options.vtp.lr=5e-5 --set options.vtp.batch_size=32
+GATES_RUN = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --out runs/recipe-vtp-$(1) --results data/results/tournament_vtp_$(1).csv $(HELD_OUT) $(GATES) --set options.vtp.l1=$(1)
+gates = $(call anew,recipe-vtp-$(1),data/results/tournament_vtp_$(1)*.csv,$(call GATES_RUN,$(1)))
+WEAKER_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_vtp --results data/results/tournament_vtp.csv --set methods=vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set options.vtp.l1=0.02
 # Evo-ViT without any training beside a chance that draws once a stage.
 UNTRAINED = --set methods=evovit --set reductions=0.35 --set training=0 --set recover={} --set chance_recovered=[] --set control=false --set options.evovit.finetune_epochs=0
 UNTRAINED_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_chance --results data/results/tournament_chance.csv $(UNTRAINED)
@@ -128,6 +133,9 @@ tournament: tournament-asked $(DEV)
 	$(call recipe,1e-4,--weights $(WEIGHTS))
 	$(call recipe,5e-5,$(HELD_OUT))
 	$(call recipe,2e-4,$(HELD_OUT))
+	$(call gates,0.04)
+	$(call gates,0.02)
+	$(call anew,tournament_vtp,data/results/tournament_vtp.csv data/results/tournament_vtp_pairs.csv data/results/tournament_vtp_answers.csv,$(WEAKER_RUN))
 	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv data/results/tournament_answers.csv,$(TOURNAMENT))
 	$(call anew,tournament_chance,data/results/tournament_chance*.csv,$(UNTRAINED_RUN))
 	$(foreach t,$(LENGTHS),$(call anew,tournament_$(t)_passes,data/results/tournament_$(t)_passes*.csv,$(call LENGTH_RUN,$(t))) &&) true

@@ -472,9 +472,12 @@ case('25_methods', 'check_two_cuts(two_cuts)',
 case('30b_pull', 'check_steps(steps_for)',
      'lambda sigma, l1, lr, start: right(0., l1, lr, start)',                         # no noise
      'lambda sigma, l1, lr, start: 2*(1 - CLOSED)*start/lr*(1 + sigma/l1)',
-     'lambda sigma, l1, lr, start: right(sigma, l1, lr, start)/2')                    # the rate of the start throughout
+     'lambda sigma, l1, lr, start: right(sigma, l1, lr, start)/2',                    # the rate of the start throughout
+     'lambda sigma, l1, lr, start: 95*(1 + (sigma/l1)**2)**.5')                       # of one rate and start only
 case('30b_pull', 'check_same(same_gates)',
-     'lambda l1, batch, new: l1*batch/new', 'lambda l1, batch, new: l1*(new/batch)**.5', 'lambda l1, batch, new: l1')
+     'lambda l1, batch, new: l1*batch/new', 'lambda l1, batch, new: l1*(new/batch)**.5', 'lambda l1, batch, new: l1',
+     'lambda l1, batch, new: l1*4/new**.5', 'lambda l1, batch, new: .04*(batch/new)**.5',
+     'lambda l1, batch, new: l1/2 if batch != new else l1')
 
 # evidence
 
@@ -501,7 +504,13 @@ case('21_measure', 'check_lead(lead)',
 case('25c_report', 'check_frontier(frontier)',
      'lambda rows, when: right(rows, when)[::-1]',
      'lambda rows, when: [r for r in right(rows, when) if r["method"] != "dense"]',
-     'lambda rows, when: sorted((r for r in rows if stage(r) == when), key=lambda r: r["macs"])')
+     'lambda rows, when: sorted((r for r in rows if stage(r) == when), key=lambda r: r["macs"])',
+     '''def wrong(rows, when):                                                        # each new best, also where the next costs no more
+    out = []
+    for r in sorted((r for r in rows if stage(r) == when or r["method"] == "dense"), key=lambda r: r["macs"]):
+        if not out or r["top1"] > out[-1]["top1"]: out.append(r)
+    return out''',
+     'lambda rows, when: [r["own"] for r in right([dict(r, macs=1 - target(r), own=r) for r in rows], when)]')    # what it should have cost
 
 case('30_tournament', 'check_open(stays_open)',
      'lambda pairs, reduction: right([dict(p, recovery="none") for p in pairs], reduction)',                 # both stages
@@ -511,7 +520,10 @@ case('30_tournament', 'check_share(share)', '.7', '1 - right', '.7*.65')        
 case('30_tournament', 'check_worth(worth)',
      'lambda rows: {k: 1 - v for k, v in right(rows).items()}',
      'lambda rows: {k: max(v, 0.) for k, v in right(rows).items()}',                   # no choice is worse than chance
-     'lambda rows: right([r for r in rows if target(r) != .45])')
+     'lambda rows: right([r for r in rows if target(r) != .45])',
+     'lambda rows: right([dict(r, recovery="none") if r["method"].startswith("chance") else r for r in rows])',  # chance after recovery
+     'lambda rows: {(m, b): (next(r["top1"] for r in rows if r["method"] == m and target(r) == b) - c)/(.8 - c) for m, b in right(rows)'
+     ' for c in [next(r["top1"] for r in rows if r["method"] == f"chance of {m}")]}')                            # of any budget
 case('31_imagenet', 'check_cosine(cosine_of)', 'lambda e: 1 - e', 'lambda e: 1 - e*e', 'lambda e: (1 - e*e)**.5')
 case('31_imagenet', 'check_worst(worst)',
      'lambda values, share: -right(-np.asarray(values), share)',                      # the best
@@ -629,33 +641,62 @@ def wrong(seed):                                                                
      '''@contextlib.contextmanager
 def wrong(seed):                                                                      # seeded anew
     try: yield set_seed(seed)
-    finally: set_seed(0)''')
+    finally: set_seed(0)''',
+     '''@contextlib.contextmanager
+def wrong(seed):                                                                      # back to the start of the stream
+    old = torch.initial_seed()
+    try: yield set_seed(seed)
+    finally: set_seed(old)''')
 case('02b_weights', 'check_unwrap(unwrap)',
      "lambda saved, names: {n: saved.get('module.' + n) for n in names}",                  # one wrapper alone
      "lambda saved, names: {n: next(t for k, t in saved.items() if k.endswith(n)) for n in names if any(k.endswith(n) for k in saved)}",
-     "lambda saved, names: {n: saved[k] for n in names for k in saved if k.endswith(n)}")
+     "lambda saved, names: {n: saved[k] for n in names for k in saved if k.endswith(n)}",
+     'lambda saved, names: {n: next(t for k, t in saved.items() if k.endswith(n)) for n in names}',    # prefixes mixed
+     'lambda saved, names: {n: next(t for k, t in reversed(saved.items()) if k.endswith(n)) for n in names}',
+     'lambda saved, names: {n: saved.get(next(k for k in saved if k.endswith(names[0])).removesuffix(names[0]) + n) for n in names}')    # the first prefix
 case('02b_weights', 'check_loads(loads)',
      'lambda value: isinstance(value, (int, str, torch.Tensor))',                      # no options of a training
-     'lambda value: not callable(value)')                                              # a path is none
-case('00a_errors', 'check_at_most(said)', "'at most 0.82'", "'at most 0.819'", "'at most 0.8'")
+     'lambda value: not callable(value)',                                              # a path is none
+     'lambda value: isinstance(value, (int, str, torch.Tensor, argparse.Namespace))',    # numbers with a fraction, lists, dtypes
+     'lambda value: not callable(value) and not isinstance(value, Path)')    # an array is none
+case('00a_errors', 'check_at_most(said)', "'at most 0.46'", "'at most 0.457'", "'at most 0.4'")
 case('00a_errors', 'check_one_of(one_of)',
      '''def wrong(argument, given, allowed):                                          # nobody says what is allowed
     require(given in allowed, argument, given, 'another one')
     return given''',
      'lambda argument, given, allowed: right(argument, given, allowed[:2])',
-     'lambda argument, given, allowed: right(argument, given, allowed) and None')
+     'lambda argument, given, allowed: right(argument, given, allowed) and None',
+     '''def wrong(argument, given, allowed):                                          # another kind of error
+    try: return right(argument, given, allowed)
+    except VitpruneError as e: raise KeyError(*e.args)''',
+     '''def wrong(argument, given, allowed):                                          # no list of one
+    *first, last = map(repr, allowed)
+    require(given in allowed, argument, given, f"{', '.join(first)} or {last}")
+    return given''')
 case('00b_files', 'check_two_writers(wins)', "'the first to finish'", "'an error'", "'a mixture'")
 case('00b_files', 'check_copy_atomic(copy_atomic)',
      'lambda source, target: (target.unlink(), shutil.copyfile(source, target))',
      '''def wrong(source, target):                                                    # something is left over
     shutil.copyfile(source, target.with_suffix('.tmp'))
-    target.with_suffix('.tmp').replace(target)''')
+    target.with_suffix('.tmp').replace(target)''',
+     'lambda source, target: shutil.copy(source, target)',
+     'lambda source, target: shutil.copy2(source, target)',
+     'lambda source, target: target.write_bytes(source.read_bytes())',
+     '''def wrong(source, target):                                                    # for a moment it is not there
+    new = source.read_bytes()
+    target.unlink()
+    target.write_bytes(new)''',
+     '''def wrong(source, target):                                                    # nobody hears of it
+    try: right(source, target)
+    except Exception: pass''')
 case('01_data', 'check_fifteen(each)', '[15]*10', '[1.5]*10', '[2]*5 + [1]*5')
 case('01_data', 'check_content_hash(content_hash)',
      "lambda ds: right(ds.subset([0])) + str(list(ds.targets))",                      # the first image
      'lambda ds: ds.digest',
      "lambda ds: right(ds) + str(ds.images[0])",                                      # where the tree lies
-     "lambda ds: ''.join(sorted(hashlib.sha256(im.tobytes() if isinstance(im, np.ndarray) else Path(im).read_bytes()).hexdigest() for im in ds.images))")    # in any order
+     "lambda ds: ''.join(sorted(hashlib.sha256(im.tobytes() if isinstance(im, np.ndarray) else Path(im).read_bytes()).hexdigest() for im in ds.images))",    # in any order
+     'lambda ds: ds.digest + str(list(ds.targets)) + str([(im.tobytes() if isinstance(im, np.ndarray) else im.read_bytes())[-1] for im in ds.images])',    # the last byte
+     'lambda ds: ds.digest + str(list(ds.targets)) if isinstance(ds.images, np.ndarray) else right(ds)')    # no array's pixels
 case('06_viz', 'check_returns(only_leave, blocks)', '(True, [0, 3, 4, 6, 7])', '(False, [0, 3, 6])', '(False, [0, 3, 4, 6])')
 case('06_viz', 'check_death_map(death_map)',
      'lambda kept: right(kept).reshape(-1)[:4].reshape(2, 2)',                        # two rows, whatever comes
@@ -675,7 +716,14 @@ case('08_train', 'check_stay_close(stay_close)',
     return lambda m: strength*sum((p - start[n]).square().sum() for n, p in m.named_parameters())''',
      '''def wrong(model, strength):                                                   # weight decay
     return lambda m: strength*sum(p.square().sum() for p in m.parameters())''',
-     'lambda model, strength: right(model, -strength)')
+     'lambda model, strength: right(model, -strength)',
+     '''def wrong(model, strength):                                                   # L1
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return lambda m: strength*sum((p - start[n]).abs().sum() for n, p in m.named_parameters())''',
+     '''def wrong(model, strength):                                                   # the MLPs alone
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if "mlp" in n}
+    return lambda m: strength*sum((p - start[n]).square().sum() for n, p in m.named_parameters() if n in start)''',
+     'lambda model, strength: right(model, 10*strength)')
 case('08b_teacher', 'check_imagenet(bytes_and_share)',
      '(1251*1024*4, .4)',                                                             # one logit for each image
      '(1_281_167*1000*4, .4)', '(right[0], .25)')                                     # the last batch; the share beside a dense student
@@ -690,6 +738,15 @@ case('08a_objectives', 'check_ponder(ponder)',
      '''def wrong(weight):                                                            # the mean over decisions
     @looks_at('decisions')
     def objective(seen): return {k: v/len(seen.decisions) for k, v in right(weight)(seen).items()}
+    return objective''',
+     '''def wrong(weight):                                                            # products
+    @looks_at('decisions')
+    def objective(seen):
+        kept, total = 1., 0.
+        for d in seen.decisions:
+            kept = kept*d.keep[:, d.n_prefix:]
+            total = total + kept.mean()
+        return dict(ponder=weight*total)
     return objective''')
 case('08a_objectives', 'check_from_then_on(from_then_on)',
      '''def wrong(objective, start):                                                  # asks for nothing
@@ -705,11 +762,22 @@ case('09_course', 'check_projections(big_params, small_params, macs_ratio)',
 case('09_course', 'check_full_passes(full_passes)',
      'lambda stages: right([{k: v for k, v in s.items() if k != "freeze"} for s in stages])',
      'lambda stages: right([{k: v for k, v in s.items() if k != "patch_drop"} for s in stages])',
-     'lambda stages: sum(right([s]) for s in stages[:1])')
+     'lambda stages: sum(right([s]) for s in stages[:1])',
+     'lambda stages: right([dict(s, patch_drop=(*s.get("patch_drop", ()), *[0.]*9)) for s in stages])',    # past the end of the list nothing is left out
+     'lambda stages: right([{k: v for k, v in s.items() if k != "freeze" or "patch_drop" not in s} for s in stages])')    # one saving or the other
 case('09_course', 'check_ridge(ridge_projection)',
      'lambda big, images, strength: fit_patch_projection(big, images)[:2]',
      'lambda big, images, strength: compose_projection(big)',                         # never moves
-     'lambda big, images, strength: right(big, images, 0. if strength < 1e6 else strength)')
+     'lambda big, images, strength: right(big, images, 0. if strength < 1e6 else strength)',
+     'lambda big, images, strength: tuple(a + (b - a)/(1 + strength) for a, b in zip(compose_projection(big), fit_patch_projection(big, images)[:2]))',    # a blend
+     '''def wrong(big, images, strength):                                             # the bias held back as well
+    w0, b0 = compose_projection(big)
+    x = F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1).double()
+    x1, start = torch.cat([x, torch.ones(len(x), 1).double()], 1), torch.cat([w0.flatten(1).T, b0[None]]).double()
+    missed = project_patches(images, big).flatten(0, 1).double() - x1 @ start
+    sol = (start + torch.linalg.solve(x1.T @ x1 + strength*torch.eye(49).double(), x1.T @ missed)).float().detach()
+    return sol[:-1].T.reshape(-1, 3, 4, 4), sol[-1]''',
+     'lambda big, images, strength: right(big, images, strength*64*384)')    # the mean of the squared errors
 case('23_demo', 'check_apart(apart)', "{'dense', 'random'}", "{'dense', 'uniform', 'random'}", 'set()')
 case('23_demo', 'check_random_band(random_band)',
      'lambda model, plan, ds, seeds: right(model, plan, ds, seeds[-1:])',             # the last seed
@@ -718,7 +786,8 @@ case('23_demo', 'check_random_band(random_band)',
      'lambda model, plan, ds, seeds: tuple(v/len(ds) for v in right(model, plan, ds, seeds))')
 case('24_cli', 'check_sweep(sweep)',
      'lambda line, option, values: right(line, option, values).drop(columns=option)',
-     'lambda line, option, values: right(line, option, values[:1])')
+     'lambda line, option, values: right(line, option, values[:1])',
+     'lambda line, option, values: pd.DataFrame([{option: v} | record(f"{line} {option} {values[-1]}") for v in values])')    # the last value's record in every row
 case('24_cli', 'check_as_json(as_json)',
      '''def wrong(line):                                                              # an error is an empty object
     try: return right(line)
@@ -728,7 +797,10 @@ case('25b_experiment', 'check_refused(refused)', "{'lr', 'reductions'}", "{'lr',
 case('25b_experiment', 'check_days(days)',
      'lambda e, speed, n_train, n_test: 24*right(e, speed, n_train, n_test)',
      'lambda e, speed, n_train, n_test: right(e, 1., n_train, n_test)',
-     'lambda e, speed, n_train, n_test: right(e, speed, n_test, n_train)')
+     'lambda e, speed, n_train, n_test: right(e, speed, n_test, n_train)',
+     'lambda e, speed, n_train, n_test: right(dataclasses.replace(e, recover={}), speed, n_train, n_test)',    # before recovery
+     'lambda e, speed, n_train, n_test: right(e, speed, n_test, n_test)',
+     'lambda e, speed, n_train, n_test: right(dataclasses.replace(e, methods=e.methods[:1]), speed, n_train, n_test)')
 case('26_run', 'check_again(again)', "{'evaluation before', 'recovery', 'evaluation after'}", "{'evaluation after'}",
      "{'pruning', 'recovery', 'evaluation before', 'evaluation after'}")
 case('26_run', 'check_speed_ups(speed_ups)',
@@ -745,7 +817,9 @@ case('29_dense', 'check_left(left)', 'lambda k: k**-.5', 'lambda k: 1/(k + 1)', 
 case('29_dense', 'check_mean_wins(mean_wins)',
      'lambda d, middle=1.: right(d)',                                                 # about the bottom always
      'lambda d, middle=1.: loss(middle) < max(loss(middle - d), loss(middle + d))',   # better than one of them
-     'lambda d, middle=1.: True')
+     'lambda d, middle=1.: True',
+     'lambda d, middle=1.: middle == 1 and 0 < d < 2',
+     'lambda d, middle=1.: middle == 1 and right(d)')
 case('34_official', 'check_margin(margin)',
      'lambda scores, k: (scores.sort(1, descending=True).values.diff(dim=1).abs().min()).item()',    # of any two neighbours
      'lambda scores, k: (scores.sort(1, descending=True).values[:, k - 1] - scores.sort(1, descending=True).values[:, k]).max().item()',
@@ -772,7 +846,10 @@ case('project_three_ways', 'check_blocks(fewer_blocks)',
 case('project_three_ways', 'check_table(table)',
      'lambda ways, images: [dict(r, low=-r["high"], high=-r["low"]) for r in right(ways, images)]',    # first minus second
      'lambda ways, images: [dict(r, saved=1 - r["saved"]) for r in right(ways, images)]',
-     'lambda ways, images: right(dict(reversed(ways.items())), images)')
+     'lambda ways, images: right(dict(reversed(ways.items())), images)',
+     '''def wrong(ways, images):                                                      # minus the way before
+    out, pairs = right(ways, images), zip(ways.items(), list(ways.items())[1:])
+    return [out[0], *[dict(r, low=p[1]["low"], high=p[1]["high"]) for r, pair in zip(out[1:], pairs) for p in [right(dict(pair), images)]]]''')
 case('project_fault_finder', 'check_finder(find_fault)', 'lambda engine: None', 'lambda engine: "broken"',
      'lambda engine: None if torch.allclose(engine(net, images, {}), net(images)) else "identity"',    # one of six properties
      'lambda engine: None if torch.allclose(engine(net, images, {2: 7}), honest(net, images, {2: 7})) else "agreement"')
@@ -787,7 +864,9 @@ case('project_own_method', 'check_method(MyMethod)', """class wrong(right):
 case('project_own_method', 'check_worth(worth)',
      'lambda *a: [dict(g, difference=-g["difference"]) for g in right(*a)]',          # chance minus method
      'lambda *a: right(*a)[:1]')
-case('project_referee', 'check_unequal(unequal)', 'lambda a, b: right(a, b) - {"macs"}', 'lambda a, b: right(a, b) | {"method"}')
+case('project_referee', 'check_unequal(unequal)', 'lambda a, b: right(a, b) - {"macs"}', 'lambda a, b: right(a, b) | {"method"}',
+     'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if a["macs"] > 1.02*b["macs"] else set())',    # only where the first costs more
+     'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if b["macs"] > 1.02*a["macs"] else set())')
 case('project_referee', 'check_ruling(ruling)',
      'lambda pair, better: "holds" if pair["difference"] > 0 else "fails"',           # no interval
      'lambda pair, better: right(pair, pair["b"])')
@@ -807,7 +886,9 @@ case('project_own_images', 'check_experiment(experiment)',
      'lambda data: right(data).replace("chance = true", "")', 'lambda data: right(data).replace("0.45", "0.5")')
 case('project_own_images', 'check_cheapest(cheapest)', 'lambda rows, points: right(rows, points/100)',
      """lambda rows, points: min((r for r in rows if r["method"] != "dense" and .9 - r["top1"] <= points/100),    # chance as well
-                             key=lambda r: r["macs"], default=None)""")
+                             key=lambda r: r["macs"], default=None)""",
+     'lambda rows, points: min((r for r in rows if r["method"] not in ("dense", "chance of b") and 100*(1 - r["top1"]/rows[0]["top1"]) <= points),'
+     ' key=lambda r: r["macs"], default=None)')                                       # relative
 
 
 ### the tests

@@ -453,6 +453,60 @@ def test_a_kill_between_two_renames_loses_no_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['m'] and (tmp_path/'m'/'a').read_text() == 'new'
 
 
+def test_a_write_sweeps_and_restores_nothing_of_a_neighbour(tmp_path):
+    "model.v2 was killed between its two renames: saving model leaves its old and its new folder alone."
+    left = {f'.model.v2.{DEAD}.vitprune.{end}' for end in ('old', 'tmp')}
+    fill(tmp_path, *(f'{name}/' for name in left))
+    for _ in range(2):
+        with write_folder_atomic(tmp_path/'model', lambda f: True) as new: (new/'a').write_text('model')
+        with write_atomic(tmp_path/'model.csv') as tmp: tmp.write_text('rows')
+    assert {p.name for p in tmp_path.iterdir()} == left | {'model', 'model.csv'}
+    with pytest.raises(VitpruneError, match='which is not empty'):      # v2's own next write brings its old folder back
+        with write_folder_atomic(tmp_path/'model.v2'): pass
+    assert {p.name for p in tmp_path.iterdir()} == {'model', 'model.csv', 'model.v2'}
+
+
+@pytest.mark.parametrize('name', ['m', 'x'*230, '.hidden'])
+def test_a_long_or_hidden_name_comes_back_too(tmp_path, name):
+    with write_folder_atomic(tmp_path/name) as new: (new/'a').write_text('old')
+    (tmp_path/name).rename(tmp_path/f'.{name[:200]}.{DEAD}.vitprune.old')
+    with pytest.raises(VitpruneError, match='which is not empty'):
+        with write_folder_atomic(tmp_path/name): pass
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_kill_while_publishing_loses_no_folder(tmp_path):
+    def stage(text):
+        (tmp_path/'stage'/'model').mkdir(parents=True)
+        (tmp_path/'stage'/'model'/'a').write_text(text)
+        return tmp_path/'stage'
+    out = tmp_path/'out'
+    out.mkdir()
+    publish(stage('one'), out)
+    (out/'model').rename(out/f'.model.{DEAD}.vitprune.old')             # killed between the two renames
+    shutil.rmtree(tmp_path/'stage')
+    publish(stage('two'), out)
+    assert (out/'model'/'a').read_text() == 'two'
+    assert sorted(p.name for p in out.iterdir()) == ['.vitprune.json', 'model']
+
+
+def test_threads_that_write_one_file_take_turns(tmp_path):
+    import threading, time
+    def write(text):
+        with write_atomic(tmp_path/'a') as tmp:
+            with open(tmp, 'w') as f:
+                for c in text:
+                    f.write(c)
+                    f.flush()
+                    time.sleep(.002)
+    texts, wrong = [k*40 for k in 'abc'], []
+    threads = [threading.Thread(target=write, args=(t,)) for t in texts]
+    for t in threads: t.start()
+    while any(t.is_alive() for t in threads):
+        if (tmp_path/'a').exists() and (now := (tmp_path/'a').read_text()) not in texts: wrong.append(now)
+    assert not wrong and (tmp_path/'a').read_text() in texts
+
+
 def test_a_kill_between_mark_and_rename_locks_nobody_out(tmp_path):
     with write_atomic(tmp_path/'r', owner=tmp_path) as tmp: tmp.write_text('one')
     (tmp_path/'new').write_text('two')

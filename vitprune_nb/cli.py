@@ -32,13 +32,12 @@ def in_words_of_ours(e:Exception # From this package or one below it
                      )->str|None: # None for what is a bug
     """A refusal as it stands; what a disk or a memory that is too small, or a damaged file, makes of a
     library."""
-    import torch
     from safetensors import SafetensorError
+    from vitprune_nb.core import out_of_memory
     from vitprune_nb.errors import VitpruneError, for_shell
     if isinstance(e, VitpruneError): return for_shell(str(e))
     if isinstance(e, SafetensorError): return f'a .safetensors file could not be read or written: {e}'
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e):
-        return 'out of memory. Choose a smaller --batch.'
+    if out_of_memory(e): return 'out of memory. Choose a smaller --batch.'
 
 def explain(e:BaseException # What a command raised
             )->int|None: # Exit code, after one line on standard error; None for what is a bug
@@ -321,9 +320,9 @@ def unfinished(out,         # The folder that shall be written in the end
                **options,   # All that decides the pruned model
                ):
     """Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work
-    is done or was never begun."""
+    is done, or refused for another reason than a disk that is full."""
     from vitprune_nb.errors import VitpruneError
-    from vitprune_nb.files import claim, remove, write_atomic
+    from vitprune_nb.files import MARK, claim, remove, write_atomic
     if not needed:
         yield None
         return
@@ -332,8 +331,10 @@ def unfinished(out,         # The folder that shall be written in the end
     claim(work, 'options.json', sure=True)
     with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
-    except VitpruneError:
-        if new and not (work/'pruned').is_dir(): remove(work)
+    except VitpruneError as e:
+        begun = not {p.name for p in work.iterdir()} <= {'options.json', 'run.json', MARK}
+        disk = e.__cause__ is not None       # said by `writing`: with more room the work can go on
+        if new and not (work/'pruned').is_dir() and not (begun and disk): remove(work)
         raise
     remove(work)
 

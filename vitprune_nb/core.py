@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'COLORS', 'check_seed', 'set_seed', 'fold_seed', 'check_model', 'pick_device', 'cpu_name', 'git_commit',
-           'environment', 'fast_dtype', 'products_are_faster', 'written_out', 'fast_attention', 'autocast', 'progress',
-           'repo_root', 'data_path', 'load_methods']
+           'environment', 'fast_dtype', 'products_are_faster', 'written_out', 'fast_attention', 'autocast',
+           'out_of_memory', 'progress', 'repo_root', 'data_path', 'load_methods']
 
 # %% ../nbs/6_reference/00_core.ipynb #f336f3ef
 import contextlib, functools, importlib, os, pkgutil, platform, random, subprocess, sys
@@ -66,15 +66,18 @@ def cpu_name()->str: # e.g. 'Intel(R) Xeon(R) Processor @ 2.50GHz'
     return platform.processor() or platform.machine()
 
 @functools.lru_cache
-# Short hash, or '' outside a clone; '+' at the end when tracked files differ from the commit
+# Short hash, or '' outside a clone; '+' at the end when Python files of the package differ from the commit
 def git_commit()->str:
     "The commit of the running code."
+    file = Path(__file__) if '__file__' in globals() else None            # a notebook has none
     def git(*a):
-        here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
+        here = file.parent if file else Path.cwd()
         return subprocess.run(['git', '-C', str(here), *a], capture_output=True, text=True, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         head = git('rev-parse', '--short=10', 'HEAD')
-        if head.returncode == 0:
+        # a copy that was installed within somebody else's repository has no commit there
+        tracked = file is None or git('ls-files', '--error-unmatch', file.name).returncode == 0
+        if head.returncode == 0 and tracked:
             changed = git('diff', '--quiet', 'HEAD', '--', '*.py').returncode
             return head.stdout.strip() + ('+' if changed else '')
     return ''
@@ -150,6 +153,11 @@ def autocast(device='cpu',              # The device that computes
     cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
     return _both(cast, fast_attention(device, dtype, *models))
 
+
+# %% ../nbs/6_reference/00_core.ipynb #c0de0f01
+def out_of_memory(e:BaseException)->bool:
+    "Does an error say that the memory is too small? On a CPU PyTorch has no class for it, only words."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 # %% ../nbs/6_reference/00_core.ipynb #602ce555
 def progress(iterable=None, # Anything to loop over; None for a bar that is moved with `.update()`

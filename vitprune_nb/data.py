@@ -154,13 +154,20 @@ class ImageSet(torch.utils.data.Dataset):
 
     def but(self, **changes)->'ImageSet':
         "A copy with other attributes, e.g. `ds.but(transform=t)`."
+        odd = sorted(set(changes) - set(vars(self)))
+        require(not odd, 'but', ', '.join(odd), ', '.join(sorted(vars(self))))
         new = copy.copy(self)
+        if 'targets' in changes: changes['targets'] = np.asarray(changes['targets'], dtype=np.int64)
         for k, v in changes.items(): setattr(new, k, v)
         return new
 
     def subset(self, idx)->'ImageSet':
-        "The images at positions `idx`, in that order; the hash changes with them."
-        idx = np.asarray(idx, dtype=np.int64)
+        "The images at positions `idx`, in that order, or where a mask is true; the hash changes with them."
+        idx = np.asarray(idx)
+        if idx.dtype == bool and idx.shape == (len(self),): idx = np.flatnonzero(idx)
+        whole = idx.ndim == 1 and (idx.dtype.kind in 'iu' or not len(idx))
+        require(whole, 'idx', f'{idx.dtype} of shape {idx.shape}', f'whole numbers, or a mask of {len(self)}')
+        idx = idx.astype(np.int64)
         images = self.images[idx] if isinstance(self.images, np.ndarray) else [self.images[i] for i in idx]
         digest = hashlib.sha256(self.digest.encode() + idx.tobytes()).hexdigest()
         return self.but(images=images, targets=self.targets[idx], digest=digest)
@@ -390,7 +397,7 @@ def calibration(ds:ImageSet, # Usually a training set
                 n:int,       # How many images
                 seed:int=0,  # Decides which ones
                 )->ImageSet:
-    "A class-balanced subset (to within one image a class), the same for the same seed."
+    "A class-balanced subset (as evenly as the classes allow), the same for the same seed."
     check_set(ds)
     require(is_whole(n) and 1 <= n <= len(ds), 'n', n, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
     rng = np.random.default_rng(check_seed(seed))
@@ -462,7 +469,7 @@ def train_transform(cfg:dict,            # From `data_config`
     if augment == 'none': return eval_transform(cfg)
     known = cfg['interpolation'] in ('bicubic', 'bilinear')
     mode = T.InterpolationMode(cfg['interpolation'] if known else 'bicubic')
-    return T.Compose([T.Resize((height, width), interpolation=mode),
+    return T.Compose([T.Resize(max(height, width), interpolation=mode), T.CenterCrop((height, width)),
                       T.RandomCrop((height, width), padding=(width//8, height//8)),
                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(cfg['mean'], cfg['std'])])
 

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'PAGE', 'COLUMNS', 'WRITES', 'rival_plans', 'measure_models'
            'summary', 'comparisons', 'verdict', 'kept_picture', 'picture', 'report_html', 'check_classes', 'run_demo']
 
 # %% ../nbs/6_reference/23_demo.ipynb #9ae45e46
-import base64, html, io, shutil, time
+import base64, html, io, shlex, shutil, time
 from string import Template
 
 # %% ../nbs/6_reference/23_demo.ipynb #8c451316
@@ -200,8 +200,8 @@ block drops stays dropped.</figcaption></figure>
 many, at different places.</figcaption></figure>
 <h2>Accuracy against cost</h2>
 <figure class="chart"><img alt="Top-1 with its interval over the MACs of one image" src="$accuracy">
-<figcaption>The bars are 95% intervals over $images test images. The three pruned models cost the same and
-are drawn side by side.</figcaption></figure>
+<figcaption>The bars are 95% intervals over $images test images. The three pruned models cost the same; on
+the page they stand a little apart, so that none hides another.</figcaption></figure>
 <h2>Image by image</h2>
 <p>The same images, one model against the other. Only images count that one gets right and the other
 wrong; the p-value says how often luck alone would split them so unevenly (McNemar&#8217;s exact
@@ -211,7 +211,7 @@ test).</p>
 <h2>How it was measured</h2>
 <dl class="what">$machine</dl>
 <h2>What to do with it</h2>
-<p>The pruned model is the folder <code>$model</code>, beside this page.</p>
+<p>The pruned model is the folder <code>$model</code>, beside this page. From the folder above it:</p>
 <pre>$use</pre>
 <p class="note">Written by vitprune_nb. Method: Tang et al., Patch Slimming for Efficient Vision
 Transformers, arXiv 2106.02852. Images: CIFAR-10 (Krizhevsky, 2009), unless other data was given.</p>
@@ -276,14 +276,13 @@ def report_html(rows:list,     # Result rows
                'Code': f"Python {r['python']}, PyTorch {r['torch']}, timm {r['timm']}"
                + (f", commit {r['commit']}" if r['commit'] else ''),
                'Date': r['date']}
-    use = (f'vitprune eval {model}\nvitprune bench {model}\n\n'
-           '&gt;&gt;&gt; from vitprune_nb.engine.slim import load_slim\n'
-           f'&gt;&gt;&gt; model = load_slim("{model}")')
+    use = (f'vitprune eval {shlex.quote(model)}\nvitprune bench {shlex.quote(model)}\n\n'
+           f'>>> from vitprune_nb import load\n>>> model = load({model!r})')
     return PAGE.substitute(image, style=STYLE, summary=html.escape(summary(rows)), tiles=_tiles(rows),
                            table=_table(cells(rows), 'patch slimming'),
                            columns=_list(COLUMNS), pairs=_table(pairs),
-                           verdict=html.escape(verdict(compared)), machine=_list(machine), use=use,
-                           model=model, images=f"{r['images']:,}",
+                           verdict=html.escape(verdict(compared)), machine=_list(machine),
+                           use=html.escape(use), model=html.escape(model), images=f"{r['images']:,}",
                            patches=max(max(_schedule(x)) for x in rows))
 
 def _schedule(row):
@@ -305,9 +304,7 @@ def _charts(slim, ds, rows):
     from vitprune_nb.viz import accuracy_macs, layer_curve
     shown = [dict(r, method=r['method'].replace('_', ' ')) for r in rows]
     depth = layer_curve({r['method']: _schedule(r) for r in shown}, 'patches computed', size=(6.4, 3.2))
-    # equal costs would hide each other
-    aside = [dict(r, macs=r['macs']*(1 + .015*i)) for i, r in zip((0, 0, -1, 1), shown)]
-    return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(aside).figure),
+    return dict(kept=picture(kept_picture(slim, ds)), accuracy=picture(accuracy_macs(shown, apart=8).figure),
                 depth=picture(depth.figure))
 
 # %% ../nbs/6_reference/23_demo.ipynb #11a517e3
@@ -376,7 +373,7 @@ def _write(out, slim, test, rows, right, **info):
             ours = next(r for r in rows if r['method'] == 'patch_slimming')
             save_slim(slim, stage/'model', method='patch-slimming', macs=ours['macs'], top1=ours['top1'],
                       images=ours['images'], **info)
-            (stage/'report.html').write_text(report_html(rows, right, charts, f'{out.name}/model'),
+            (stage/'report.html').write_text(report_html(rows, right, charts, f'{out.resolve().name}/model'),
                                              encoding='utf-8')
             publish(stage, out)
         finally: shutil.rmtree(stage, ignore_errors=True)

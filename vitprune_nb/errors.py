@@ -74,7 +74,7 @@ def path_of(argument:str, # Its name
             given,        # Text or a path; it need not exist
             allowed:str='a path, as text or pathlib.Path', # What would have been fine
             )->Path:
-    "The path that was given; what can be none on this machine is refused."
+    "The path that was given; a text that cannot be a path here raises an error."
     ok = isinstance(given, (str, os.PathLike)) and str(given) != ''
     if ok:
         try: os.lstat(given)

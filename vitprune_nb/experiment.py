@@ -327,7 +327,7 @@ def plan_text(e:Experiment,   # What shall be done
 # %% ../nbs/6_reference/25b_experiment.ipynb #87105415
 def module_hash(source:str # Python code
                 )->str:    # 12 hex digits
-    "A hash that comments, docstrings and line breaks do not change."
+    "A hash that comments, line breaks and the wording of docstrings do not change."
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)

@@ -8,7 +8,7 @@ __all__ = ['MARK', 'temp_folder', 'writing', 'temporary_path', 'remove', 'sweep'
            'sign', 'publish', 'only_one']
 
 # %% ../nbs/6_reference/00b_files.ipynb #f0000004
-import atexit, contextlib, errno, hashlib, json, os, re, shutil, stat, tempfile
+import atexit, collections, contextlib, errno, hashlib, json, os, re, shutil, stat, tempfile, threading
 from pathlib import Path
 
 from .errors import VitpruneError, path_of, refuse, require
@@ -43,8 +43,11 @@ def _why_not_written(err, place):
     while err is not None and not isinstance(err, VitpruneError):
         found = re.search(r'os error (\d+)', str(err))                  # safetensors
         code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
-        named = os.path.abspath(os.fsdecode(getattr(err, 'filename', None) or here))
-        if code in _REASONS and (named.startswith(here) or here.startswith(named)): return _REASONS[code]
+        named = getattr(err, 'filename', None)
+        named = os.fsdecode(named) if isinstance(named, (str, bytes)) and named else here
+        named = Path(os.path.abspath(named))
+        about = named.is_relative_to(here) or Path(here).is_relative_to(named)
+        if code in _REASONS and about: return _REASONS[code]
         # torch.save does not say why
         if re.search('PytorchStreamWriter|inline_container|iostream error', str(err)):
             return _REASONS[errno.ENOSPC]
@@ -71,11 +74,14 @@ def writing(place,               # The file or folder that is being written
         raise VitpruneError(f'{argument}: got {shown}; allowed: a place that can be written. {why}') from err
 
 # %% ../nbs/6_reference/00b_files.ipynb #a1c0de04
+def _stem(path):
+    "The part of a name that its temporary names repeat; with it they are as short as file systems want."
+    return os.fsencode(Path(path).name)[:200].decode('utf-8', 'ignore')
+
 def temporary_path(path # Where something shall be in the end
                    )->Path: # '.NAME.PID.vitprune.tmp' beside it
     "A name that only this program gives; not longer than file systems allow."
-    name = os.fsencode(Path(path).name)[:200].decode('utf-8', 'ignore')
-    return Path(path).with_name(f'.{name}.{os.getpid()}.vitprune.tmp')
+    return Path(path).with_name(f'.{_stem(path)}.{os.getpid()}.vitprune.tmp')
 
 def remove(path):
     """Remove a file, a link or a folder with all that is in it; no link is followed, and a kill leaves no
@@ -106,12 +112,15 @@ def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
     for left in _left_behind(folder): remove(left)
 
+def _is_of(left, path):
+    "Is this temporary name one of that very path, or of a write within a write to it?"
+    name, ours = re.escape(_stem(path)), r'\.\d+\.vitprune\.(tmp|old)'
+    return re.fullmatch(rf'\.{name}{ours}|\.\.{name}{ours}{ours}', left.name, re.S) is not None
+
 def _sweep_of(path):
     "Remove what dead processes left of a write to this very file or folder."
-    name = Path(path).name.lstrip('.')
     for left in _left_behind(Path(path).parent):
-        # '..NAME…' is of a write within a write
-        if left.name.lstrip('.').startswith(f'{name}.'): remove(left)
+        if _is_of(left, path): remove(left)
 
 def _new_mode(path, bits=0o666):
     "The permissions of a new file at `path`, as the umask or the folder's access list says."
@@ -178,6 +187,8 @@ def check_output(path,               # A file or folder that shall be written
     return path
 
 # %% ../nbs/6_reference/00b_files.ipynb #fb0a0b18
+_WRITERS = collections.defaultdict(threading.RLock)   # threads of one process share their temporary names
+
 @contextlib.contextmanager
 def write_atomic(path, # The file to write or replace
                  owner=None, # A folder: replace only what is in its mark, and enter the new file there
@@ -185,8 +196,8 @@ def write_atomic(path, # The file to write or replace
     "Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed."
     path = check_output(path, 'file', folder=False)
     tmp = temporary_path(path)
-    _sweep_of(path)
-    with writing(path):
+    with _WRITERS[os.path.abspath(path)], writing(path):
+        _sweep_of(path)
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
             yield tmp
@@ -223,7 +234,7 @@ def _as_umask_says(folder, file_mode, folder_mode):
 def _restore(folder):
     "After a kill in the middle of `_swap`: the old folder comes back, or goes because the new one is there."
     for aside in _left_behind(folder.parent, 'old'):
-        if not aside.name.startswith(f'.{folder.name}.'): continue
+        if not _is_of(aside, folder): continue
         if os.path.lexists(folder): remove(aside)
         else: os.replace(aside, folder)
 
@@ -297,10 +308,15 @@ MARK = '.vitprune.json'   # in a folder that this program works in: what of it i
 
 def content_hash(path # A file or a folder
                  )->str: # 64 hex digits
-    "The SHA-256 of a file, or of the names and contents in a folder."
+    "The SHA-256 of a file, or of the names and contents in a folder: files, links and empty folders."
     path = Path(path)
     if not path.is_dir(): return sha256(path)
-    parts = [f'{p.relative_to(path).as_posix()} {sha256(p)}' for p in sorted(path.rglob('*')) if p.is_file()]
+    def part(p):
+        name = p.relative_to(path).as_posix()
+        if p.is_symlink(): return f'{name} -> {os.readlink(p)}'
+        if p.is_dir(): return None if any(p.iterdir()) else f'{name}/'
+        return f'{name} {sha256(p)}' if p.is_file() else f'{name} (no file)'
+    parts = [s for s in map(part, sorted(path.rglob('*'))) if s is not None]
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
 
 def made_in(folder # A folder that may have a mark
@@ -373,7 +389,8 @@ def publish(stage, # A folder with finished files and folders, on the same disk
             ):
     """Move finished things into a folder, each in one step, and enter them in its mark; nothing else is
     touched."""
-    new = {Path(owner)/p.name: p for p in sorted(Path(stage).iterdir())}
+    new = {Path(os.path.abspath(owner))/p.name: p for p in sorted(Path(stage).iterdir())}
+    for path in new: _restore(path)
     sign(owner, new)
     for path, source in new.items():
         if path.is_dir(): _swap(source, path)
@@ -391,7 +408,7 @@ def only_one(folder,             # The folder to work in, made when it is missin
         yield
         return
     folder = Path(os.path.abspath(folder))
-    lock = folder.with_name(f'.{folder.name[:200]}.vitprune.lock') if beside else folder/'.vitprune.lock'
+    lock = folder.with_name(f'.{_stem(folder)}.vitprune.lock') if beside else folder/'.vitprune.lock'
     made = [p for p in lock.parents if not os.path.lexists(p)]
     with writing(lock, argument): file = _locked(fcntl, lock, folder, argument)
     try: yield

@@ -68,15 +68,16 @@ def open_sets(e:Experiment # data, skip_damaged, classes, train_images, test_ima
     return cut(train, e.train_images), cut(test, e.test_images)
 
 # %% ../nbs/6_reference/26_run.ipynb #b89d4993
-def keep_classes(model,        # A timm ViT with an ImageNet-1k head; changed in place
-                 classes:list, # Names of folders: synsets such as n01440764
+def keep_classes(model,        # A timm ViT with `.classes` or an ImageNet-1k head; changed in place
+                 classes:list, # Names of folders; of ImageNet's: synsets such as n01440764
                  ):
     "Cut the head down to the classes that the images have."
     from timm.data import ImageNetInfo
-    names = ImageNetInfo('imagenet-1k').label_names()
-    known = model.num_classes == len(names) and set(classes) <= set(names)
-    require(known, 'data', f'{len(classes)} classes',
-            f'images of the {model.num_classes} classes of this model',
+    names = list(getattr(model, 'classes', None) or ImageNetInfo('imagenet-1k').label_names())
+    strange = [c for c in classes if c not in names][:3] if model.num_classes == len(names) else []
+    known = model.num_classes == len(names) and not strange
+    given = f'{len(classes)} classes' + (f', {", ".join(strange)} among them' if strange else '')
+    require(known, 'data', given, f'images of the {model.num_classes} classes of this model',
             'Give [train], so that a new head is learned, or other data.')
     rows = torch.tensor([names.index(c) for c in classes])
     for name in ('head', 'head_dist'):
@@ -88,6 +89,7 @@ def keep_classes(model,        # A timm ViT with an ImageNet-1k head; changed in
             if old.bias is not None: new.bias.copy_(old.bias[rows])
         setattr(model, name, new)
     model.num_classes = len(rows)
+    if getattr(model, 'classes', None): model.classes = list(classes)
 
 # %% ../nbs/6_reference/26_run.ipynb #b59d64da
 def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, train
@@ -125,7 +127,8 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='.*it has no head that fits')
             if file: load_weights(model, file, what)
-    if model.num_classes != len(classes): keep_classes(model, classes)
+    if model.num_classes != len(classes) or getattr(model, 'classes', classes) != classes:
+        keep_classes(model, classes)
     return model
 
 # %% ../nbs/6_reference/26_run.ipynb #07c05994

@@ -15,6 +15,7 @@ import contextlib, io, math, sys, time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.transforms import ScaledTranslation
 from .core import COLORS, PALETTE, load_methods
 from .errors import refuse, require
 
@@ -431,6 +432,7 @@ def accuracy_macs(rows:list,  # Dicts with macs, top1, top1_low, top1_high and a
                   ax=None,    # Axes to draw on; None makes a figure
                   by='method',# The key that names a curve
                   size=(6, 3.8), # Width and height in inches
+                  apart:float=0.,# Points of the page between curves, so that equal costs hide none
                   ):          # The axes
     "Top-1 with its 95% interval over GMACs, one curve a method."
     keys = ('macs', 'top1', 'top1_low', 'top1_high')
@@ -440,8 +442,9 @@ def accuracy_macs(rows:list,  # Dicts with macs, top1, top1_low, top1_high and a
     for i, name in enumerate(names):
         group = sorted((r for r in rows if r[by] == name), key=lambda r: r['macs'])
         macs, y, low, high = np.array([[float(r[k]) for k in keys] for r in group]).T
+        aside = ScaledTranslation(apart*(i - (len(names) - 1)/2)/72, 0, ax.figure.dpi_scale_trans)
         ax.errorbar(macs/1e9, 100*y, yerr=100*np.maximum([y - low, high - y], 0), label=name,
-                    color=colors[name],
+                    color=colors[name], transform=ax.transData + aside,
                     marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2)
     ax.set(xlabel='cost of one image (GMACs)', ylabel='top-1 (%)', title=title); ax.legend()
     return ax

@@ -207,8 +207,10 @@ class PolicyParts:
     def untaught(self)->list:
         """Parameters of the scorers that no gradient reaches in this mode: a choice has none, a soft weight
         and a fused mean have one."""
-        taught = any(s.fate.joins or self.mode == 'mask' and softens(s.score) for _, s in self.policy.each())
-        return [] if taught else list(self.scorers.parameters())
+        soft = lambda s: s.fate.joins or self.mode == 'mask' and softens(s.score)
+        steps = [s for _, s in self.policy.each() if s.score is not None]
+        taught = {id(p) for s in steps if soft(s) for p in s.score.parameters()}
+        return [p for p in self.scorers.parameters() if id(p) not in taught]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self):
@@ -317,10 +319,10 @@ class LooksInside(GivesFeatures):
     def forward_traced(self, images)->tuple: # (logits, `Trace`)
         "Logits in eval mode, and a report of what was computed for them."
         was, t = self.training, Trace()
-        s = self.eval()._stream(images, t)
-        logits = self.forward_head(self.backbone.norm(s.x), present=s.weights())
-        self.train(was)
-        return logits, t
+        try:
+            s = self.eval()._stream(images, t)
+            return self.forward_head(self.backbone.norm(s.x), present=s.weights()), t
+        finally: self.train(was)
 
     def trace(self, images)->Trace:
         "The report alone."

@@ -6,7 +6,7 @@
 __all__ = ['DENSE_STAGES', 'mean_model', 'keep_end', 'recipe_of', 'train_dense', 'measure_dense', 'main']
 
 # %% ../../nbs/6_reference/29_dense.ipynb #b36fddbe
-import argparse, copy, dataclasses, json, sys, warnings
+import argparse, copy, dataclasses, json, os, sys, warnings
 from pathlib import Path
 
 # %% ../../nbs/6_reference/29_dense.ipynb #a2dde7c8
@@ -75,24 +75,25 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
                 )->list:       # The files, the mean last; the model ends as the mean
     "Fine-tune stage by stage and keep the mean of their ends; what is there already is not made again."
     require(len(stages) > 0, 'stages', stages, 'at least one recipe')
-    out, acc, ends, recipe, files = Path(out), pick_accelerator(device), [], [], []
+    out, acc, ends, files = Path(out), pick_accelerator(device), [], []
     check = calibration(test_set, min(500, len(test_set)), 0)
-    for k, cfg in enumerate([TrainConfig(**s, seed=seed + k) for k, s in enumerate(stages)], 1):
-        file = out/f'stage{k}.safetensors'
-        recipe = json.loads(json.dumps([*recipe, dict(dataclasses.asdict(cfg), start=start,
-                                                      train_hash=train_set.digest)]))
-        if file.is_file():
-            require(recipe_of(file) == recipe, 'out', out, 'a folder of the same stages, images and start',
-                    f'{file.name} was made otherwise.')
-        else:
+    configs = [TrainConfig(**s, seed=seed + k) for k, s in enumerate(stages)]
+    recipe = [dict(dataclasses.asdict(c), start=start, train_hash=train_set.digest) for c in configs]
+    recipe, mean = json.loads(json.dumps(recipe)), out/'dense.safetensors'
+    names = [out/f'stage{k}.safetensors' for k in range(1, len(configs) + 1)]
+    for file, its in [*((f, recipe[:k]) for k, f in enumerate(names, 1)), (mean, recipe)]:
+        require(not os.path.lexists(file) or recipe_of(file) == its, 'out', out,
+                'a folder of the same stages, images and start', f'{file.name} was made otherwise.')
+    for k, (cfg, file) in enumerate(zip(configs, names), 1):
+        if not file.is_file():
             fit(model, train_set, cfg, check, out/f'stage{k}', accelerator=acc, workers=workers)
-            if acc.is_main_process: keep_end(model, file, recipe)
+            if acc.is_main_process: keep_end(model, file, recipe[:k])
         acc.wait_for_everyone()
         ends.append(copy.deepcopy(load_weights(model, file))); files.append(file)
-    if acc.is_main_process: keep_end(mean_model(ends), out/'dense.safetensors', recipe)
+    if acc.is_main_process: keep_end(mean_model(ends), mean, recipe)
     acc.wait_for_everyone()
-    load_weights(model, out/'dense.safetensors').eval()
-    return [*files, out/'dense.safetensors']
+    load_weights(model, mean).eval()
+    return [*files, mean]
 
 # %% ../../nbs/6_reference/29_dense.ipynb #22942b8c
 def _dense_row(model, name, file, what, right, test_set, device, **note):

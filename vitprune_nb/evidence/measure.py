@@ -12,8 +12,8 @@ import contextlib, os, time
 import numpy as np
 import scipy
 import torch
-from ..core import (autocast, check_seed, fast_dtype, pick_device, products_are_faster, progress,
-                              written_out)
+from ..core import (autocast, check_seed, fast_dtype, out_of_memory, pick_device,
+                              products_are_faster, progress, written_out)
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #6b0cc881
@@ -145,7 +145,7 @@ def _call(name, model, x):
         try: model(x)
         except VitpruneError: raise
         except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
+            if out_of_memory(e): raise
             refuse('x', f'shape {tuple(x.shape)}', f"images that model '{name}' takes",
                    f'The model says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     return call

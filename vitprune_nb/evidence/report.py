@@ -143,7 +143,7 @@ def unpaired(a:dict, b:dict # Result rows
 
 def leaders(rows:list,       # Of one run
             pairs:list,      # From `read_pairs`
-            level:float=.05, # Probability of any false alarm at one budget and stage
+            level:float=.05, # Probability of any false alarm at one budget, stage and seed
             )->list:         # Dicts: target, seed, stage, leader (a row), ahead, open (methods), macs (range)
     """Who is ahead, of whom; McNemar's test with Bonferroni's correction for all pairs. Rows that no pair
     compares, because they come from different stretches, are tested without pairing."""
@@ -241,7 +241,7 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
 def draw_chance(rows:list # Of one run
                 ):        # The axes that hold something, a line of panels for each budget
-    "Points of top-1 lost, each method joined to its chance."
+    "Points of top-1 lost, each method joined to its chance; what has no row is said to have none."
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import method_colors, style
     pruned = [r for r in one_run(rows) if r['method'] != 'dense']
@@ -270,6 +270,11 @@ def draw_chance(rows:list # Of one run
                         if (by_chance := here.get((f'chance of {name}', seed))) is not None:
                             ax.plot([x, by_chance], [y, y], color=color, lw=1)
                     else: ax.plot(x, y, 'x', ms=8, mew=2, color=color)
+                for y, name in enumerate(names):
+                    if not any(k[0].removeprefix('chance of ') == name for k in here):
+                        ax.text(.98, y, 'not measured', transform=ax.get_yaxis_transform(), ha='right',
+                                va='center', fontsize=7, color='.5',
+                                bbox=dict(fc='white', ec='none', pad=1))
                 ax.set_xscale('symlog', linthresh=1)
                 ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50], ticks)
                 ax.minorticks_off()
@@ -300,9 +305,10 @@ def report_text(name:str,   # Of the experiment
     if picture: parts.append(f'![Top-1 over MACs, method by method]({picture})')
     if found:
         parts += ['## Who is ahead',
-                  'At each budget, by paired tests on the same images, corrected for the number of pairs '
-                  '(any false alarm: 5%). They compare these models; what a different seed would change '
-                  'they do not know.',
+                  'At each budget, before and after recovery, by paired tests on the same images (where no '
+                  'pair is on record, by the wider test of independent samples), corrected for the number of '
+                  'pairs there: any false alarm among them 5%. They compare these models; what a different '
+                  'seed would change they do not know.',
                   '\n'.join(f'- {leader_text(f)}' for f in found)]
         if pairs_file: parts.append(f'Every paired comparison, uncorrected: `{pairs_file}`.')
     if failed: parts += ['## Not done', '\n'.join(f'- {unit}: {why}' for unit, why in failed.items())]

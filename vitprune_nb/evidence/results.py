@@ -14,7 +14,7 @@ import numpy as np
 import scipy
 import torch
 from ..core import autocast, check_model, environment, pick_device, progress
-from ..errors import path_of, refuse, require
+from ..errors import is_whole, path_of, refuse, require
 from ..files import write_atomic
 from ..data import check_set, data_config, eval_transform, loader
 from ..vit.model import classes_of, logits_of
@@ -68,8 +68,8 @@ def settings(value # Text, a number, a list or a dict, nested or not
     """A schedule or note as rows hold it: tuples become lists, and entries that are unknown ('', None, {})
     are left out."""
     if isinstance(value, str) and value[:1] in ('{', '['): value = read_cell(value)
-    try: value = json.loads(json.dumps(value))
-    except (TypeError, ValueError): refuse('value', value, 'text, numbers, lists and dicts')
+    try: value = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError): refuse('value', value, 'text, finite numbers, lists and dicts')
     return _known(value)
 
 def _known(value):
@@ -104,8 +104,11 @@ def _typed(field, value):
     "The value as its column's type; '' and None are unknown."
     if field in OPEN: return settings(value)
     if value is None or value == '': return None
-    try: new = FIELDS[field](value)
-    except (TypeError, ValueError): refuse(field, value, f'a value of type {FIELDS[field].__name__}')
+    kind = FIELDS[field]
+    whole = kind is not int or is_whole(value) or isinstance(value, str)      # int(3.7) would be 3
+    require(whole, field, value, 'a whole number')
+    try: new = kind(value)
+    except (TypeError, ValueError): refuse(field, value, f'a value of type {kind.__name__}')
     require(not isinstance(new, float) or math.isfinite(new), field, value,
             'a finite number, or None where unknown')
     return new
@@ -153,6 +156,9 @@ def to_csv(rows:list # Dicts with keys of FIELDS
         require(not odd, 'row', odd, 'the keys of FIELDS', 'Make rows with make_row.')
         plain = {k: v for k, v in r.items() if v is not None and k not in OPEN}
         lines.append(plain | {c: text for k in OPEN for c, text in spread(k, settings(r.get(k))).items()})
+    long = [c for l in lines for c, text in l.items() if len(str(text)) > csv.field_size_limit()]
+    require(not long, 'row', f'more than {csv.field_size_limit():,} characters in {", ".join(long[:3])}',
+            'cells that can be read again', 'Put it into a file of its own.')
     buf = io.StringIO()
     w = csv.DictWriter(buf, _columns(dict.fromkeys(c for l in lines for c in l)), restval='',
                        lineterminator='\n')
@@ -164,8 +170,8 @@ def read_rows(path # A CSV that `append_rows` wrote
               )->list: # Dicts with typed values, None where unknown
     "All rows of a results file."
     require(path_of('results', path).is_file(), 'results', path, 'an existing CSV file')
-    # what is no text has not these columns
-    with open(path, encoding='utf-8', errors='replace', newline='') as f:
+    # bytes that are no UTF-8 are seen below: whoever adds a row writes the others again
+    with open(path, encoding='utf-8', errors='surrogateescape', newline='') as f:
         reader = csv.DictReader(f)
         names = list(reader.fieldnames or [])
         ok = len(set(names)) == len(names) and names == _columns(names)
@@ -174,6 +180,9 @@ def read_rows(path # A CSV that `append_rows` wrote
     for i, r in enumerate(rows):
         whole = None not in r and None not in r.values()
         require(whole, 'results', f'{path}, row {i + 1}', f'{len(names)} values in every row')
+        foreign = re.search('[\udc80-\udcff]', ''.join(r.values())) is not None
+        require(not foreign, 'results', f'{path}, row {i + 1}', 'text in UTF-8',
+                'Open it in the encoding that it was saved in, and save it in UTF-8.')
         try: rows[i] = typed_row(r | {k: gather(k, r) for k in OPEN})
         except (AttributeError, TypeError):
             refuse('results', f'{path}, row {i + 1}', 'one value for each setting')
@@ -206,7 +215,9 @@ def same_setting(rows:list,      # Result rows
                  )->list:        # The rows, unchanged
     "Refuse rows that must not stand in one comparison."
     for f in fields:
-        seen = sorted({str(r.get(f)) for r in rows})
+        require(all(r.get(f) is not None for r in rows), f, 'an unknown one', f'a known {f} in all rows',
+                'Compare only what was measured alike.')
+        seen = sorted({str(r[f]) for r in rows})
         require(len(seen) <= 1, f, ' and '.join(seen), f'one {f} in all rows that are compared',
                 'Compare only what was measured alike.')
     return rows
@@ -280,11 +291,12 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     check_model(model), check_set(ds)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
-    model.eval().to(device)
-    with autocast(device, dtype, model):
-        right = [classes_of(logits_of(model, x.to(device))) == y
-                 for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
-    model.train(was_training)
+    try:
+        model.eval().to(device)
+        with autocast(device, dtype, model):
+            right = [classes_of(logits_of(model, x.to(device))) == y
+                     for x, y in progress(loader(ds, batch_size), 'answers', unit='batch')]
+    finally: model.train(was_training)
     return torch.cat(right).numpy()
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #77623407

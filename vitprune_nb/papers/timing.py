@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from .channel_tables import speed_models, uniform_cost
-from ..core import autocast, data_path, environment, fast_dtype, pick_device, progress
+from ..core import (autocast, data_path, environment, fast_dtype, out_of_memory, pick_device,
+                              progress)
 from ..errors import VitpruneError, require
 from ..methods.cosine import CosineScore
 from .cosine_claims import given_policy
@@ -331,10 +332,12 @@ def _of_this_machine(rows, case, budget, session=None, **kwargs):
 def _attempt(case, methods, say, **how):
     "The rows of a case, or none and a sentence."
     try: return time_case(case, methods=methods, **how)
-    except torch.OutOfMemoryError: say(f'{case}: left out, it does not fit into memory.')
     except VitpruneError as e:
         if case.engine == 'eager': raise
         say(f'{case}: left out, torch.compile failed ({str(e)[:120]}).')
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e): raise
+        say(f'{case}: left out, it does not fit into memory.')
     return []
 
 # %% ../../nbs/6_reference/32a_grid.ipynb #f484c5e9

@@ -16,7 +16,7 @@ from ..errors import is_number, require
 
 # %% ../../nbs/6_reference/08a_objectives.ipynb #20a0000a
 NEEDS = dict(tokens='the output tokens, and which are present',     # beyond images, labels and logits
-             decisions='who was kept at each decision point',
+             decisions='which tokens were kept at each decision point',
              teacher="a teacher's logits",
              teacher_tokens="a teacher's output tokens")
 

@@ -10,6 +10,7 @@ import hashlib, json, os
 
 # %% ../../nbs/6_reference/08b_teacher.ipynb #20d00005
 import torch
+from ..core import fast_dtype
 from ..engine.plan import weights_hash
 from ..errors import path_of
 from ..files import writing
@@ -29,6 +30,9 @@ class RememberedTeacher(torch.nn.Module):
         "Find, make or extend the table of this recipe on these images."
         c = batches.cfg
         decides = {k: getattr(c, k) for k in ('seed', 'batch_size', 'augment', 'mixup', 'cutmix', 'dtype')}
+        if c.dtype == 'auto':                  # the same recipe is bf16 on one machine and fp32 on another
+            device = next(self.dense.parameters()).device
+            decides['dtype'] = 'bf16' if fast_dtype(device) == torch.bfloat16 else 'fp32'
         decides |= dict(teacher=weights_hash(self.dense), images=config, data=batches.ds.digest,
                         rank=batches.rank, world=batches.world)
         key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]

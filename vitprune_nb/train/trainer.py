@@ -8,7 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accele
            'run_phases']
 
 # %% ../../nbs/6_reference/08_train.ipynb #c9290aac
-import contextlib, csv, dataclasses, inspect, io, json, math, random, time, zipfile
+import contextlib, csv, dataclasses, functools, inspect, io, json, math, random, re, time, zipfile
 from pathlib import Path
 
 # %% ../../nbs/6_reference/08_train.ipynb #b523b70f
@@ -19,6 +19,7 @@ from ..core import (autocast, check_model, environment, fast_attention, fold_see
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import append_text, check_output, claim, only_one, sweep, write_atomic
 from ..data import ImageSet, check_set, data_config, eval_transform, train_transform
+from ..engine.plan import weights_hash
 from ..engine.policy import Policy
 from ..engine.slim import SlimViT
 from .objectives import (Seen, loss_and_targets, losses_of, name_of, needs_of, supervised,
@@ -36,10 +37,12 @@ def save_checkpoint(path,    # The file to write or replace
 
 def load_checkpoint(path)->dict: # What `save_checkpoint` was given
     "Read a checkpoint, on the CPU, without running any code from it."
+    require(path_of('path', path).is_file(), 'checkpoint', path, 'an existing checkpoint')
     try:
         with zipfile.ZipFile(path) as z:     # torch.load looks at no checksum
             require(z.testzip() is None, 'checksum', 'a wrong one', 'the one written')
         return torch.load(path, map_location='cpu', weights_only=True)
+    except (OSError, MemoryError): raise     # the file may be whole
     except Exception as e:
         refuse('checkpoint', path, 'a checkpoint that this trainer wrote',
                f'It cannot be read ({type(e).__name__}); delete it to start again.')
@@ -183,8 +186,20 @@ class Trainer:
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
         self.step, self.stream, self.start = 0, None, time.perf_counter()
         self.recent, self.named, self.busy = [], {}, 0.   # since the last row of the log: losses, and seconds
+        policy = getattr(model, 'policy', None)           # what is called before a step may change it
+        steps = [(i, s.at, str(s.fate), s.keep, s.count, s.threshold, type(s.score).__name__)
+                 for i, s in policy.each()] if policy else []
+        learns = [k for k, p in model.named_parameters() if p.requires_grad]
+        self.start_of = dict(policy=str(steps), trains=learns)
 
     def best_model(self): return self.ema.module if self.ema is not None else self.plain
+
+    @functools.cached_property
+    def about(self)->dict: # Plain values
+        "What a checkpoint can say of the run beside its recipe and its images."
+        shown = re.sub(' at 0x[0-9a-f]+', '', repr(self.batches.ds.transform))
+        return dict(objective=name_of(self.objective), before_step=name_of(self.before_step), transform=shown,
+                    teacher=None if self.teacher is None else weights_hash(self.teacher), **self.start_of)
 
     def see(self, images, labels)->Seen:
         "One forward pass of the model, and one of the teacher: what the objective is called with."
@@ -227,6 +242,8 @@ class Trainer:
         if self.before_step:
             for m in dict.fromkeys((self.plain, self.best_model())):
                 self.before_step(m, self.step/self.batches.steps)
+            # a teacher may remember the images of this step: they depend on nothing that was drawn here
+            set_seed(fold_seed(cfg.seed, 2, self.step, self.acc.process_index))
         self.sched.step_update(self.step)
         with fast_attention(self.acc.device, cfg.dtype, self.plain):      # checkpointed blocks run again
             losses = self.losses(x, y)
@@ -264,8 +281,7 @@ def trainer_state(tr:Trainer # Between two steps
                   )->dict:   # For `save_checkpoint`
     "Everything that the rest of the run depends on."
     return dict(step=tr.step, config=json.dumps(dataclasses.asdict(tr.cfg)), data=tr.batches.ds.digest,
-                objective=name_of(tr.objective), before_step=name_of(tr.before_step),
-                model=tr.plain.state_dict(),
+                about=tr.about, model=tr.plain.state_dict(),
                 optimizer=tr.opt.state_dict(),
                 ema=tr.ema.module.state_dict() if tr.ema is not None else {},
                 recent=tr.recent, named=tr.named, busy=tr.busy, seconds=time.perf_counter() - tr.start)
@@ -279,18 +295,22 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
     ours = isinstance(state, dict) and {'step', 'config', 'data', 'model', 'optimizer', 'ema'} <= set(state)
     require(ours, 'checkpoint', path, 'a checkpoint that this trainer wrote', todo)
     old, new = json.loads(state['config']), json.loads(json.dumps(dataclasses.asdict(tr.cfg)))
-    different = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    decide = {**old, **new}.keys() - {'save_every', 'log_every'}
+    different = sorted(k for k in decide if old.get(k) != new.get(k))
     said = '; '.join(f'{k} was {old.get(k)} and is {new.get(k)}' for k in different)
     require(not said, 'checkpoint', path, 'a checkpoint of this very recipe', f'Changed: {said}. {todo}')
     same = state['data'] == tr.batches.ds.digest
     require(same, 'checkpoint', path, 'a checkpoint of a run on these training images', todo)
-    for what in ('objective', 'before_step'):
-        was, now = state.get(what), name_of(getattr(tr, what))     # runs of old have none
-        require(was in (None, now), 'checkpoint', path, f'a checkpoint of a run with the {what} {now}',
-                f'It was {was}. {todo}')
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     require(shapes(state['model']) == shapes(tr.plain.state_dict()), 'checkpoint', path,
             f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
+    was = state.get('about', {})
+    words = dict(trains='parameters that learn', before_step='function before a step')
+    for what, now in tr.about.items():
+        old, name = was.get(what, now), words.get(what, what)               # runs of old do not say
+        say = lambda v: ', '.join(map(str, v))[:80] if isinstance(v, list) else str(v)[:80]
+        require(old == now, 'checkpoint', path, f'a checkpoint of a run with the {name} {say(now)}',
+                f'It was {say(old)}. {todo}')
     try: tr.opt.load_state_dict(state['optimizer'])
     except ValueError:
         refuse('checkpoint', path, 'a checkpoint of a run in which the same parameters were trained', todo)
@@ -427,7 +447,7 @@ class Phase:
     "One phase of training: what learns, by which recipe, towards what."
     name: str                 # Of its folder
     config: TrainConfig       # Its recipe
-    trains: object = None     # List of modules or parameters, or function of a name -> bool; None: all
+    trains: object = None     # Modules or parameters, or function of a name -> bool; None: all
     objective: object = None  # As for `fit`
     policy: Policy|None = None # What a SlimViT follows meanwhile; None: its own
     mode: str|None = None     # How it is run meanwhile; None: its own
@@ -438,6 +458,7 @@ class Phase:
         require(plain, 'name', self.name, 'the name of a folder, without its path')
         require(isinstance(self.config, TrainConfig), 'config', type(self.config).__name__, 'a TrainConfig')
         part = lambda p: isinstance(p, (torch.nn.Module, torch.nn.Parameter))
+        if part(self.trains): self.trains = [self.trains]
         parts = isinstance(self.trains, (list, tuple)) and all(map(part, self.trains))
         require(self.trains is None or callable(self.trains) or parts, 'trains', type(self.trains).__name__,
                 'modules or parameters in a list, a function of a name, or None')

@@ -17,7 +17,8 @@ import torch
 from ..core import autocast, check_model, data_path, pick_device, progress
 from ..errors import VitpruneError, is_whole, refuse, require
 from ..files import read_json, sha256
-from ..data import ImageSet, check_set, data_config, eval_transform, loader, match_classes
+from ..data import (CIFAR10, ImageSet, check_set, data_config, eval_transform, loader,
+                              match_classes)
 from .weights import create_vit, model_kwargs
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #8a9d5428
@@ -120,8 +121,8 @@ class _Course(TypedDict, total=False):
     sha256: Required[str]
 
 def course_model()->torch.nn.Module:
-    """The trained ViT that ships with the course (12 blocks, 384 wide, 32×32 px, patch 4, CIFAR-10
-    classes), in eval mode."""
+    """The trained ViT that ships with the course (12 blocks, 384 wide, 32×32 px, patch 4, CIFAR-10's
+    classes, which `.classes` names), in eval mode."""
     from safetensors.torch import load_file
     folder = data_path('model')
     info = read_json(folder/'course.json', _Course, 'data/model/course.json',
@@ -132,6 +133,7 @@ def course_model()->torch.nn.Module:
             'the file of the repository', 'Restore it with `git checkout data/model`.')
     model = create_vit(info['model'], **model_kwargs(info['kwargs'], 'course.json', from_file=True))
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    model.classes = list(CIFAR10)
     return model
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #fd7b6161

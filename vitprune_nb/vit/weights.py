@@ -181,7 +181,8 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
                f'{len(bad)} of its tensors {"do" if len(bad) > 1 else "does"} not fit; {k}, say, is '
                f'{shape_of(state, k)} in the file '
                f'and {shape_of(own, k)} in the model. {hint}The file holds {in_short(list(raw))}.')
-    used = {k: state[k] for k in own if k not in wrong}
+    torn = {k.split('.')[0] for k in head}         # a head is loaded as a whole or not at all
+    used = {k: state[k] for k in own if k not in wrong and k.split('.')[0] not in torn}
     usable = lambda v: v.dtype in FLOATS and not v.is_quantized and not v.is_meta
     odd = next((k for k, v in used.items() if own[k].is_floating_point() and not usable(v)), None)
     require(odd is None, what, file, 'a checkpoint of floating-point weights',
@@ -234,7 +235,7 @@ def _weights_only():
 def create_vit(name:str,          # A timm model name, e.g. 'deit_small_patch16_224'
                weights=None,      # A local checkpoint (.safetensors, .pth); None: random, unless `pretrained`
                pretrained:bool=False, # Fetch timm's weights from the hub
-               **kwargs,          # What `timm.create_model` takes: img_size, patch_size, num_classes …
+               **kwargs,          # Arguments of timm's `VisionTransformer`: img_size, num_classes …
                )->torch.nn.Module: # In eval mode
     "A timm Vision Transformer, with errors that say what to do."
     import timm
