@@ -1,5 +1,5 @@
 """The command line: each command, its JSON, the effect of every option, and what bad input costs."""
-import json, os, re, shutil, signal, subprocess, time
+import html, json, os, re, shutil, signal, subprocess, time
 
 import pytest, torch
 from vitprune_nb import cli, data
@@ -140,7 +140,7 @@ def test_two_methods_in_a_row(ask, shop, tmp_path):
     check_record(ask('eval {out} --limit 10', out=tmp_path/'p'))
 
 
-def test_demo(vitprune, tmp_path):
+def test_demo(vitprune, tmp_path, monkeypatch):
     "The whole thing, with few images; a report that needs nothing but itself."
     r = vitprune('demo', '--out', tmp_path/'demo', '--images', '20', '--calibration', '4', '--repeats', '1', '--batch', '10', '--json', timeout=500)
     assert r.returncode == 0, r.stderr
@@ -150,6 +150,9 @@ def test_demo(vitprune, tmp_path):
     assert sorted(p.name for p in (tmp_path/'demo').glob('[!.]*')) == ['accuracy_macs.png', 'kept.png', 'model', 'report.html', 'results.csv']
     page = (tmp_path/'demo/report.html').read_text()
     assert page.count('src="data:image/png;base64,') == 3 and not re.search(r'(src|href)="(?!data:)', page)
+    monkeypatch.chdir(tmp_path)
+    exec('\n'.join(re.findall('^>>> (.*?)(?:</pre>)?$', html.unescape(page), re.M)), given := {})     # what the page tells a reader to type
+    assert given['model'].num_classes == 10 and 'vitprune eval demo/model' in page
     table = [l for l in r.stdout.splitlines() if l.startswith(('dense ', 'patch slimming ', 'uniform ', 'random '))]
     assert len(table) == 4
     assert record['model'] == str(tmp_path/'demo/model')
