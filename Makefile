@@ -109,7 +109,8 @@ record: $(DEV)
 # The tournament, from the dense model to the tables: CIFAR100=FOLDER WEIGHTS=FILE (DENSE=FILE: from that dense model). Says how long it will take, goes on where it was killed.
 # $(call anew,FOLDER OF runs,ROWS,COMMAND): where the folder is missing and the run can begin, the rows that came with the repository make room for its own.
 anew = { test -d runs/$(1) || { $(3) --dry-run && rm -f $(2); }; } && $(3)
-TOURNAMENT = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament --results data/results/tournament.csv
+ON_DENSE = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/$(1) --results data/results/$(1).csv
+TOURNAMENT = $(call ON_DENSE,tournament)
 RECIPE = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --set recover.lr=$(1) --out runs/recipe-$(1) --results data/results/tournament_recipe_$(1).csv $(2)
 recipe = $(call anew,recipe-$(1),data/results/tournament_recipe_$(1)*.csv,$(call RECIPE,$(1),$(2)))
 HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
@@ -117,15 +118,16 @@ HELD_OUT = --set dense=runs/recipe-1e-4/dense.safetensors
 GATES = --set methods=vtp --set control=false --set chance=false --set options.vtp.sparse_epochs=0.25 --set options.vtp.gate_start=0.0025 --set options.vtp.lr=5e-5 --set options.vtp.batch_size=32
 GATES_RUN = $(BIN)/vitprune run configs/tournament_recipe.toml --data $(CIFAR100) --out runs/recipe-vtp-$(1) --results data/results/tournament_vtp_$(1).csv $(HELD_OUT) $(GATES) --set options.vtp.l1=$(1)
 gates = $(call anew,recipe-vtp-$(1),data/results/tournament_vtp_$(1)*.csv,$(call GATES_RUN,$(1)))
-WEAKER_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_vtp --results data/results/tournament_vtp.csv --set methods=vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set options.vtp.l1=0.02
+WEAKER = --set methods=vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set options.vtp.l1=0.02
+WEAKER_RUN = $(call ON_DENSE,tournament_vtp) $(WEAKER)
 # Evo-ViT without any training beside a chance that draws once a stage.
 UNTRAINED = --set methods=evovit --set reductions=0.35 --set training=0 --set recover={} --set chance_recovered=[] --set control=false --set options.evovit.finetune_epochs=0
-UNTRAINED_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_chance --results data/results/tournament_chance.csv $(UNTRAINED)
+UNTRAINED_RUN = $(call ON_DENSE,tournament_chance) $(UNTRAINED)
 # The four papers' own methods at 35% where a row may spend other lengths than one pass; life and vtp spend half of it in training of their own. λ times steps stay (lesson 30b). Other LENGTHS leave other files, which lesson 30 shows; tests/test_sync.py wants them named here.
 LENGTHS = 0.25 0.5
 of = $(shell LC_ALL=C awk 'BEGIN { printf "%g", $(1) }')
 LENGTH = --set methods=patch-slimming,cosine,life,vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set training=$(1) --set options.life.predictor_epochs=$(call of,$(1)/2) --set options.vtp.sparse_epochs=$(call of,$(1)/2) --set options.vtp.l1=$(call of,0.04/$(1))
-LENGTH_RUN = $(BIN)/vitprune run configs/tournament.toml --data $(CIFAR100) --set dense=$(or $(DENSE),runs/dense/dense.safetensors) --out runs/tournament_$(1)_passes --results data/results/tournament_$(1)_passes.csv $(LENGTH)
+LENGTH_RUN = $(call ON_DENSE,tournament_$(1)_passes) $(LENGTH)
 tournament-asked:
 	@test -n "$(CIFAR100)" -a -n "$(WEIGHTS)" || { echo "make tournament: say where the images and the weights are, CIFAR100=FOLDER WEIGHTS=FILE (data/README.md)" >&2; exit 2; }
 tournament: tournament-asked $(DEV)

@@ -316,9 +316,9 @@ def test_weights_and_the_hub_at_once(tmp_path):
 
 
 def test_a_head_without_its_bias_is_left_alone_as_a_whole(tmp_path):
-    one, other = (vit.create_vit("test_vit", **KWARGS) for _ in range(2))
+    one, other = (vit.create_vit('test_vit', **KWARGS) for _ in range(2))
     torch.nn.init.ones_(one.head.weight)
     save_file({k: v for k, v in one.state_dict().items() if k != 'head.bias'}, tmp_path/'w.safetensors')
     before = other.head.weight.clone()
-    with pytest.warns(UserWarning, match="stays untrained"): weights.load_weights(other, tmp_path/'w.safetensors')
+    with pytest.warns(UserWarning, match='stays untrained'): weights.load_weights(other, tmp_path/'w.safetensors')
     assert torch.equal(other.head.weight, before) and torch.equal(other.cls_token, one.cls_token)
