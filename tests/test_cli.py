@@ -372,7 +372,6 @@ BAD = {
     'error that no block can meet': ('prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --calibration 2 --eps 1e-30 --out {tmp}/o', 'even with all its 64 patches'),
     'no calibration images': ('prune --eps 0.1 --calibration 0 --out {tmp}/o', 'calibration: got 0; allowed: a whole number, 1 or more'),
     'step of no patches': ('prune test_vit --eps 0.1 --step 0 --out {tmp}/o', 'step: got 0'),
-    'tuned blocks without an error': ('prune --tune-epochs 3 --out {tmp}/o', 'tune_epochs: got 3; allowed: 0 with a MAC budget'),
     'negative tuning': ('prune --eps 0.1 --tune-epochs -1 --out {tmp}/o', 'tune_epochs: got -1'),
     'negative recovery': ('prune --recover -1 --out {tmp}/o', 'recover: got -1.0'),
     "option of another method": ('prune --method uniform --step 3 --out {tmp}/o', 'step: got 3.0; allowed: nothing for uniform, which does not read it. It reads'),

@@ -1,5 +1,5 @@
 """What a notebook cannot show: a search that is really killed, and what its state file refuses."""
-import math, os, random, signal
+import itertools, math, os, random, signal
 import pytest, torch
 from conftest import start
 from patch_slimming_script import SETTINGS, images, run, tiny_vit
@@ -166,7 +166,6 @@ def broken():
     (lambda: for_budget(tiny_vit(), images(), .999), "for this model with keys='entering'"),
     (lambda: for_budget(tiny_vit(), images(), .01), 'reduction: got 0.01; allowed: at least 0.'),
     (lambda: for_budget(tiny_vit(), images(), .25, step=1000), 'the nearest that can be had, for this model with step=1000'),
-    (lambda: prune('patch-slimming', tiny_vit(), images(), tune_epochs=3, reduction=.4), 'tune_epochs: got 3; allowed: 0 with a MAC budget'),
 ])
 def test_bad_input_is_refused(call, said):
     with pytest.raises(VitpruneError) as e: call()
@@ -184,3 +183,25 @@ def test_a_search_with_tuned_blocks_does_not_run_again():
     search.tune(state, 1, 3, 3e-4)
     assert search.tuned
     with pytest.raises(VitpruneError, match='one whose blocks are tuned already'): search.run(SETTINGS['eps'])
+
+
+def test_a_budget_with_tuned_blocks_goes_on_after_a_kill(tmp_path, monkeypatch):
+    "Stopped in the middle: the model of an undisturbed search, and no finished block is searched again."
+    how, calls, real = dict(reduction=.53, tune_epochs=1, lr=3e-4, batch_size=2, calibration=4), [], Search.measure
+    def counted(search, node, k):
+        calls.append(node['l'])
+        if len(calls) == stop: raise KeyboardInterrupt
+        return real(search, node, k)
+    monkeypatch.setattr(Search, 'measure', counted)
+    stop, go = None, lambda work: prune('patch-slimming', tiny_vit(), images(), work=work, **how)
+    whole = go(None)
+    n, block = len(calls), max(len([*g]) for _, g in itertools.groupby(calls))    # the most for one block
+    assert whole.info['tune_epochs'] == 1 and abs(whole.info['reduction'] - .53) < .02
+    stop = at = int(.6*n)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt): go(tmp_path/'work')
+    calls.clear()
+    stop = None
+    again = go(tmp_path/'work')
+    assert len(calls) <= n - at + 1 + block, (len(calls), n)
+    assert again.info == whole.info and all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_rows', 'run_masked', 'patch_step', 'calibration_loader', 'layer_inputs', 'Search', 'search_order', 'search_child',
-           'search_measure', 'tune_block', 'search_run', 'top_down', 'budget_plan', 'for_budget', 'put_to_work',
-           'PlanConfig', 'PatchSlimmingConfig', 'PatchSlimming', 'time_search']
+           'search_measure', 'tune_block', 'search_reset', 'search_run', 'top_down', 'budget_plan', 'for_budget',
+           'put_to_work', 'PlanConfig', 'PatchSlimmingConfig', 'PatchSlimming', 'time_search']
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #1beecf54
 import copy, dataclasses, hashlib, json, math, tempfile, time
@@ -354,6 +354,14 @@ def _check_run(eps, tune_epochs, lr):
     require(is_whole(tune_epochs) and tune_epochs >= 0, 'tune_epochs', tune_epochs, '0 or a positive integer')
     require(is_number(lr) and lr > 0, 'lr', lr, 'a positive number')
 
+def _unmeasured(root): return {k: root[k] for k in ('l', 'masks', 'grams')} | dict(kids={})
+
+def search_reset(self:Search # Cached inputs and what was measured
+                 )->Search:  # The same
+    "Forget tuned blocks and what was measured with them; what dense blocks make of the images stays."
+    if self.tuned: self.blocks, self.tuned, self.root = list(self.model.blocks), [], _unmeasured(self.root)
+    return self
+
 def search_run(self:Search,       # Cached inputs and what was measured
                eps:float,         # Tolerated relative error of each block, > 0
                tune_epochs:int=0, # Fine-tune each block so long after each of its steps; 3 in the paper
@@ -364,9 +372,7 @@ def search_run(self:Search,       # Cached inputs and what was measured
     _check_run(eps, tune_epochs, lr)
     require(not self.tuned, 'Search', 'one whose blocks are tuned already',
             'a new Search on the original weights')
-    if tune_epochs:
-        # errors of dense blocks count no more
-        self.root = {k: self.root[k] for k in ('l', 'masks', 'grams')} | dict(kids={})
+    if tune_epochs: self.root = _unmeasured(self.root)       # errors of dense blocks count no more
     settings, node, errors = dict(self.about, eps=eps, tune_epochs=tune_epochs, lr=lr), self.root, []
     if checkpoint and Path(checkpoint).is_file(): node, errors = _load_state(self, checkpoint, settings)
     for _ in progress(range(node['l']), f'eps {eps:.3g}', unit='block'):
@@ -377,7 +383,7 @@ def search_run(self:Search,       # Cached inputs and what was measured
     return Plan('patch slimming', model_name(self.model), self.n_patches, self.n_prefix, keep,
                 dict(settings, errors=errors), _tuned_weights(self) or None, own_grid(self.model))
 
-Search.run = search_run
+Search.reset, Search.run = search_reset, search_run
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #8fd3a4ef
 def top_down(model,              # A timm VisionTransformer that reads its CLS token; it is left as it is
@@ -398,6 +404,9 @@ def budget_plan(s:Search,            # Cached inputs and what was measured
                 reduction:float,     # Wanted MAC reduction, in (0, 1)
                 tolerance:float=.005,# Close enough to stop; beyond `tolerance_of(model)` a miss is refused
                 rounds:int=12,       # At most so many values of eps
+                tune_epochs:int=0,   # As for `search_run`; each eps then starts with the dense blocks
+                lr:float=1e-4,       # As for `search_run`
+                states=None,         # A folder where each eps saves its state, to go on after a kill
                 )->Plan:
     """The plan of the eps that saves the wanted share of MACs: bracket it from 0.02 in factors of 4, then
     bisect its logarithm."""
@@ -408,7 +417,8 @@ def budget_plan(s:Search,            # Cached inputs and what was measured
     eps, low, high, plans = .02, None, None, {}
     for _ in range(rounds):
         gap = -1.                     # an eps so small that rounding breaks it saves too little
-        try: plan = s.run(eps)
+        state = states and Path(states)/f'eps {eps:.9g}.safetensors'
+        try: plan = search_reset(s).run(eps, tune_epochs, lr, state)
         except VitpruneError:
             if not plans: raise
         else:
@@ -425,12 +435,13 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
                ds,                  # Calibration images: an `ImageSet`, a data set, or an iterable of batches
                reduction:float=.4,  # As for `budget_plan`
                tolerance:float=.005, rounds:int=12, # As for `budget_plan`
+               tune_epochs:int=0, lr:float=1e-4, states=None, # As for `budget_plan`
                scores:str='shortcut', # One of significance.KINDS
                **search,            # step, keys, error, batch_size, seed, device, cache: see `Search`
                )->Plan:
     "A search, and the plan in it that meets a budget."
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
-    return budget_plan(Search(model, ds, scores, **search), reduction, tolerance, rounds)
+    return budget_plan(Search(model, ds, scores, **search), reduction, tolerance, rounds, tune_epochs, lr, states)
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #a9b33db6
 def put_to_work(plan:Plan, # Which patches each block keeps
@@ -458,8 +469,7 @@ class PatchSlimmingConfig(PlanConfig):
         None, 'patches that a pass of the search adds, or a share of them',
         'a share in (0, 1) or a whole number of patches, at least 1', 'N|SHARE', shown='10 of 196')
     tune_epochs: Annotated[int, Field(ge=0, le=10**6)] = option(
-        0, 'with eps: epochs of fine-tuning each block on the calibration images, at each step; '
-        '3 in the paper',
+        0, 'epochs of fine-tuning each block on the calibration images, at each step; 3 in the paper',
         'a whole number, 0 or more, and at most a million', 'N')
     lr: Positive|None = option(None, "peak learning rate of the method's own training", 'a number above 0',
                                'RATE')
@@ -469,13 +479,8 @@ class PatchSlimmingConfig(PlanConfig):
 class PatchSlimming(Method):
     config = PatchSlimmingConfig
 
-    def check(self, c):
-        require(c.tune_epochs == 0 or c.reduction is None, 'tune_epochs', c.tune_epochs,
-                '0 with a MAC budget',
-                'Fine-tuned blocks need a tolerated error: give eps.')
-
     def default(self, c): return c.eps or .02
-    def resumes(self, c): return c.reduction is None
+    def resumes(self, c): return c.reduction is None or c.tune_epochs > 0
 
     def prepare(self, job):
         c = job.config
@@ -487,7 +492,9 @@ class PatchSlimming(Method):
         return search.run(eps, c.tune_epochs, c.lr or 1e-4, checkpoint=job.part('search.safetensors'))
 
     def meet(self, job, search):
-        plan = budget_plan(search, job.config.reduction)
+        c = job.config
+        plan = budget_plan(search, c.reduction, tune_epochs=c.tune_epochs, lr=c.lr or 1e-4,
+                           states=job.work if c.tune_epochs else None)
         return plan.info['eps'], plan
 
     def build(self, job, search, plan, trained=None): return put_to_work(plan, job.model)
