@@ -209,6 +209,7 @@ case('12b_surgery', 'check_even(even_heads)',
 case('10_significance', 'check_diagonal(diagonal_wins)',
      'lambda attn: right([P[:1] for P in attn])',                                     # the first image
      'lambda attn: right(attn).mean(1, keepdim=True).expand(-1, attn[0].shape[1])',   # the mean of the heads
+     'lambda attn: torch.stack([P.diagonal(dim1=-2, dim2=-1).mean((0, 2)) for P in attn])',   # the mean weight on oneself
      'lambda attn: right([P.mT for P in attn])')                                      # columns
 case('10_significance', 'check_brute_coherent(brute_coherent)',
      'lambda attn, tokens, masks, t: right(attn, [z*2 for z in tokens], masks, t)',
@@ -242,12 +243,28 @@ case('11_patch_slimming', 'check_per_image(per_image_keep)',
 
 case('12_channels', 'check_local(choose_local)',
      'lambda scores, ratio: choose(scores, ratio, 1)',                                # one threshold for all
-     'lambda scores, ratio: right({n: -s for n, s in scores.items()}, ratio)')        # the smallest
+     'lambda scores, ratio: right({n: -s for n, s in scores.items()}, ratio)',        # the smallest
+     '''def wrong(scores, ratio):                                                      # rounded down
+    many = {n: max(1, len(s) - int(ratio*len(s))) for n, s in scores.items()}
+    keep = {n: s.argsort(descending=True)[:many[n]].sort().values.tolist() for n, s in scores.items()}
+    return ChannelPlan(keep, {n: len(s) for n, s in scores.items()}, ratio, math.nan)''',
+     '''def wrong(scores, ratio):                                                      # rounded up
+    many = {n: max(1, len(s) - math.ceil(ratio*len(s))) for n, s in scores.items()}
+    keep = {n: s.argsort(descending=True)[:many[n]].sort().values.tolist() for n, s in scores.items()}
+    return ChannelPlan(keep, {n: len(s) for n, s in scores.items()}, ratio, math.nan)''',
+     '''def wrong(scores, ratio):                                                      # none may stay
+    keep = {n: s.argsort(descending=True)[:len(s) - round(ratio*len(s))].sort().values.tolist() for n, s in scores.items()}
+    return ChannelPlan(keep, {n: len(s) for n, s in scores.items()}, ratio, math.nan)''')
 case('12_channels', 'check_product(product_importance)',
      'lambda model: {}', 'importance',
      'lambda model: {n: torch.ones_like(s) for n, s in right(model).items()}',
      'lambda model: {n: l.weight.norm(dim=0) for n, l in prunable_layers(model).items()}',                   # without the gains of norms
-     'lambda model: dict(list(right(model).items())[:1])')
+     'lambda model: dict(list(right(model).items())[:1])',
+     'lambda model: {n: l.weight.norm(dim=0)*(importance(model)[n]/gates(model)[n].abs() if "qkv" in n else 1) for n, l in prunable_layers(model).items()}',  # the first norm's gain only
+     '''def wrong(model):                                                              # gains with their sign
+    signs = {'attn.qkv': 'norm1', 'mlp.fc1': 'norm2'}
+    gain = lambda n: next((model.get_submodule(n.replace(k, v)).weight.sign() for k, v in signs.items() if n.endswith(k)), 1)
+    return {n: s*gain(n) for n, s in right(model).items()}''')
 
 case('13_life', 'check_rate(rate_for)',
      'lambda model, target, stages: 1 - target',                                      # patches for MACs
@@ -257,6 +274,10 @@ case('13_life', 'check_agreement(agreement)',
      'lambda lives, counts: right(lives[:1], counts)',                                # the first image
      'lambda lives, counts: right(lives - 1, counts)',                                # a block late
      'lambda lives, counts: right(lives, [n - 1 for n in counts])',                   # CLS counted
+     '''def wrong(lives, counts):                                                      # argsort taken for the rank
+    rank = lives.argsort(dim=1, descending=True)
+    return torch.stack([((lives >= t) == (rank < n)).float().mean() for t, n in enumerate(counts, 1)])''',
+     'lambda lives, counts: right(lives - 1e-3, counts)',                             # > for ≥
      'lambda lives, counts: right(lives, counts).mean().expand(len(counts))')
 case('13_life', 'check_rank_life(RankLife)',
      '''class wrong(right):                                                           # without the half

@@ -86,6 +86,21 @@ def test_every_mode_agrees(kind):
     assert max(check_policy(net, p.policy(p.score(net.embed_dim), kind), images()).values()) < 1e-5
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('mode', ['mask', 'packed'])
+def test_a_life_of_t_reaches_block_t(dtype, mode):
+    "Equation 4 at the tie, in every precision: life 4 is used in block 4 and gone in block 5; with keep rate 1 all lives are 6 = T, and nothing goes."
+    class Four(life.LifeScore):
+        def lives(self, x, n_prefix=1, present=None):
+            tau = super().lives(x, n_prefix, present)
+            return torch.cat([tau[:, :n_prefix], torch.full_like(tau[:, n_prefix:], 4.)], 1)
+    net = tiny().to(dtype)
+    whole = life_plan(net, 1, (2, 4))
+    for score, want in ((Four(64, whole.mu, whole.sigma, 6), [64]*4 + [0, 0]), (whole.score(64), [64]*6)):
+        slim = SlimViT(net, whole.policy(score.to(dtype), 'life'), mode).eval()
+        assert slim.kept(images().to(dtype)).sum(-1).tolist() == [want]*3
+
+
 def test_gradients_are_those_of_central_differences():
     torch.manual_seed(0)
     net = create_vit('test_vit', img_size=32, patch_size=8, depth=4).double().train()

@@ -95,6 +95,24 @@ def test_the_block_in_front_of_a_tuned_one_can_meet_eps(keys):
     assert not tuned                      # nothing so close to the dense block was found
 
 
+def test_a_tuned_block_is_asked_again_when_it_keeps_more_patches():
+    "Weights tuned for few patches whose own error is above eps for more of them give way to the dense ones."
+    s = Search(tiny_vit(), images(), batch_size=2)
+    state = s.child(s.root, 0)
+    s.tune(state, 1, 3, 3e-5)                                  # as in the paper: nothing holds its own output
+    own = s.measure(s.child(state, 3), s.n_patches)
+    tuned = s.blocks[4]
+    assert s.tuned == [4] and own > 0
+    for eps, kept in ((own*1.01, True), (own*.99, False)):
+        patch_slimming._use(s, state, tuned)
+        error = s.measure(state, 3)
+        patch_slimming._use(s, state, s.model.blocks[4])
+        assert error < s.measure(state, 3)                     # the tuned block is the better one
+        patch_slimming._use(s, state, tuned)
+        again = patch_slimming._try(s, state, 3, eps, 0, 3e-5)
+        assert (s.blocks[4] is tuned, again == error) == (kept, kept)
+
+
 def _transform(model):
     from vitprune_nb.data import data_config, eval_transform
     return eval_transform(data_config(model))

@@ -134,6 +134,22 @@ def test_any_vit_agrees_with_the_oracle(name):
     assert low.dtype == torch.float64 and (low - fast).abs().sum() < .02*fast.sum()
 
 
+def test_token_0_is_a_patch_like_any_other_without_a_class_token():
+    "Masks may drop it, and the scores are the oracle's; where it is CLS, or is read, they may not."
+    torch.manual_seed(0)
+    net, pixels = create_vit('vit_tiny_patch16_224', global_pool='avg', class_token=False, **SMALL), torch.randn(2, 3, 32, 32)
+    masks = torch.ones(3, 16).bool()
+    masks[1:, :5], masks[2, 9:] = False, False
+    fast, read = sig.batch_scores(net, pixels, masks=masks), sig.readout(net)
+    with torch.no_grad(), capture(net) as c: net(pixels)
+    for l in range(3):
+        slow = sig.path_scores_brute([P[1] for P in c.attention], [z[1] for z in c.tokens], masks, l, shortcut=True, read=read)
+        torch.testing.assert_close(fast[1, l]/fast[1, l].max(), slow/slow.max(), rtol=0, atol=1e-5)
+    with pytest.raises(VitpruneError, match='one that drops token 0'): sig.gram_scores(c.attention, c.tokens[:-1], masks, read=torch.eye(16)[:1])
+    with_cls = create_vit('vit_tiny_patch16_224', global_pool='avg', **SMALL)
+    with pytest.raises(VitpruneError, match='one that drops token 0'): sig.batch_scores(with_cls, pixels, masks=torch.arange(17).expand(3, -1) > 0)
+
+
 @pytest.fixture(scope='module')
 def seen():
     model = course_model()

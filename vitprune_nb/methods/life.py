@@ -177,6 +177,9 @@ def _soft_weight(t:Tokens):
     return torch.cat([torch.ones_like(w[:, :t.n_prefix]), w[:, t.n_prefix:]], 1).to(t.x.dtype)
 
 # %% ../../nbs/3_methods/13_life.ipynb #3e1773ab
+def _from(t): # the engine keeps what is above a threshold, and a life equal to t counts; lives are float32
+    return torch.nextafter(torch.tensor(float(t), dtype=torch.float32), torch.tensor(-math.inf)).item()
+
 def life_steps(plan:LifePlan,     # The schedule
                score:LifeScore,   # The predictor, shared by all policies that it shall serve
                kind:str='count',  # 'count', 'life' or 'soft'
@@ -186,7 +189,7 @@ def life_steps(plan:LifePlan,     # The schedule
     n, base, left = plan.counts, plan.t_base, LifeLeft()     # block index t_base is the block after t_base
     who = lambda i: score if i == base else left
     if kind == 'soft': return {i: Step(score=who(i), count=n[0]) for i in range(base, len(n))}
-    if kind == 'life': return {i: Step(score=who(i), threshold=i + 1.) for i in range(base, len(n))}
+    if kind == 'life': return {i: Step(score=who(i), threshold=_from(i + 1)) for i in range(base, len(n))}
     cuts = [i for i in range(base, len(n)) if i == base or n[i] < n[i - 1]]
     return {i: Step(score=who(i), count=n[i]) for i in cuts}
 

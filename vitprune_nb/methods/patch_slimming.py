@@ -260,6 +260,17 @@ def _use(self, node, block):
     self.blocks[l], self.tuned = block, sorted({*self.tuned, l} - dense)
     node['errors'].clear()
 
+@torch.no_grad()
+def _holds(self, node, k, eps):
+    "Is the own error of block node['l'] - 1 within eps for k patches? True where nothing depends on it."
+    l, mask = node['l'] - 1, search_child(self, node, k)['masks'][node['l'] - 1]
+    if not _is_held(self, l, eps) or l not in self.tuned: return True
+    own = zip(*(_own_error(self, b, mask, l) for b in range(len(self.tokens))))
+    return bool(truediv(*map(sum, own)) <= eps)
+
+def _is_held(self, l, eps):
+    return eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
+
 def tune_block(self:Search,     # Cached inputs and what was measured
                node:dict,       # A state
                k:int,           # Patches that block node['l'] - 1 keeps
@@ -269,8 +280,7 @@ def tune_block(self:Search,     # Cached inputs and what was measured
                )->float:        # The error afterwards
     "Fine-tune a copy of block node['l'] - 1 on the error it is judged by (Algorithm 1, line 7)."
     l, before, masks = node['l'] - 1, search_measure(self, node, k), search_child(self, node, k)['masks']
-    held = eps is not None and self.error != 'cls' and self.keys != 'kept' and l + 1 < len(self.blocks)
-    old, batches = self.blocks[l], range(len(self.tokens))
+    held, old = _is_held(self, l, eps), self.blocks[l]
     _use(self, node, copy.deepcopy(old).requires_grad_(True))
     params = list(self.blocks[l].parameters())
     opt = torch.optim.AdamW(params, lr, weight_decay=0.)
@@ -282,12 +292,7 @@ def tune_block(self:Search,     # Cached inputs and what was measured
             opt.zero_grad()
             loss.backward(inputs=params)
             opt.step()
-    better = search_measure(self, node, k) < before
-    if held and better:
-        with torch.no_grad():
-            own = map(sum, zip(*(_own_error(self, b, masks[l], l) for b in batches)))
-            better = truediv(*own) <= eps
-    if not better: _use(self, node, old)
+    if not (search_measure(self, node, k) < before and _holds(self, node, k, eps)): _use(self, node, old)
     return search_measure(self, node, k)
 
 Search.tune = tune_block
@@ -331,8 +336,9 @@ def _try(self, node, k, eps, tune_epochs, lr):
     "The error with k patches, after fine-tuning where that is asked for and needed."
     error, tuned = self.measure(node, k), self.blocks[node['l'] - 1]
     if node['l'] - 1 in self.tuned:
+        holds = _holds(self, node, k, eps)      # it was tuned for fewer patches
         _use(self, node, self.model.blocks[node['l'] - 1])
-        if self.measure(node, k) > error: _use(self, node, tuned)
+        if holds and self.measure(node, k) > error: _use(self, node, tuned)
         error = self.measure(node, k)
     return self.tune(node, k, tune_epochs, lr, eps) if tune_epochs and error > eps else error
 
@@ -441,7 +447,8 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
                )->Plan:
     "A search, and the plan in it that meets a budget."
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
-    return budget_plan(Search(model, ds, scores, **search), reduction, tolerance, rounds, tune_epochs, lr, states)
+    search = Search(model, ds, scores, **search)
+    return budget_plan(search, reduction, tolerance, rounds, tune_epochs, lr, states)
 
 # %% ../../nbs/3_methods/11_patch_slimming.ipynb #a9b33db6
 def put_to_work(plan:Plan, # Which patches each block keeps

@@ -75,13 +75,14 @@ def cls_masks(n_blocks:int,   # L
 def check_masks(masks,         # (L, N) bool or 0/1, or None for `cls_masks`
                 n_blocks:int,  # L
                 n_tokens:int,  # N
+                cls:bool=True, # Is token 0 a class token?
                 )->torch.Tensor: # (L, N) bool
     "Masks of the right shape, nested (kept in a block means kept in all earlier ones), CLS never dropped."
     if masks is None: return cls_masks(n_blocks, n_tokens)
     masks = torch.as_tensor(masks).bool()
     require(masks.shape == (n_blocks, n_tokens), 'masks', f'shape {tuple(masks.shape)}',
             f'(L, N) = ({n_blocks}, {n_tokens})')
-    require(bool(masks[:, 0].all()), 'masks', 'one that drops token 0',
+    require(not cls or bool(masks[:, 0].all()), 'masks', 'one that drops token 0',
             'masks that keep CLS, token 0, in every block')
     require(bool((masks[:-1] | ~masks[1:]).all()), 'masks', 'a token that is dropped and comes back',
             'nested masks: kept in block l + 1 means kept in block l')
@@ -141,7 +142,7 @@ def _wide(x): return x if x.dtype == torch.float64 else x.float()
 def _start(attn, masks, read): # masks (L, N) and what the head reads (R, N), on the device of the maps
     shape, device = (len(attn), attn[0].shape[-1]), attn[0].device
     if masks is None and read is not None: masks = torch.ones(shape, dtype=torch.bool)
-    else: masks = check_masks(masks, *shape)
+    else: masks = check_masks(masks, *shape, cls=read is None or bool((read[:, 0] == 1).any()))
     return masks.to(device), (torch.eye(shape[1])[masks[-1].cpu()] if read is None else read).to(device)
 
 def _scores(parts, per_image): # L tensors (B, N) -> (L, N) mean or (B, L, N)
@@ -174,7 +175,8 @@ def coherent_scores(attn:list,    # L attention maps (B, H, N, N)
                     per_image:bool=False, # Return (B, L, N) instead of the mean over images
                     read=None,    # (R, N), what the head reads; None: what the last mask keeps
                     )->torch.Tensor:      # (L, N) float64
-    "Heads summed before the norm: equation 11 for one dropped patch, exactly, at O(L N²)."
+    """Heads summed before the norm: equation 11 for one dropped patch, exactly. The reach of all tokens costs
+    O(L N²), summing the heads O(L H N²), and U O(L N² (N + D))."""
     masks, read = _start(attn, masks, read)
     reach, out = read.double().expand(len(attn[0]), -1, -1), []
     for l in reversed(range(len(attn))):
@@ -253,9 +255,9 @@ def batch_scores(model,          # A timm VisionTransformer, in eval mode
                  )->torch.Tensor:# (B, L, N) float64
     "The score of every token in every block for each image of a batch, in one forward pass."
     read, weight = readout(model), next(model.parameters())
-    if masks is not None: masks = check_masks(masks, len(standard_blocks(model)), read.shape[1])
-    require(kind != 'cls' or getattr(model, 'cls_token', None) is not None, 'kind', kind,
-            'another kind for a model without a CLS token')
+    cls = getattr(model, 'cls_token', None) is not None
+    if masks is not None: masks = check_masks(masks, len(standard_blocks(model)), read.shape[1], cls)
+    require(kind != 'cls' or cls, 'kind', kind, 'another kind for a model without a CLS token')
     with capture_once(model) as cap: model(x.to(weight.device, weight.dtype))
     with torch.autocast(weight.device.type, enabled=False):
         return capture_scores(cap, kind, masks, per_image=True, read=read)
