@@ -300,7 +300,8 @@ case('13_life', 'check_rank_life(RankLife)',
 case('14_cosine', 'check_free_last(free_last)',
      'lambda policy, n: Policy({**policy.steps, n - 1: Step("before", "idle", keep=())}, policy.name)',      # keys go as well
      'lambda policy, n: Policy({n - 1: Step("queries", "idle", keep=())}, policy.name)',                     # the other steps are lost
-     'lambda policy, n: Policy({**policy.steps, n - 2: Step("queries", "idle", keep=())}, policy.name)')     # a block early
+     'lambda policy, n: Policy({**policy.steps, n - 2: Step("queries", "idle", keep=())}, policy.name)',     # a block early
+     'lambda policy, n: Policy({**policy.steps, 3: Step("queries", "idle", keep=())}, policy.name)')         # always the fourth
 case('14_cosine', 'check_longest_idle(longest_idle)',
      'lambda kept: (~kept).sum(1)',                                                   # all of them together
      'lambda kept: right(~kept)')                                                     # the longest run at work
@@ -312,10 +313,16 @@ case('14_cosine', 'check_update_labels(update_labels)',
      '''def wrong(a, b, share):                                                       # the angle
     r = 1 - F.cosine_similarity(a, b, dim=-1)
     return r.flatten().argsort(stable=True).argsort().view_as(r) >= round(share*r.numel())''',
+     '''def wrong(a, b, share):                                                       # of the token afterwards
+    r = (b - a).norm(dim=-1)/b.norm(dim=-1)
+    return r.flatten().argsort(stable=True).argsort().view_as(r) >= round(share*r.numel())''',
+     '''def wrong(a, b, share):                                                       # of the mean of both lengths
+    r = (b - a).norm(dim=-1)/(a.norm(dim=-1)*b.norm(dim=-1))**.5
+    return r.flatten().argsort(stable=True).argsort().view_as(r) >= round(share*r.numel())''',
      'lambda a, b, share: ~right(a, b, share)')
 
 case('15_dynamicvit', 'check_masked(masked)',
-     'lambda logits, D: logits.masked_fill(D[:, None]*D + torch.eye(len(D)) == 0, -torch.inf).softmax(-1)',      # who left sees itself alone
+     'lambda logits, D: logits.masked_fill(D[:, None]*D + torch.eye(len(D)) == 0, -torch.inf).softmax(-1)',      # what left sees itself alone
      'lambda logits, D: logits.masked_fill(D == 0, -torch.inf).softmax(-1)',          # without the diagonal
      'lambda logits, D: logits.softmax(-1)*D',                                        # rows that do not sum to 1
      'lambda logits, D: right(logits.T, D).T')                                        # the other way round
@@ -341,7 +348,12 @@ case('16_evit', 'check_mean(MeanToken)',
      '''class wrong(right):                                                           # of all of them
     def meet(self, s, keep, drop, scores):
         token, size, some = super().meet(s, keep, drop, scores)
-        return (scores[..., None]*s.x).sum(1, keepdim=True)/scores.sum(1, keepdim=True)[..., None], size, some''')
+        return (scores[..., None]*s.x).sum(1, keepdim=True)/scores.sum(1, keepdim=True)[..., None], size, some''',
+     '''class wrong(right):                                                           # with sizes
+    sized = True
+    def meet(self, s, keep, drop, scores):
+        token, size, some = super().meet(s, keep, drop, scores)
+        return token, drop.sum(1, keepdim=True).float(), some''')
 
 case('17_tome', 'check_reach(reach)',
      '''def wrong(groups):                                                            # to its first patch
@@ -426,7 +438,13 @@ case('19b_idlevit', 'check_share(ClsShare)',
      '''class wrong(right):                                                           # the softmax of the mean
     def forward(self, t): return ClsLogits().forward(t).softmax(-1)''',
      '''class wrong(right):                                                           # no keys on the bill
-    def macs_in(self, layer, n, n_prefix=1): return ClsLogits().macs_in(layer, n, n_prefix)''')
+    def macs_in(self, layer, n, n_prefix=1): return ClsLogits().macs_in(layer, n, n_prefix)''',
+     '''class wrong(right):                                                           # no biases
+    def forward(self, t):
+        qkv = t.layer.attn.qkv
+        bias, qkv.bias = qkv.bias, None
+        try: return super().forward(t)
+        finally: qkv.bias = bias''')
 
 case('20_avit', 'check_depth(common_depth)',
      'lambda model, macs: len(model.blocks)*macs/macs_of(model)',                     # stem and head as well

@@ -28,8 +28,11 @@ KINDS = {'cls': {}, 'dist': dict(name='deit_tiny_distilled_patch16_224'), 'regis
 
 def vit(depth=6, **kw):
     torch.manual_seed(0)
-    return create_vit(kw.pop('name', 'deit_tiny_patch16_224'), img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10,
-                      **kw).eval()
+    net = create_vit(kw.pop('name', 'deit_tiny_patch16_224'), img_size=32, patch_size=4, embed_dim=48, depth=depth, num_heads=3, num_classes=10,
+                     **kw).eval()
+    for b in net.blocks:     # timm begins with zeros, and without a bias there is no q times the bias of the keys
+        if b.attn.qkv.bias is not None: torch.nn.init.normal_(b.attn.qkv.bias, std=.5)
+    return net
 
 
 def images(n=3, seed=0): return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))

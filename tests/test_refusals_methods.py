@@ -8,7 +8,7 @@ from vitprune_nb.engine.macs import cost_of
 from vitprune_nb.engine.policy import Policy, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
-from vitprune_nb.methods import cosine, life, vtp
+from vitprune_nb.methods import cosine, evit, life, tome, vtp
 from vitprune_nb.methods.base import METHODS, Method, calibration_images, method, prune, read_options, recover, turn
 from vitprune_nb.vit.model import create_vit
 
@@ -46,6 +46,7 @@ def test_a_dial_that_does_not_reach(make, low, share, text):
     *(('vtp', o, f'{list(o)[-1]}: got') for o in (dict(ratio=1.), dict(ratio=-.1), dict(l1=-1), dict(multiple=True), dict(seed=None), dict(dtype='fp8'))),
     *(('life', o, f'{list(o)[-1]}: got') for o in (dict(keep_rate=0), dict(keep_rate=[.7, 1.2]), dict(stages=(4, 'x')), dict(U=0))),
     *(('cosine', o, f'{list(o)[-1]}: got') for o in (dict(score_threshold=1), dict(rounds=.5))),
+    ('both', dict(reduction=.3, channels=1.5), 'channels: got 1.5; allowed: a share in [0, 1]'),
     *(('uniform', o, f'{list(o)[-1]}: got') for o in (dict(reduction=1), dict(reduction=math.nan), dict(reduction=.3, calibration=0), dict(reduction=.3, keys='none'))),
 ])
 def test_options_that_a_method_does_not_take(name, options, text):
@@ -59,6 +60,7 @@ def test_work_images_models_and_passes(tiny, train_set, tmp_path):
                     (lambda: prune('uniform', made, train_set, reduction=.3), 'whose tokens are pruned'),
                     (lambda: calibration_images(tiny, train_set, 101), 'calibration: got 101; allowed: 1 to 100'),
                     (lambda: recover(made, train_set, epochs=0), 'epochs: got 0; allowed: a positive number'),
+                    (lambda: prune('both', tiny, train_set, reduction=.3, sparse_epochs=0, calibration=101), 'calibration: got 101; allowed: 1 to 100'),
                     (lambda: prune('vtp', tiny, train_set, ratio=.999), 'ratio: got 0.999; allowed: at most')):
         with pytest.raises(VitpruneError) as e: f()
         assert text in str(e.value)
@@ -86,6 +88,17 @@ def test_gates_that_are_not_there(tiny):
 def test_lives_that_cannot_be():
     with pytest.raises(VitpruneError, match='a removal after block 1, before t_base = 2'): life.LifePlan((4, 2, 2, 1), 2)
     with pytest.raises(VitpruneError, match='the same score for every patch of image 0'): life.standardise(torch.ones(2, 64))
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda: evit.EvitPlan(196, 0., (4,)), 'keep_rate: got 0.0'),
+    (lambda: tome.merge_schedule(12, -1), 'r: got -1'),
+    (lambda: tome.merge_schedule(12, 8, 2), 'inflection: got 2'),
+    (lambda: Step('before', 'tome', score=tome.KeySimilarity(2), count=3), 'at: got before'),
+])
+def test_plans_and_steps_that_cannot_be(f, text):
+    with pytest.raises(VitpruneError) as e: f()
+    assert text in str(e.value)
 
 
 # --- cosine

@@ -41,8 +41,8 @@ def keep_labels(cosine:torch.Tensor,  # Of each token with itself one block late
     require(scale in SCALES, 'scale', scale, "'scaled' or 'raw'")
     require(0 < threshold < 1, 'cosine_threshold', threshold, 'a number in (0, 1)',
             'The report uses 0.95 and 0.9.')
-    keep = SCALES[scale](cosine) <= threshold
-    return keep if growth is None else keep | ((growth - 1).abs() > tolerance)
+    keep = ~(SCALES[scale](cosine) > threshold) # what is not known to stay (nan) is kept
+    return keep if growth is None else keep | ~((growth - 1).abs() <= tolerance)
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #4d59d989
 class Look(NamedTuple):
@@ -338,7 +338,9 @@ def run_slim(slim:SlimViT,       # Any SlimViT
         right.append(classes_of(logits) == y)
         kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
     right, n = torch.cat(right), len(ds)
-    counts = [tuple(torch.cat(c).mean().item() for c in list(zip(*trace.rows[l::L]))[:3]) for l in range(L)]
+    # one trace of all images: its means hold that of Nq·Nkv, which is not the product of two means
+    trace.rows = [[torch.cat(c).double() for c in list(zip(*trace.rows[l::L]))[:3]] for l in range(L)]
+    counts = trace.means
     own = decision_macs(slim.policy, counts, model.blocks, slim.n_tokens, prefix)
     correct = int(right.sum()); low, high = wilson_interval(correct, n)
     return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(),

@@ -34,7 +34,7 @@ KNOCKOFFS = dict(other=lambda images: images.roll(1, 0), phases=_turned)
 def knockoff(images,       # (B, C, H, W)
              kind:str='other', # 'other' or 'phases'
              ):            # (B, C, H, W)
-    "Doubles of the images: the next image, or the image itself with random phases."
+    "Doubles of the images: the one before it in the batch, or the image itself with random phases."
     require(kind in KNOCKOFFS, 'knockoff', kind, ', '.join(map(repr, KNOCKOFFS)))
     return KNOCKOFFS[kind](images)
 
@@ -102,7 +102,7 @@ class ScopConfig(Trains):
         None, 'share of the places that stay in each block, in (0, 1]', 'a number in (0, 1]', 'SHARE',
         dial=True, shown='0.5')
     knockoff: Literal['other', 'phases'] = option(
-        'other', "doubles: the 'other' image that is next, or the image with random 'phases'",
+        'other', "doubles: the 'other' image, the one before, or the image with random 'phases'",
         "'other' or 'phases'", 'KIND')
     contest_lr: Positive|None = option(
         None, 'peak rate of what mixes patches and doubles', 'a number above 0', 'RATE',
