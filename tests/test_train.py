@@ -1,10 +1,11 @@
 """What a notebook cannot show: runs that are really killed, two processes in place of one, and the course recipe from end to end."""
-import os, random, signal
+import os, random, re, signal, zipfile
 import pytest
 import torch
 from conftest import start, two_processes
 from train_script import PLAIN, RANDOM, run, tiny_vit, train_set
 from vitprune_nb.core import autocast
+from vitprune_nb.engine.plan import weights_hash
 from vitprune_nb.engine.policy import NormScore, Policy, Scorer, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
@@ -15,7 +16,9 @@ from vitprune_nb.train.course import train_course
 from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
                                           supervised, token_mse)
 from vitprune_nb.train.recipe import TrainConfig, frozen, make_optimizer
-from vitprune_nb.train.trainer import Log, Phase, Trainer, fit, load_checkpoint, read_log, run_phases, save_checkpoint
+from vitprune_nb.train.teacher import RememberedTeacher
+from vitprune_nb.train.trainer import (Log, Phase, Trainer, fit, load_checkpoint, read_log, restore_trainer, run_phases, save_checkpoint,
+                                       trainer_state)
 from vitprune_nb.vit.model import create_vit
 
 SCRIPT = 'train_script.py'
@@ -128,6 +131,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         with pytest.raises(VitpruneError, match='checkpoint: got .*; allowed: a checkpoint that this trainer wrote') as e: fit(tiny_vit(), train_set(), cfg, out=tmp_path)
         assert '\n' not in str(e.value)
         assert file.read_bytes() == bad, 'left as it was'
+
+
+def test_damage_that_sends_the_reader_before_the_file_is_refused(tmp_path, monkeypatch):
+    "zipfile then seeks to a negative place: the system's error says nothing about the disk. Others do, and too little memory is no damage."
+    file = tmp_path/'checkpoint.pt'
+    save_checkpoint(file, step=3, names=['a'])
+    whole = bytearray(file.read_bytes())
+    end = whole.rindex(b'PK\6\6')
+    whole[end + 48:end + 56] = (len(whole)*9).to_bytes(8, 'little')        # where its table of contents begins
+    file.write_bytes(whole)
+    with pytest.raises(OSError, match='Invalid argument'): zipfile.ZipFile(file).testzip()
+    with pytest.raises(VitpruneError, match='allowed: a checkpoint that this trainer wrote. It cannot be read'): load_checkpoint(file)
+    save_checkpoint(file, step=3, names=['a'])
+    for error in (OSError(5, 'Input/output error'), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
+        def fails(*_, **__): raise error
+        monkeypatch.setattr(torch, 'load', fails)
+        with pytest.raises(type(error)) as e: load_checkpoint(file)
+        assert e.value is error
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -301,7 +322,7 @@ def test_a_run_of_old_goes_on(tmp_path):
         if rows[-1]['step'] == 8: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(tiny_vit(), train_set(), cfg, out=out, callback=interrupt)
     state = load_checkpoint(out/'checkpoint.pt')
-    save_checkpoint(out/'checkpoint.pt', **{k: v for k, v in state.items() if k not in ('named', 'objective')})
+    save_checkpoint(out/'checkpoint.pt', **{k: v for k, v in state.items() if k not in ('named', 'about')})
     lines = (out/'log.csv').read_text().splitlines()
     (out/'log.csv').write_text(''.join(','.join(l.split(',')[:len(Log.fields)]) + '\n' for l in lines))
     whole, old = tiny_vit(), tiny_vit(9)
@@ -309,6 +330,81 @@ def test_a_run_of_old_goes_on(tmp_path):
     assert log(again) == log(rows) and apart(whole.state_dict(), old.state_dict()) == 0
     assert ['classification' in r for r in again] == [False, True, True]
     assert read_log(out/'log.csv') == again
+
+
+def test_a_run_whose_checkpoint_names_its_objective_at_the_top(tmp_path):
+    "As checkpoints did before they said more of a run."
+    cfg, file = TrainConfig(**dict(PLAIN, epochs=.2)), tmp_path/'checkpoint.pt'
+    far = plus(supervised, penalty('far', lambda m: m.head.weight.square().sum()))
+    def hook(model, done): pass
+    first = Trainer(tiny_vit(), train_set(), cfg, objective=far)
+    state = trainer_state(first)
+    about = state.pop('about')
+    save_checkpoint(file, **state, objective=about['objective'], before_step=about['before_step'])
+    restore_trainer(Trainer(tiny_vit(), train_set(), cfg, objective=far), file)
+    for kw, said in ((dict(), 'the objective supervised. It was '), (dict(objective=far, before_step=hook), 'the function before a step hook. It was none. ')):
+        with pytest.raises(VitpruneError, match=f'allowed: a checkpoint of a run with {said}'): restore_trainer(Trainer(tiny_vit(), train_set(), cfg, **kw), file)
+
+
+def test_what_two_runs_do_not_share_is_shown(tmp_path):
+    "Both sides of a refusal differ, however late two long descriptions part."
+    file, cfg = tmp_path/'checkpoint.pt', TrainConfig(**dict(PLAIN, epochs=.2))
+    keep = Policy({1: Step(keep=range(14))}), Policy({1: Step(keep=[*range(13), 15])})
+    def still(*parts):
+        model = tiny_vit()
+        for part in parts:
+            for p in model.blocks[part].parameters(): p.requires_grad_(False)
+        return model
+    def said(first, second):
+        save_checkpoint(file, **trainer_state(Trainer(first, train_set(), cfg)))
+        with pytest.raises(VitpruneError) as e: restore_trainer(Trainer(second, train_set(), cfg), file)
+        return str(e.value).partition('a checkpoint of a run with ')[2].partition(' Use another')[0]
+    here, there = re.fullmatch(r'the policy … (.*)\. It was … (.*)\.', said(*(SlimViT(tiny_vit(), p) for p in keep))).groups()
+    assert here.startswith('15)') and there.startswith('13)')
+    n = sum(1 for _ in tiny_vit().blocks[0].parameters())
+    part = lambda k: f'blocks.{k}.norm1.weight … ({n})'
+    assert said(still(0), still(1)) == f'the parameters that learn here. Only there: {part(1)}; only here: {part(0)}.'
+    assert said(still(), still(1)) == f'the parameters that learn here. Only there: {part(1)}; only here: none.'
+
+
+def test_a_teacher_that_remembers_is_the_teacher_that_it_remembers(tmp_path):
+    "A run may go on with either, also from a checkpoint that took the two for different ones; another teacher is refused."
+    file, cfg = tmp_path/'checkpoint.pt', TrainConfig(**dict(PLAIN, epochs=.2, distill=.5))
+    kinds = dict(plain=lambda m: m, remembers=lambda m: RememberedTeacher(m, tmp_path/'said'))
+    def trainer(kind, seed): return Trainer(tiny_vit(), train_set().but(transform=None), cfg, kinds[kind](tiny_vit(seed)))
+    for kind in kinds:
+        state = trainer_state(trainer(kind, 3))
+        of_old = dict(state['about'], teacher=weights_hash(RememberedTeacher(tiny_vit(3), tmp_path/'said')))
+        assert of_old['teacher'] != state['about']['teacher'] == weights_hash(tiny_vit(3))
+        for about in (state['about'], of_old):
+            save_checkpoint(file, **dict(state, about=about))
+            for other in kinds:
+                restore_trainer(trainer(other, 3), file)
+                with pytest.raises(VitpruneError, match='a run with the teacher .*It was '): restore_trainer(trainer(other, 4), file)
+
+
+def test_classes_are_numbered_as_the_model_numbers_them(tmp_path):
+    "Images with other numbers for the same classes train and score alike, in phases too; unknown names are refused before anything is written."
+    cfg, names = TrainConfig(**dict(PLAIN, epochs=.2)), list('abcdefghij')
+    ds, few = train_set().but(classes=names), train_set().subset(range(20)).but(classes=names)
+    turned = lambda s: s.but(classes=names[::-1], targets=9 - s.targets)
+    def named():
+        model = tiny_vit(); model.classes = list(names)
+        return model
+    policy = Policy({1: Step(keep=range(8))})
+    ways = dict(fit=lambda m, a, b, out: fit(m, a, cfg, b, out), phases=lambda m, a, b, out: run_phases(m, a, [Phase('p', cfg, policy=policy)], out, test_set=b)['p'])
+    for way, go in ways.items():
+        one, other = named(), named()
+        rows, again = go(one, ds, few, None), go(other, turned(ds), turned(few), None)
+        assert [(r['loss'], r.get('top1')) for r in rows] == [(r['loss'], r.get('top1')) for r in again]
+        assert apart(one.state_dict(), other.state_dict()) == 0
+        strange = lambda s: s.but(classes=[*names[:9], 'z'])
+        for a, b in ((strange(ds), few), (ds, strange(few))):
+            with pytest.raises(VitpruneError, match='with the class z; allowed: '): go(one, a, b, tmp_path/way)
+        teacher = tiny_vit(3); teacher.classes = names[::-1]
+        for who in (teacher, RememberedTeacher(teacher, tmp_path/'said')):
+            with pytest.raises(VitpruneError, match='teacher: got a model whose classes are j, i, .*allowed: one with a, b, '): fit(one, ds, TrainConfig(**dict(PLAIN, distill=.5)), few, tmp_path/way, who)
+        assert not (tmp_path/way).exists() and apart(one.state_dict(), other.state_dict()) == 0
 
 
 @pytest.mark.parametrize('bad, said', [

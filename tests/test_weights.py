@@ -227,6 +227,25 @@ def test_files_that_are_no_checkpoint(tmp_path, state):
         with pytest.raises(VitpruneError, match=f'allowed: {words}'): weights.read_checkpoint(given)
 
 
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")], ids=type)
+def test_too_little_memory_is_no_damage(error, tmp_path, state, monkeypatch):
+    torch.save(state, tmp_path/'w.pth')
+    def full(*_, **__): raise error
+    monkeypatch.setattr(torch, 'load', full)
+    with pytest.raises(type(error)) as e: weights.read_checkpoint(tmp_path/'w.pth')
+    assert e.value is error
+    error.args = ("can't allocate memory: you tried to allocate 99999999 bytes.",)       # more than the file can hold
+    with pytest.raises(VitpruneError, match='damaged, cut short'): weights.read_checkpoint(tmp_path/'w.pth')
+
+
+def test_a_damaged_table_of_contents(tmp_path, state):
+    "The end of the archive is there, what it points at is not."
+    torch.save(state, tmp_path/'w.pth'); whole = (tmp_path/'w.pth').read_bytes()
+    (tmp_path/'w.pth').write_bytes(whole.replace(b'PK\1\2', b'PK\1\3'))
+    with pytest.raises(VitpruneError, match='allowed: a readable .safetensors or .pth checkpoint. It is damaged, cut short') as e: weights.read_checkpoint(tmp_path/'w.pth')
+    assert '\n' not in str(e.value)
+
+
 def test_a_checkpoint_that_contains_itself(tmp_path, state):
     state = dict(state); state['again'] = state
     torch.save(state, tmp_path/'w.pth')
@@ -322,3 +341,14 @@ def test_a_head_without_its_bias_is_left_alone_as_a_whole(tmp_path):
     before = other.head.weight.clone()
     with pytest.warns(UserWarning, match='stays untrained'): weights.load_weights(other, tmp_path/'w.safetensors')
     assert torch.equal(other.head.weight, before) and torch.equal(other.cls_token, one.cls_token)
+
+
+def test_the_norm_of_a_head_of_other_classes_is_loaded(tmp_path):
+    "ConvNeXt's head holds a norm, which every number of classes can use."
+    seven, five = (vit.create_vit('test_convnext', num_classes=n) for n in (7, 5))
+    for p in seven.head.parameters(): torch.nn.init.constant_(p, .25)
+    save_file(seven.state_dict(), tmp_path/'w.safetensors')
+    before = five.head.fc.weight.clone()
+    with pytest.warns(UserWarning, match='it has no head that fits'): weights.load_weights(five, tmp_path/'w.safetensors')
+    assert torch.equal(five.head.norm.weight, seven.head.norm.weight) and torch.equal(five.head.norm.bias, seven.head.norm.bias)
+    assert torch.equal(five.head.fc.weight, before) and torch.equal(five.stem[0].weight, seven.stem[0].weight)

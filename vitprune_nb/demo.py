@@ -16,7 +16,7 @@ from .core import pick_device
 from .errors import is_number, is_whole, require
 from .files import check_ours, check_output, only_one, publish, sweep, temporary_path, writing
 from .vit.cost import model_macs, model_params
-from .data import calibration, data_config, eval_transform, load_data
+from .data import calibration, data_config, eval_transform, load_data, match_classes
 from .engine.store import save_slim
 from .evidence.measure import bench
 from .methods.patch_slimming import for_budget, random_plan, uniform_plan
@@ -49,6 +49,7 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
                    seed:int=0,      # What the rows call the seed
                    )->tuple:        # (result rows, {name: right or wrong, image by image})
     "Accuracy and latency of several models on the same images: one result row each."
+    ds = match_classes(models['dense'], ds)      # the others have its head, but not always its names
     right = {n: answers(m, ds, batch, device) for n, m in models.items()}
     x = torch.stack([ds[i][0] for i in range(min(batch, len(ds)))])
     rows = []
@@ -312,7 +313,7 @@ def _charts(slim, ds, rows):
 WRITES = ('report.html', 'kept.png', 'accuracy_macs.png', 'results.csv', 'model')
 
 def run_demo(out='demo',        # Folder for the report, the pictures, the rows and the pruned model
-             data=None,         # As for `load_data`; ten classes, as the course model has
+             data=None,         # As for `load_data`; the ten classes of the course model, by their names
              reduction:float=.45, # Share of MACs to save, in (0, 1)
              images:int=1000,   # Test images, balanced over the classes
              calibration_images:int=64, # Training images that the plan is searched on
@@ -331,6 +332,7 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
     check_ours([out/n for n in WRITES], out)
     train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
     test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
+    test = match_classes(model, test, 'Choose other data, or name its folders as the model names its classes.')
     check_classes(model, test)
     require(calibration_images <= len(train), 'calibration', calibration_images,
             f'1 to {len(train)}, the images of {train.name} {train.split}')

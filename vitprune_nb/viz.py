@@ -426,26 +426,37 @@ def _checked(rows, keys):
         require(not lost, 'rows', f'a row without {", ".join(lost)}', f'rows with {", ".join(keys)}')
     return rows
 
+def _aside(costs):
+    """Steps to the side of each curve, by its costs: those that share one stand around it. Two costs are one
+    if they lie nearer than 2% of the whole range."""
+    near = .02*np.ptp(np.concatenate(costs))
+    same = np.array([[np.abs(np.subtract.outer(a, b)).min() <= near for b in costs] for a in costs])
+    for _ in costs: same = same @ same          # whoever shares with one of a group belongs to it
+    return [same[i, :i].sum() - (same[i].sum() - 1)/2 for i in range(len(costs))]
+
 @style()
 def accuracy_macs(rows:list,  # Dicts with macs, top1, top1_low, top1_high and a name
                   title='',   # Above
                   ax=None,    # Axes to draw on; None makes a figure
                   by='method',# The key that names a curve
                   size=(6, 3.8), # Width and height in inches
-                  apart:float=0.,# Points of the page between curves, so that equal costs hide none
+                  apart:float=0.,# Points of the page between curves that share a cost, so that none is hidden
                   ):          # The axes
     "Top-1 with its 95% interval over GMACs, one curve a method."
     keys = ('macs', 'top1', 'top1_low', 'top1_high')
     names = dict.fromkeys(r[by] for r in _checked(rows, (*keys, by)))
     colors = method_colors(names)
     if ax is None: _, ax = plt.subplots(figsize=size)
-    for i, name in enumerate(names):
-        group = sorted((r for r in rows if r[by] == name), key=lambda r: r['macs'])
-        macs, y, low, high = np.array([[float(r[k]) for k in keys] for r in group]).T
-        aside = ScaledTranslation(apart*(i - (len(names) - 1)/2)/72, 0, ax.figure.dpi_scale_trans)
+    groups = [sorted((r for r in rows if r[by] == name), key=lambda r: r['macs']) for name in names]
+    curves = [np.array([[float(r[k]) for k in keys] for r in group]).T for group in groups]
+    steps = _aside([macs for macs, *_ in curves])
+    for i, (name, (macs, y, low, high)) in enumerate(zip(names, curves)):
+        aside, moved = ScaledTranslation(apart*steps[i]/72, 0, ax.figure.dpi_scale_trans), {}
+        if apart and steps[i]:         # of what is drawn elsewhere, Matplotlib takes nothing into the limits
+            moved = dict(transform=ax.transData + aside)
+            ax.update_datalim(np.stack([np.r_[macs, macs]/1e9, 100*np.r_[low, high]], 1))
         ax.errorbar(macs/1e9, 100*y, yerr=100*np.maximum([y - low, high - y], 0), label=name,
-                    color=colors[name], transform=ax.transData + aside,
-                    marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2)
+                    color=colors[name], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2, **moved)
     ax.set(xlabel='cost of one image (GMACs)', ylabel='top-1 (%)', title=title); ax.legend()
     return ax
 

@@ -8,17 +8,19 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accele
            'run_phases']
 
 # %% ../../nbs/6_reference/08_train.ipynb #c9290aac
-import contextlib, csv, dataclasses, functools, inspect, io, json, math, random, re, time, zipfile
+import contextlib, csv, dataclasses, errno, functools, inspect, io, json, math, os, random, re, time
+import zipfile
 from pathlib import Path
 
 # %% ../../nbs/6_reference/08_train.ipynb #b523b70f
 import numpy as np
 import torch
-from ..core import (autocast, check_model, environment, fast_attention, fold_seed, pick_device,
-                              progress, set_seed)
+from ..core import (autocast, check_model, environment, fast_attention, fold_seed, out_of_memory,
+                              pick_device, progress, set_seed)
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import append_text, check_output, claim, only_one, sweep, write_atomic
-from ..data import ImageSet, check_set, data_config, eval_transform, train_transform
+from ..data import (ImageSet, check_set, data_config, eval_transform, match_classes,
+                              train_transform)
 from ..engine.plan import weights_hash
 from ..engine.policy import Policy
 from ..engine.slim import SlimViT
@@ -27,6 +29,7 @@ from .objectives import (Seen, loss_and_targets, losses_of, name_of, needs_of, s
 from .recipe import (Batches, TrainConfig, freeze_first, frozen, make_optimizer,
                                       make_scheduler, parameters_of, set_drop_path, set_patch_drop, vit_of)
 from ..vit.model import evaluate
+from ..vit.weights import in_short
 
 # %% ../../nbs/6_reference/08_train.ipynb #5ad6f31a
 def save_checkpoint(path,    # The file to write or replace
@@ -42,8 +45,10 @@ def load_checkpoint(path)->dict: # What `save_checkpoint` was given
         with zipfile.ZipFile(path) as z:     # torch.load looks at no checksum
             require(z.testzip() is None, 'checksum', 'a wrong one', 'the one written')
         return torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError): raise     # the file may be whole
     except Exception as e:
+        # EINVAL is damage: zipfile was sent to a place before the start of the file
+        failed = isinstance(e, OSError) and e.errno != errno.EINVAL
+        if failed or out_of_memory(e): raise                            # the file may be whole
         refuse('checkpoint', path, 'a checkpoint that this trainer wrote',
                f'It cannot be read ({type(e).__name__}); delete it to start again.')
 
@@ -181,6 +186,7 @@ class Trainer:
         self.sched = make_scheduler(self.opt, cfg, self.batches.steps)
         self.ema = ModelEmaV3(model, decay=cfg.ema) if cfg.ema else None
         self.teacher = teacher.eval().to(self.acc.device) if teacher is not None else None
+        self.source = teacher.dense if remembers else teacher     # of what the teacher says
         if remembers: teacher.open(self.batches, data_config(vit_of(model)))
         self.ask = teacher.at if remembers else lambda step, x: teacher(x).float()
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
@@ -199,7 +205,7 @@ class Trainer:
         "What a checkpoint can say of the run beside its recipe and its images."
         shown = re.sub(' at 0x[0-9a-f]+', '', repr(self.batches.ds.transform))
         return dict(objective=name_of(self.objective), before_step=name_of(self.before_step), transform=shown,
-                    teacher=None if self.teacher is None else weights_hash(self.teacher), **self.start_of)
+                    teacher=None if self.teacher is None else weights_hash(self.source), **self.start_of)
 
     def see(self, images, labels)->Seen:
         "One forward pass of the model, and one of the teacher: what the objective is called with."
@@ -287,6 +293,30 @@ def trainer_state(tr:Trainer # Between two steps
                 recent=tr.recent, named=tr.named, busy=tr.busy, seconds=time.perf_counter() - tr.start)
 
 # %% ../../nbs/6_reference/08_train.ipynb #756f20c0
+def _unlike(old, new):
+    "Of two values, what the other has not, in a few words each."
+    if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
+        return [in_short([k for k in a if k not in b]) or 'none' for a, b in ((old, new), (new, old))]
+    texts = ['none' if v in (None, 'NoneType') else str(v) for v in (old, new)]
+    same = len(os.path.commonprefix(texts))
+    start = max(texts[0].rfind(' ', 0, same) + 1, same - 40)              # where the first odd word begins
+    return ['… '*(start > 0) + (t[start:start + 80] or 'nothing more') for t in texts]
+
+def _same_run(tr, was, path, todo):
+    "Refuse a checkpoint whose run began otherwise than this one, by what it remembers of that."
+    words = dict(trains='parameters that learn', before_step='function before a step')
+    for what, now in tr.about.items():
+        old, name = was.get(what, now), words.get(what, what)               # runs of old do not say
+        if old == now: continue
+        # a remembered teacher once was another than the one that it remembers
+        named = lambda: weights_hash(torch.nn.ModuleDict(dict(dense=tr.source)))
+        if what == 'teacher' and tr.source is not None and old == named(): continue
+        there, here = _unlike(old, now)
+        listed = isinstance(old, list) and isinstance(now, list)
+        said = f'Only there: {there}; only here: {here}' if listed else f'It was {there}'
+        refuse('checkpoint', path, f'a checkpoint of a run with the {name} {"here" if listed else here}',
+               f'{said}. {todo}')
+
 def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wrote the checkpoint
                     path,      # The checkpoint
                     ):
@@ -304,13 +334,9 @@ def restore_trainer(tr:Trainer,# Made with the same arguments as the run that wr
     shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
     require(shapes(state['model']) == shapes(tr.plain.state_dict()), 'checkpoint', path,
             f'a checkpoint of this {type(tr.plain).__name__}, with its shapes', todo)
-    was = state.get('about', {})
-    words = dict(trains='parameters that learn', before_step='function before a step')
-    for what, now in tr.about.items():
-        old, name = was.get(what, now), words.get(what, what)               # runs of old do not say
-        say = lambda v: ', '.join(map(str, v))[:80] if isinstance(v, list) else str(v)[:80]
-        require(old == now, 'checkpoint', path, f'a checkpoint of a run with the {name} {say(now)}',
-                f'It was {say(old)}. {todo}')
+    # once, two of them stood at the top
+    top = {k: state[k] for k in ('objective', 'before_step') if k in state}
+    _same_run(tr, state.get('about') or top, path, todo)
     try: tr.opt.load_state_dict(state['optimizer'])
     except ValueError:
         refuse('checkpoint', path, 'a checkpoint of a run in which the same parameters were trained', todo)
@@ -417,20 +443,27 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
         workers:int=0,         # Processes that prepare images ahead; 0 prepares them in this one
         before_step=None,      # Called with the model, its average, and the share of the run that is done
         )->list:               # The rows of the log, dicts of numbers
-    """Train; with `out`, resume from its checkpoint when there is one. The model ends in eval mode, without
+    """Train; with `out`, resume from its checkpoint when there is one. Both sets are numbered as the model
+    numbers its classes, where it names them; other names are refused. The model ends in eval mode, without
     gradients; a further `fit` of it gives what it would give after saving and loading."""
     check_model(model), check_set(train_set, 'train_set')
     require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
     require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
+    train_set = match_classes(model, train_set)
+    if test_set is not None: test_set = match_classes(model, check_set(test_set, 'test_set'))
     last, n = max(map(int, train_set.targets)), model.num_classes
     require(not 0 < n <= last, 'train_set', f'class number {last}', f'0 to {n - 1}, the classes of the model')
     fine = teacher is None or isinstance(teacher, torch.nn.Module)
     require(fine, 'teacher', type(teacher).__name__, 'a model, or None')
+    if cfg.distill > 0 or 'teacher_logits' in needs_of(objective or supervised):
+        theirs = list(getattr(teacher.dense if hasattr(teacher, 'at') else teacher, 'classes', None) or [])
+        turned = theirs != train_set.classes and sorted(theirs) == sorted(train_set.classes)
+        given = f'a model whose classes are {", ".join(theirs[:5])} …'
+        require(not turned, 'teacher', given, f'one with {", ".join(train_set.classes[:5])} …, in this order')
     few = is_whole(workers) and 0 <= workers <= 256
     require(few, 'workers', workers, 'a number of processes from 0 to 256')
     fine = before_step is None or callable(before_step)
     require(fine, 'before_step', type(before_step).__name__, 'a function of a model and a share, or None')
-    if test_set is not None: check_set(test_set, 'test_set')
     if out is not None: check_output(path_of('out', out))
     with contextlib.ExitStack() as stack:
         for on in (torch.inference_mode(False), torch.enable_grad()): stack.enter_context(on)
@@ -489,6 +522,10 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
                **kw)->dict:           # kw: further arguments of `fit`; returns {name: rows of the log}
     "Train a model in phases; all of them are checked before the first one starts."
     check_model(model)
+    # a view of the model has no names of its own
+    train_set = match_classes(model, check_set(train_set, 'train_set'))
+    if (test_set := kw.get('test_set')) is not None:
+        kw['test_set'] = match_classes(model, check_set(test_set, 'test_set'))
     ok = isinstance(phases, (list, tuple)) and len(phases) > 0 and all(isinstance(p, Phase) for p in phases)
     require(ok, 'phases', phases, 'one Phase or more, in a list')
     names = [p.name for p in phases]
@@ -500,10 +537,11 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
         check_objective(p.objective or supervised, view, p.config, who)
         p.resting(view)
     logs = {}
-    for p, view, who in zip(phases, views, teachers):
-        with frozen(*p.resting(view)):
-            folder = None if out is None else f'{out}/{p.name}'
-            given = dict(kw, out=folder, teacher=who, objective=p.objective, before_step=p.before_step)
-            logs[p.name] = fit(view, train_set, p.config, **given)
-    model.eval()
+    try:
+        for p, view, who in zip(phases, views, teachers):
+            with frozen(*p.resting(view)):
+                folder = None if out is None else f'{out}/{p.name}'
+                given = dict(kw, out=folder, teacher=who, objective=p.objective, before_step=p.before_step)
+                logs[p.name] = fit(view, train_set, p.config, **given)
+    finally: model.eval()
     return logs

@@ -14,7 +14,7 @@ from typing_extensions import Required, TypedDict
 # %% ../../nbs/1_foundations/02_vit.ipynb #05bccbad
 import scipy
 import torch
-from ..core import autocast, check_model, data_path, pick_device, progress
+from ..core import autocast, check_model, data_path, out_of_memory, pick_device, progress
 from ..errors import VitpruneError, is_whole, refuse, require
 from ..files import read_json, sha256
 from ..data import (CIFAR10, ImageSet, check_set, data_config, eval_transform, loader,
@@ -163,7 +163,7 @@ def logits_of(model,          # From images to logits
     try: out = model(x)
     except VitpruneError: raise
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
-        if isinstance(e, torch.OutOfMemoryError): raise
+        if out_of_memory(e): raise
         refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}',
                'a model that takes these images',
                f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
@@ -185,13 +185,13 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
     check_model(model), check_set(ds)
     ds = match_classes(model, ds)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
-    was_training = model.training
-    model.eval().to(device)
-    correct, start = 0, time.perf_counter()
-    with autocast(device, dtype, model):
-        for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
-            correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
-    model.train(was_training)
+    was_training, correct, start = model.training, 0, time.perf_counter()
+    try:
+        model.eval().to(device)
+        with autocast(device, dtype, model):
+            for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
+                correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
+    finally: model.train(was_training)
     low, high = wilson_interval(correct, len(ds))
     return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds),
                 seconds=time.perf_counter() - start)

@@ -12,7 +12,7 @@ import zipfile
 
 # %% ../../nbs/6_reference/02b_weights.ipynb #02b00005
 import torch
-from ..core import check_model
+from ..core import check_model, out_of_memory
 from ..errors import VitpruneError, refuse, require
 
 # %% ../../nbs/6_reference/02b_weights.ipynb #6a50a4e0
@@ -28,7 +28,9 @@ def _what_it_is(file, start, error):
     if start.startswith(b'\x89HDF'): return 'It is an HDF5 file.'
     if all(b in b'\t\n\r' or 32 <= b < 127 for b in start): return 'It is a text file.'
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as z: names = z.namelist()
+        try:
+            with zipfile.ZipFile(file) as z: names = z.namelist()
+        except Exception: names = []     # its table of contents is damaged
         if any(n.endswith('.npy') for n in names): return 'It is a NumPy archive.'
         if any(n.endswith('constants.pkl') for n in names):
             return 'It is a TorchScript archive, which holds code: save `model.state_dict()` of it instead.'
@@ -60,6 +62,8 @@ def read_checkpoint(file,               # A file of safetensors or of `torch.sav
                 with open(file, 'rb') as f:
                     checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except Exception as e:   # each file format has errors of its own
+        asked = re.search(r'allocate (\d+) bytes', str(e))     # by a damaged file for more than it can hold
+        if out_of_memory(e) and (asked is None or int(asked[1]) <= os.path.getsize(file)): raise
         refuse(what, file, 'a readable .safetensors or .pth checkpoint', _what_it_is(file, start, e))
     require(isinstance(checkpoint, dict), what, file, 'a checkpoint with tensors by name',
             f'It holds a {type(checkpoint).__name__}.')
@@ -181,8 +185,9 @@ def load_weights(model:torch.nn.Module, # A timm model; changed in place
                f'{len(bad)} of its tensors {"do" if len(bad) > 1 else "does"} not fit; {k}, say, is '
                f'{shape_of(state, k)} in the file '
                f'and {shape_of(own, k)} in the model. {hint}The file holds {in_short(list(raw))}.')
-    torn = {k.split('.')[0] for k in head}         # a head is loaded as a whole or not at all
-    used = {k: state[k] for k in own if k not in wrong and k.split('.')[0] not in torn}
+    layer = lambda k: k.rpartition('.')[0] or k
+    torn = {layer(k) for k in head}                # a layer of a head is loaded as a whole or not at all
+    used = {k: state[k] for k in own if k not in wrong and layer(k) not in torn}
     usable = lambda v: v.dtype in FLOATS and not v.is_quantized and not v.is_meta
     odd = next((k for k, v in used.items() if own[k].is_floating_point() and not usable(v)), None)
     require(odd is None, what, file, 'a checkpoint of floating-point weights',
