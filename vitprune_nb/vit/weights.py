@@ -152,7 +152,9 @@ def _as_timm(state, model):
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     if not isinstance(model, VisionTransformer): return dict(state)
     try: new = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
-    except Exception: return dict(state)   # shapes that cannot be resized: the comparison names them
+    except Exception as e:
+        if out_of_memory(e): raise
+        return dict(state)                 # shapes that cannot be resized: the comparison names them
     pos, own = state.get('pos_embed'), getattr(model, 'pos_embed', None)
     # newer timm takes other grids of the same size for square
     if pos is not None and own is not None and pos.shape == own.shape: new['pos_embed'] = pos
