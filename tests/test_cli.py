@@ -279,6 +279,58 @@ def test_pipeline_survives_kill_9(shop, tmp_path, case):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['p', 'whole']
 
 
+def test_an_image_that_cannot_be_read_this_time_costs_no_training(shop, tmp_path, monkeypatch, capsys):
+    "An error of the network drive after the first checkpoint, twice: what was trained stays, and the same command line ends it."
+    import errno
+    out, state = tmp_path/'p', tmp_path/'p.unfinished/prepared/checkpoint.pt'
+    line = f'prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --method vtp --ratio 0.3 --sparse-epochs 17 --batch 10 --device cpu --out {out}'
+    real = data.Image.open
+    def stale(*args, **kw):
+        if state.is_file(): raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(*args, **kw)
+    monkeypatch.setattr(data.Image, 'open', stale)
+    for _ in range(2):
+        assert cli.main(line.split()) == 2 and os.strerror(errno.ESTALE) in capsys.readouterr().err
+        assert state.is_file() and not out.exists()
+    monkeypatch.undo()
+    assert cli.main(line.split()) == 0 and [p.name for p in tmp_path.iterdir()] == ['p']
+
+
+@pytest.mark.parametrize('budget', ['', '--reduction 0.45'])
+def test_a_budget_that_is_refused_is_in_nobodys_way(shop, tmp_path, capsys, budget):
+    "Asked for or the default: the next budget meets a free name."
+    line = f'prune test_vit --weights {shop}/w0.safetensors --data {shop}/tree --method life --stages 5 --predictor-epochs 1 --backbone-epochs 0 --batch 10 --device cpu --out {tmp_path}/p'
+    assert cli.main([*line.split(), *budget.split()]) == 2
+    err = capsys.readouterr().err
+    assert 'reduction: got 0.45; allowed: at most 0.' in err and ('is the default of life' in err) == (not budget)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*line.split(), '--reduction', '0.1']) == 0
+
+
+@pytest.fixture(scope='module')
+def strange(shop, tmp_path_factory):
+    "The images of the shop in folders of other names."
+    folder = tmp_path_factory.mktemp('strange')/'tree'
+    shutil.copytree(shop/'tree', folder)
+    for split in ('train', 'test'):
+        for place in list((folder/split).iterdir()): place.rename(place.with_name(f'my {place.name}'))
+    return folder
+
+
+def test_images_of_other_classes_will_do_where_no_labels_are_read(ask, strange, tmp_path, capsys):
+    "What is remembered are the classes of the model."
+    for method in ('uniform', 'vtp --sparse-epochs 0'):
+        out = tmp_path/method.split()[0]
+        r = ask(f'prune course --method {method} --reduction 0.3 {"--calibration 4" if method == "uniform" else ""} --data {{data}} --out {{out}}', data=strange, out=out)
+        assert r['reduction'] == pytest.approx(.3, abs=.03) and open_model(str(out)).classes == data.CIFAR10
+    assert ask('eval {out} --limit 10', out=out)['images'] == 10
+    for more in ('--method vtp --sparse-epochs 1', '--method uniform --recover 1'):
+        assert cli.main(f'prune course {more} --data {strange} --out {tmp_path}/o'.split()) == 2
+        err = capsys.readouterr().err.rpartition('\r')[2]
+        assert 'with the class my airplane' in err and 'allowed: the classes that the model tells apart' in err and err.endswith('Rename the folders.\n')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['uniform', 'vtp']
+
+
 def test_prune_force(ask, tmp_path, capsys):
     out = tmp_path/'p'
     ask('prune T --method uniform --calibration 4 --out {out}', out=out)

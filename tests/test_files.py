@@ -466,13 +466,43 @@ def test_a_write_sweeps_and_restores_nothing_of_a_neighbour(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {'model', 'model.csv', 'model.v2'}
 
 
-@pytest.mark.parametrize('name', ['m', 'x'*230, '.hidden'])
+def of_a_dead_process(path, end='old'):
+    "The temporary name that a process which is gone gave to a path."
+    return Path(str(files.temporary_path(path)).replace(f'.{os.getpid()}.', f'.{DEAD}.')).with_suffix(f'.{end}')
+
+
+@pytest.mark.parametrize('name', ['m', 'x'*230, '.hidden', '漢'*67, '漢'*85, 'x'*200, 'x'*201, 'a\udcff'])
 def test_a_long_or_hidden_name_comes_back_too(tmp_path, name):
     with write_folder_atomic(tmp_path/name) as new: (new/'a').write_text('old')
-    (tmp_path/name).rename(tmp_path/f'.{name[:200]}.{DEAD}.vitprune.old')
+    (tmp_path/name).rename(of_a_dead_process(tmp_path/name))
     with pytest.raises(VitpruneError, match='which is not empty'):
         with write_folder_atomic(tmp_path/name): pass
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize('one, other', [('x'*200 + '-a', 'x'*200 + '-b'), ('漢'*67 + 'a', '漢'*67 + 'b'), ('x'*200, 'x'*200 + '-b'), ('a\udcff', 'a\udcfe'), ('a\udcff', 'a')])
+def test_names_that_begin_alike_are_told_apart(tmp_path, one, other):
+    "The only copy of the first lies under its temporary name: saving the second leaves it alone, and the first's own next write finds it."
+    with write_folder_atomic(tmp_path/one) as new: (new/'a').write_text('one')
+    (tmp_path/one).rename(of_a_dead_process(tmp_path/one))
+    of_a_dead_process(tmp_path/one, 'tmp').mkdir()
+    for _ in range(2):
+        with write_folder_atomic(tmp_path/other, lambda f: True) as new: (new/'a').write_text('other')
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(VitpruneError, match='which is not empty'):
+        with write_folder_atomic(tmp_path/one): pass
+    assert {p.name: (p/'a').read_text() for p in tmp_path.iterdir()} == {one: 'one', other: 'other'}
+
+
+@pytest.mark.parametrize('name', ['r.csv', 'x'*195, 'x'*230, '漢'*80])
+def test_what_a_write_within_a_write_left_is_swept(tmp_path, name):
+    outer = of_a_dead_process(tmp_path/name, 'tmp')
+    inner = of_a_dead_process(outer, 'tmp')
+    fill(tmp_path, outer.name, inner.name)
+    assert max(len(os.fsencode(p.name)) for p in (outer, inner)) <= 255
+    with write_atomic(tmp_path/name) as tmp:
+        with write_atomic(tmp) as within: within.write_text('rows')
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path/name).read_text() == 'rows'
 
 
 def test_a_kill_while_publishing_loses_no_folder(tmp_path):
@@ -490,21 +520,66 @@ def test_a_kill_while_publishing_loses_no_folder(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ['.vitprune.json', 'model']
 
 
-def test_threads_that_write_one_file_take_turns(tmp_path):
-    import threading, time
-    def write(text):
-        with write_atomic(tmp_path/'a') as tmp:
-            with open(tmp, 'w') as f:
-                for c in text:
-                    f.write(c)
-                    f.flush()
-                    time.sleep(.002)
-    texts, wrong = [k*40 for k in 'abc'], []
-    threads = [threading.Thread(target=write, args=(t,)) for t in texts]
+def in_threads(*calls):
+    "What functions of no arguments raise, each in a thread of its own and all at once."
+    import threading
+    raised, gate = [], threading.Barrier(len(calls))
+    def run(call):
+        gate.wait()
+        try: call()
+        except BaseException as e: raised.append(e)
+    threads = [threading.Thread(target=run, args=(c,)) for c in calls]
     for t in threads: t.start()
-    while any(t.is_alive() for t in threads):
-        if (tmp_path/'a').exists() and (now := (tmp_path/'a').read_text()) not in texts: wrong.append(now)
-    assert not wrong and (tmp_path/'a').read_text() in texts
+    while any(t.is_alive() for t in threads): yield raised
+    yield raised
+
+
+@pytest.mark.parametrize('places', [('real/a', 'real/a', 'real/a'), ('real/a', 'link/a', 'link/../real/a')])
+@pytest.mark.parametrize('writer', [write_atomic, write_folder_atomic])
+def test_threads_that_write_one_file_take_turns(tmp_path, places, writer):
+    import time
+    (tmp_path/'real').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'real')
+    options, part = ({}, '') if writer is write_atomic else (dict(may_replace=lambda f: True), 'part')
+    file, texts, wrong = tmp_path/'real/a'/part, [k*20 for k in 'abc'], []
+    def write(place, text):
+        with writer(tmp_path/place, **options) as tmp, open(tmp/part, 'w') as f:
+            for c in text:
+                f.write(c)
+                f.flush()
+                time.sleep(.002)
+    def read():
+        try: return file.read_text()
+        except FileNotFoundError: return texts[0]         # before the first, and while folders change places
+    for raised in in_threads(*(lambda p=p, t=t: write(p, t) for p, t in zip(places, texts))):
+        if (now := read()) not in texts: wrong.append(now)
+    assert raised == wrong == [] and file.read_text() in texts
+    assert [p.name for p in (tmp_path/'real').iterdir()] == ['a']
+
+
+def test_a_mark_knows_what_all_threads_wrote(tmp_path):
+    (tmp_path/'real').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'real')
+    def write(k):
+        owner = tmp_path/('real', 'link')[k % 2]
+        for i in range(5):
+            with write_atomic(owner/f'{k}-{i}', owner=owner) as tmp: tmp.write_text(f'{k} {i}')
+        claim(owner, f'log-{k}')
+    for raised in in_threads(*(lambda k=k: write(k) for k in range(4))): pass
+    names = {f'{k}-{i}' for k in range(4) for i in range(5)}
+    assert raised == [] and set(files.made_in(tmp_path/'real')) == names | {f'log-{k}' for k in range(4)}
+    assert all(is_ours(tmp_path/'real'/n) for n in names)
+
+
+def test_one_thread_sweeps_no_write_of_another(tmp_path):
+    with write_atomic(tmp_path/'a') as tmp, write_folder_atomic(tmp_path/'m') as new:
+        tmp.write_text('a')
+        (new/'part').write_text('m')
+        sweep(tmp_path)
+    assert ((tmp_path/'a').read_text(), (tmp_path/'m'/'part').read_text()) == ('a', 'm')
+    for left in (tmp, new): fill(tmp_path, f'{left.name}/' if left == new else left.name)      # of a killed process that had our number
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'm']
 
 
 def test_a_kill_between_mark_and_rename_locks_nobody_out(tmp_path):

@@ -281,7 +281,7 @@ def test_other_class_names_are_refused(tmp_path):
     from vitprune_nb.vit.model import evaluate
     model, wrong = named(tmp_path), images([*NAMES[:4], 'zebra'])
     for call in (lambda: evaluate(model, wrong), lambda: recover(model, wrong), lambda: recover(model, images(NAMES), test_set=wrong)):
-        with pytest.raises(VitpruneError, match='with the class zebra; allowed: the classes that the model was pruned for, elk among them'): call()
+        with pytest.raises(VitpruneError, match='with the class zebra; allowed: the classes that the model tells apart, elk among them'): call()
     assert evaluate(model, wrong.but(classes=NAMES))['images'] == 10
     model.classes = None
     assert evaluate(model, wrong)['images'] == 10                   # folders of version 0 have no names
@@ -294,6 +294,20 @@ def test_prune_remembers_class_names_and_a_new_head_forgets_them(tmp_path):
     pruned.model.reset_classifier(3)
     with pytest.warns(UserWarning, match='5 class names for a head of 3'): save_pruned(pruned, tmp_path/'b')
     assert load_pruned(tmp_path/'b').classes is None
+
+
+def test_other_class_names_will_do_where_no_labels_are_read(tmp_path):
+    "Nor are they remembered; a model that is cut and then pruned keeps the names that it had."
+    from vitprune_nb.methods.base import prune
+    model, wrong = make(depth=4), images([*NAMES[:4], 'zebra'], split='train')
+    model.classes = NAMES
+    cut = prune('vtp', model, wrong, ratio=.3, sparse_epochs=0)
+    both = prune('attention', cut, wrong, reduction=.3, calibration=4)
+    assert cut.classes == both.classes == NAMES
+    for m in (model, cut):
+        with pytest.raises(VitpruneError, match='with the class zebra; allowed: the classes that the model tells apart, elk among them'):
+            prune('evit', m, wrong, keep_rate=.7, finetune_epochs=1)
+    assert prune('uniform', model, images(['zebra']), reduction=.3, calibration=2).classes == NAMES
 
 
 def test_the_command_line_says_which_class_differs(tmp_path, capsys):

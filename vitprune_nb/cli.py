@@ -6,9 +6,10 @@
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP',
            'BUDGET', 'Recover', 'RecoverLr', 'ABOUT_PRUNE', 'Commands', 'in_words_of_ours', 'explain', 'one_line',
            'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
-           'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'unfinished', 'flag', 'own_options',
-           'kind_of', 'grouped', 'usual_value', 'option', 'listed', 'default_budget', 'prune_options', 'what_is_left',
-           'cli_prune', 'prune_command', 'prune_placeholder', 'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'holds_work', 'refuses_option',
+           'unfinished', 'flag', 'own_options', 'kind_of', 'grouped', 'usual_value', 'option', 'listed',
+           'default_budget', 'prune_options', 'what_is_left', 'cli_prune', 'prune_command', 'prune_placeholder',
+           'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
 
 # %% ../nbs/6_reference/24_cli.ipynb #937961bc
 import contextlib, inspect, json, os, sys, warnings
@@ -183,7 +184,8 @@ def open_data(data,       # As for `load_data`
               limit=None, # A balanced part of so many images
               seed:int=0, # Decides which ones
               skip_damaged:bool=False, # Leave out files that cannot be read
-              rename:bool=False, # Take the class folders, in their order, for the classes of the model
+              # Take the class folders, in their order, for the classes of the model; None: the command cannot
+              rename:bool|None=None,
               ):          # An `ImageSet` without transform
     "The images that --data names, refused when their classes do not fit the model's head."
     from vitprune_nb.data import load_data, match_classes
@@ -192,9 +194,8 @@ def open_data(data,       # As for `load_data`
     if model is None: return ds
     if rename and getattr(model, 'classes', None):
         ds = ds.but(classes=model.classes if len(model.classes) == len(ds.classes) else ds.classes)
-    ds = match_classes(model, ds,
-                       'Rename the folders; where they are the same classes in the same order, `vitprune '
-                       'eval --rename-classes` says so.')
+    say = '; where they are the same classes in the same order, `vitprune eval --rename-classes` says so.'
+    ds = match_classes(model, ds, 'Rename the folders' + ('.' if rename is None else say))
     check_classes(model, ds)
     return ds
 
@@ -314,15 +315,29 @@ def check_unfinished(out, # The folder that shall be written in the end
             f'Repeat them, or delete {work}.')
     return work
 
+def holds_work(work # OUT.unfinished
+               )->bool:
+    "Does it hold more than notes on the run, so that going on from there saves time?"
+    from vitprune_nb.files import MARK
+    notes = {'options.json', 'run.json', 'config.json', 'log.csv', '.vitprune.lock', MARK}
+    return any(p.is_file() and p.name not in notes for p in Path(work).rglob('*'))
+
+def refuses_option(e # A `VitpruneError`
+                   )->bool:
+    "Is it about an option of a method, and not about a disk, an image or a training that went wrong?"
+    from vitprune_nb.methods.base import METHODS
+    return str(e).partition(':')[0] in {k for m in METHODS.values() for k in m.options}
+
 @contextlib.contextmanager
 def unfinished(out,         # The folder that shall be written in the end
                needed:bool, # False: yield None
                **options,   # All that decides the pruned model
                ):
     """Yields the folder OUT.unfinished, new or of a killed run with the same options; it goes when the work
-    is done, or refused for another reason than a disk that is full."""
+    is done. After an error it stays for the next try with the same options, except where this call made it
+    and either no work lies in it yet or one of the options was refused, with which no try can succeed."""
     from vitprune_nb.errors import VitpruneError
-    from vitprune_nb.files import MARK, claim, remove, write_atomic
+    from vitprune_nb.files import claim, remove, write_atomic
     if not needed:
         yield None
         return
@@ -332,9 +347,7 @@ def unfinished(out,         # The folder that shall be written in the end
     with write_atomic(work/'options.json') as tmp: tmp.write_text(json.dumps(options, indent=1))
     try: yield work
     except VitpruneError as e:
-        begun = not {p.name for p in work.iterdir()} <= {'options.json', 'run.json', MARK}
-        disk = e.__cause__ is not None       # said by `writing`: with more room the work can go on
-        if new and not (work/'pruned').is_dir() and not (begun and disk): remove(work)
+        if new and (not holds_work(work) or refuses_option(e) and not (work/'pruned').is_dir()): remove(work)
         raise
     remove(work)
 
@@ -509,9 +522,9 @@ def cli_prune(out:Annotated[str, typer.Option(metavar='DIR', help='the folder to
     check_out(out, force)
     if long: check_unfinished(out, **settings)
     net, device = open_model(model, weights), pick_device(device)
-    labelled = net if recover or m.trains else None
+    labels = recover or methods.training_epochs(m, config)     # without them any images will do
     # refuses other classes now, not after the search
-    train = open_data(data, 'train', labelled, skip_damaged=skip_damaged)
+    train = open_data(data, 'train', net if labels else None, skip_damaged=skip_damaged)
     check_out(out, force, need=4*sum(p.numel() for p in net.parameters())*(6 if long else 1))
     with only_one(out, beside=True), unfinished(out, long, **settings) as work:
         with default_budget(m, options.get('reduction') is None):

@@ -110,7 +110,11 @@ PHOTOS = ('cat', 'coffee', 'rocket', 'astronaut')
 def photo(what='cat' # One of PHOTOS, a PIL image, or the path of an image file
           )->Image.Image: # Square, 224 px wide
     "A picture, cut to its middle square."
-    if isinstance(what, Image.Image): im = as_shown(what)
+    if isinstance(what, Image.Image):
+        try: im = as_shown(what)
+        except Exception as e:      # numbers without a white, or a damaged file that is only read now
+            refuse('photo', f'a PIL image of mode {what.mode}', 'an image that can be shown',
+                   f'This one cannot: {e}.')
     elif what in PHOTOS: im = open_image(data_path('gallery', f'{what}.jpg'))
     else:
         given = isinstance(what, (str, Path))
@@ -118,6 +122,7 @@ def photo(what='cat' # One of PHOTOS, a PIL image, or the path of an image file
         require(Path(what).is_file(), 'photo', what, 'the path of an image, or one of ' + ', '.join(PHOTOS))
         im = open_image(what)
     side, (w, h) = min(im.size), im.size
+    require(side > 0, 'photo', f'{w}×{h} pixels', 'an image with pixels')
     box = ((w - side)//2, (h - side)//2, (w + side)//2, (h + side)//2)
     return im.crop(box).resize((224, 224), Image.Resampling.LANCZOS)
 
@@ -419,7 +424,7 @@ def match_classes(model, # Anything; `model.classes`, where it is known, names t
         return ds
     strange, unused = ([c for c in a if c not in b] for a, b in ((ds.classes, names), (names, ds.classes)))
     say = lambda cs: ', '.join(map(str, cs[:5])) + (f' and {len(cs) - 5} more' if len(cs) > 5 else '')
-    meant = 'the classes that the model was pruned for'
+    meant = 'the classes that the model tells apart'
     if unused: meant += f', {say(unused)} among them'
     require(not strange, 'data', f'{ds.name} {ds.split} with the class {say(strange)}', meant, todo)
     return ds.but(classes=names,

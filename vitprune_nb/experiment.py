@@ -22,7 +22,7 @@ from .core import check_seed
 from .errors import is_number, path_of, refuse, require
 from .files import check_output, sha256, sweep, write_atomic, writing
 from .methods.base import METHODS, read_options, training_epochs
-from .evidence.results import append_rows, read_rows, typed_row
+from .evidence.results import append_rows, read_rows, to_csv, typed_row
 from .train.recipe import TrainConfig
 
 # %% ../nbs/6_reference/25b_experiment.ipynb #d8bef6fb
@@ -472,6 +472,7 @@ class Ledger:
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`
         "Keep a finished row; a second one with the same key is refused."
         require(key not in self.keys(), 'key', key, 'a row that is not finished yet')
+        to_csv([row])      # refuses what no CSV takes; a file of it would stop the run for good
         last = max((int(f.name.partition('-')[0]) for f in self.files()), default=0)
         with write_atomic(self.folder/f'{last + 1:04}-{key}.json') as tmp:
             tmp.write_text(json.dumps(row), encoding='utf-8')

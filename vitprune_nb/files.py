@@ -8,7 +8,7 @@ __all__ = ['MARK', 'temp_folder', 'writing', 'temporary_path', 'remove', 'sweep'
            'sign', 'publish', 'only_one']
 
 # %% ../nbs/6_reference/00b_files.ipynb #f0000004
-import atexit, collections, contextlib, errno, hashlib, json, os, re, shutil, stat, tempfile, threading
+import atexit, contextlib, errno, hashlib, json, os, re, shutil, stat, tempfile, threading
 from pathlib import Path
 
 from .errors import VitpruneError, path_of, refuse, require
@@ -74,9 +74,16 @@ def writing(place,               # The file or folder that is being written
         raise VitpruneError(f'{argument}: got {shown}; allowed: a place that can be written. {why}') from err
 
 # %% ../nbs/6_reference/00b_files.ipynb #a1c0de04
+_TEMPORARY = re.compile(r'\..+\.(\d+)\.vitprune\.(tmp|old)', re.S)
+
 def _stem(path):
-    "The part of a name that its temporary names repeat; with it they are as short as file systems want."
-    return os.fsencode(Path(path).name)[:200].decode('utf-8', 'ignore')
+    """What its temporary names repeat of a name: all of it, or of a long one the beginning and a hash. They
+    fit the file system, and those of two names differ."""
+    name = Path(path).name
+    raw = os.fsencode(name)
+    # a write within a write: it has more room, for its own name would be cut where the number stands
+    if len(raw) <= (225 if _TEMPORARY.fullmatch(name) else 200): return name
+    return f"{raw[:191].decode('utf-8', 'ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 def temporary_path(path # Where something shall be in the end
                    )->Path: # '.NAME.PID.vitprune.tmp' beside it
@@ -95,6 +102,26 @@ def remove(path):
     except OSError: aside = path
     shutil.rmtree(aside)
 
+def _place(path):
+    "A path without links to folders: one file, one place."
+    return os.path.join(os.path.realpath(Path(path).parent), Path(path).name)
+
+_LOCKS, _IN_USE = {}, set()   # by place: locks of what is written to; the temporary names of this moment
+
+@contextlib.contextmanager
+def _turn(path):
+    """Threads of one process share their temporary names: within the `with`, a thread is the only one that
+    writes to `path`."""
+    with _LOCKS.setdefault(_place(path), threading.RLock()): yield
+
+@contextlib.contextmanager
+def _in_use(path):
+    "Within the `with`, a temporary name is not swept."
+    place = _place(path)
+    _IN_USE.add(place)
+    try: yield
+    finally: _IN_USE.discard(place)
+
 def _is_alive(pid):
     if os.name == 'nt': return True        # there is no harmless way to ask
     try: os.kill(pid, 0)
@@ -105,8 +132,8 @@ def _is_alive(pid):
 def _left_behind(folder, end='tmp'):
     "What dead processes of this program left in a folder."
     for left in Path(folder).glob(f'.*.vitprune.{end}'):
-        found = re.fullmatch(rf'\..+\.(\d+)\.vitprune\.{end}', left.name, re.S)
-        if found and not _is_alive(int(found[1])): yield left
+        found = _TEMPORARY.fullmatch(left.name)
+        if found and not _is_alive(int(found[1])) and _place(left) not in _IN_USE: yield left
 
 def sweep(folder):
     "Remove temporary files of dead processes of this program: what a kill in the middle of a write left."
@@ -187,17 +214,17 @@ def check_output(path,               # A file or folder that shall be written
     return path
 
 # %% ../nbs/6_reference/00b_files.ipynb #fb0a0b18
-_WRITERS = collections.defaultdict(threading.RLock)   # threads of one process share their temporary names
-
 @contextlib.contextmanager
 def write_atomic(path, # The file to write or replace
                  owner=None, # A folder: replace only what is in its mark, and enter the new file there
                  ):
-    "Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed."
+    """Yields a temporary path; on success it is synced and renamed to `path`, on an error it is removed.
+    Threads that write to one path take turns."""
     path = check_output(path, 'file', folder=False)
     tmp = temporary_path(path)
-    with _WRITERS[os.path.abspath(path)], writing(path):
+    with _turn(path), writing(path), _in_use(tmp):
         _sweep_of(path)
+        remove(tmp)
         try:
             mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else _new_mode(tmp)
             yield tmp
@@ -215,7 +242,7 @@ def append_text(path, # A text file; made when it is missing
                 ):
     "Add text to the end of a file: all of it or nothing."
     left = text.encode()
-    with writing(path), open(path, 'ab', buffering=0) as file:
+    with _turn(path), writing(path), open(path, 'ab', buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             while left: left = left[file.write(left):]
@@ -253,30 +280,32 @@ def write_folder_atomic(folder,             # The folder to write
                         may_replace=None,   # Called with a folder that is there: may it go? None: never
                         argument:str='folder', # What the caller calls it
                         ):
-    "Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed."
+    """Yields a new folder; on success it is synced and renamed, with the umask's permissions, else removed.
+    Threads that write one folder take turns."""
     folder = Path(os.path.abspath(check_output(folder, argument, renamed=True)))
-    _restore(folder)
-    _sweep_of(folder)
+    new = temporary_path(folder)
     def check():
         free = not folder.exists() or not any(folder.iterdir())
         require(free or may_replace is not None and may_replace(folder), argument,
                 f'{folder}, which is not empty', 'a new or an empty folder',
                 'Delete it or choose another name.')
-    check()
-    new = temporary_path(folder)
-    with writing(folder, argument):
-        try:
-            remove(new)
-            file_mode = _new_mode(new)
-            new.mkdir()
-            folder_mode = stat.S_IMODE(new.stat().st_mode)
-            yield new
-            _as_umask_says(new, file_mode, folder_mode)
-            check()
-            if folder.exists() and any(folder.iterdir()): _swap(new, folder)
-            else: os.replace(new, folder)      # an empty folder gives way
-            _sync(folder.parent)
-        finally: shutil.rmtree(new, ignore_errors=True)
+    with _turn(folder), _in_use(new):
+        _restore(folder)
+        _sweep_of(folder)
+        check()
+        with writing(folder, argument):
+            try:
+                remove(new)
+                file_mode = _new_mode(new)
+                new.mkdir()
+                folder_mode = stat.S_IMODE(new.stat().st_mode)
+                yield new
+                _as_umask_says(new, file_mode, folder_mode)
+                check()
+                if folder.exists() and any(folder.iterdir()): _swap(new, folder)
+                else: os.replace(new, folder)      # an empty folder gives way
+                _sync(folder.parent)
+            finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../nbs/6_reference/00b_files.ipynb #f0000007
 def sha256(path # A file
@@ -366,23 +395,25 @@ def claim(folder,             # A folder to work in, made when it is missing
           )->Path:
     "Enter names in a folder's mark, so that what is under them is ours; refuses names that are somebody's."
     folder = check_output(folder, argument)
-    made = made_in(folder)
-    if not sure: check_ours([folder/n for n in names], folder, argument)
-    new = [n for n in (_entry(folder, folder/n) for n in names) if made.get(n) != []]
-    if new: _write_mark(folder, made | {n: [] for n in new})
+    with _turn(folder/MARK):
+        made = made_in(folder)
+        if not sure: check_ours([folder/n for n in names], folder, argument)
+        new = [n for n in (_entry(folder, folder/n) for n in names) if made.get(n) != []]
+        if new: _write_mark(folder, made | {n: [] for n in new})
     return folder
 
 def sign(owner,    # The folder with the mark
          new:dict, # {where it will be: where the new content is}
          ):
     "Enter finished files or folders in a mark, just before they are renamed; a kill in between does no harm."
-    check_ours(list(new), owner)
-    made = before = made_in(owner)
-    for path, source in new.items():
-        both = [content_hash(p) for p in (path, source) if os.path.lexists(p)]
-        known = made.get(_entry(owner, path), [])
-        if not set(both) <= set(known): made = made | {_entry(owner, path): both}
-    if made != before: _write_mark(owner, made)
+    with _turn(Path(owner)/MARK):
+        check_ours(list(new), owner)
+        made = before = made_in(owner)
+        for path, source in new.items():
+            both = [content_hash(p) for p in (path, source) if os.path.lexists(p)]
+            known = made.get(_entry(owner, path), [])
+            if not set(both) <= set(known): made = made | {_entry(owner, path): both}
+        if made != before: _write_mark(owner, made)
 
 def publish(stage, # A folder with finished files and folders, on the same disk
             owner, # Where they go; what is there under their names must be ours
@@ -390,11 +421,13 @@ def publish(stage, # A folder with finished files and folders, on the same disk
     """Move finished things into a folder, each in one step, and enter them in its mark; nothing else is
     touched."""
     new = {Path(os.path.abspath(owner))/p.name: p for p in sorted(Path(stage).iterdir())}
-    for path in new: _restore(path)
+    for path in new:
+        with _turn(path): _restore(path)
     sign(owner, new)
     for path, source in new.items():
-        if path.is_dir(): _swap(source, path)
-        else: os.replace(source, path)
+        with _turn(path):
+            if path.is_dir(): _swap(source, path)
+            else: os.replace(source, path)
 
 # %% ../nbs/6_reference/00b_files.ipynb #a1c0de10
 @contextlib.contextmanager

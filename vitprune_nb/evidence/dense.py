@@ -55,12 +55,21 @@ def keep_end(model,       # A ViT
                   metadata=dict(recipe=json.dumps(recipe)))
 
 # %% ../../nbs/6_reference/29_dense.ipynb #6158f24f
-def recipe_of(file)->list|None: # As `keep_end` was told; None: nothing is known
+def recipe_of(file)->list|None: # As `keep_end` was told; None: nothing is known, or another program's
     "How the weights of a file were made."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(file, 'pt') as f: return json.loads((f.metadata() or {}).get('recipe', 'null'))
+        with safe_open(file, 'pt') as f: said = (f.metadata() or {}).get('recipe', 'null')
     except (OSError, SafetensorError) as e: refuse('file', file, 'a readable .safetensors file', f'({e})')
+    try: recipe = json.loads(said)
+    except (ValueError, RecursionError): return None
+    return recipe if isinstance(recipe, list) and all(isinstance(s, dict) for s in recipe) else None
+
+def _made_alike(one, other): # From `recipe_of`
+    "Do two recipes give the same weights? How often a training saves and logs changes none."
+    plain = lambda stage: {k: v for k, v in stage.items() if k not in ('save_every', 'log_every')}
+    return None not in (one, other) and [*map(plain, one)] == [*map(plain, other)]
+
 
 # %% ../../nbs/6_reference/29_dense.ipynb #4499cfd1
 def train_dense(model,         # A timm ViT with a head for the classes of the images; trained in place
@@ -73,7 +82,8 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
                 device='auto', # 'auto', 'cpu', 'cuda' or 'mps'
                 workers:int=0, # Processes that prepare images ahead
                 )->list:       # The files, the mean last; the model ends as the mean
-    "Fine-tune stage by stage and keep the mean of their ends; what is there already is not made again."
+    """Fine-tune stage by stage and keep the mean of their ends. What is there already is not made again, the
+    mean only when one of its stages is."""
     require(len(stages) > 0, 'stages', stages, 'at least one recipe')
     out, acc, ends, files = Path(out), pick_accelerator(device), [], []
     check = calibration(test_set, min(500, len(test_set)), 0)
@@ -82,15 +92,17 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
     recipe, mean = json.loads(json.dumps(recipe)), out/'dense.safetensors'
     names = [out/f'stage{k}.safetensors' for k in range(1, len(configs) + 1)]
     for file, its in [*((f, recipe[:k]) for k, f in enumerate(names, 1)), (mean, recipe)]:
-        require(not os.path.lexists(file) or recipe_of(file) == its, 'out', out,
+        require(not os.path.lexists(file) or _made_alike(recipe_of(file), its), 'out', out,
                 'a folder of the same stages, images and start', f'{file.name} was made otherwise.')
+    whole = all(f.is_file() for f in (*names, mean))
+    acc.wait_for_everyone()              # all processes have looked before one writes
     for k, (cfg, file) in enumerate(zip(configs, names), 1):
         if not file.is_file():
             fit(model, train_set, cfg, check, out/f'stage{k}', accelerator=acc, workers=workers)
             if acc.is_main_process: keep_end(model, file, recipe[:k])
         acc.wait_for_everyone()
         ends.append(copy.deepcopy(load_weights(model, file))); files.append(file)
-    if acc.is_main_process: keep_end(mean_model(ends), mean, recipe)
+    if acc.is_main_process and not whole: keep_end(mean_model(ends), mean, recipe)
     acc.wait_for_everyone()
     load_weights(model, mean).eval()
     return [*files, mean]

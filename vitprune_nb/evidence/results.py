@@ -14,7 +14,7 @@ import numpy as np
 import scipy
 import torch
 from ..core import autocast, check_model, environment, pick_device, progress
-from ..errors import is_whole, path_of, refuse, require
+from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import write_atomic
 from ..data import check_set, data_config, eval_transform, loader
 from ..vit.model import classes_of, logits_of
@@ -173,10 +173,11 @@ def read_rows(path # A CSV that `append_rows` wrote
     # bytes that are no UTF-8 are seen below: whoever adds a row writes the others again
     with open(path, encoding='utf-8', errors='surrogateescape', newline='') as f:
         reader = csv.DictReader(f)
-        names = list(reader.fieldnames or [])
+        try: names, rows = list(reader.fieldnames or []), list(reader)
+        except csv.Error as e:
+            refuse('results', f'{path}, line {reader.line_num}', 'a CSV that can be read', f'({e})')
         ok = len(set(names)) == len(names) and names == _columns(names)
         require(ok, 'results', path, 'a CSV whose columns are ' + ', '.join(FIELDS), 'Write to a new file.')
-        rows = list(reader)
     for i, r in enumerate(rows):
         whole = None not in r and None not in r.values()
         require(whole, 'results', f'{path}, row {i + 1}', f'{len(names)} values in every row')
@@ -186,6 +187,8 @@ def read_rows(path # A CSV that `append_rows` wrote
         try: rows[i] = typed_row(r | {k: gather(k, r) for k in OPEN})
         except (AttributeError, TypeError):
             refuse('results', f'{path}, row {i + 1}', 'one value for each setting')
+        except VitpruneError as e:
+            refuse('results', f'{path}, row {i + 1}', 'values as make_row gives them', f'({e})')
     return rows
 
 # %% ../../nbs/6_reference/09b_results.ipynb #96b5688c

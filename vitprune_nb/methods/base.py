@@ -381,15 +381,16 @@ def prune(name:str,     # One of METHODS
           **options,    # The method's own: `METHODS[name].options`
           )->SlimViT:   # In eval mode; `.info` says how it was made
     """Prune a model by any method of the course; what is returned is what `load_pruned` would read after
-    `save_pruned`."""
+    `save_pruned`. A method that trains on labels wants images of the model's classes; to all others any will
+    do."""
     m, config = read_options(name, options)
     require(work is None or isinstance(work, (str, Path)) and str(work), 'work', work, 'a folder, or None')
     device = pick_device(device)
     check_set(train_set, 'train_set')
-    model = dense_part(model)
+    given, model = model, dense_part(model)
     standard_blocks(model)
     _check_trainable(m, config, model)
-    train_set = match_classes(model, train_set)
+    if training_epochs(m, config): train_set = match_classes(given, train_set)
     memory, done = _memory(name, model, train_set, config), None if work is None else Path(work)/'pruned'
     if done and done.exists():
         out = load_pruned(done)
@@ -407,7 +408,8 @@ def prune(name:str,     # One of METHODS
     out.info = json.loads(json.dumps(memory | config.model_dump(exclude={'reduction'}) | said, default=str))
     out.info['reduction'] = cost_of(out)['reduction']
     _check_budget(m, model, out, config.reduction)
-    out.classes = list(train_set.classes) if len(train_set.classes) == out.num_classes else None
+    known = getattr(given, 'classes', None) or train_set.classes      # its own names; else those of the images
+    out.classes = list(known) if len(known) == out.num_classes else None
     if done: save_pruned(out, done)
     return freeze_choices(out).to(device)
 

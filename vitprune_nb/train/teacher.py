@@ -6,7 +6,7 @@
 __all__ = ['RememberedTeacher']
 
 # %% ../../nbs/6_reference/08b_teacher.ipynb #20d00004
-import hashlib, json, os
+import hashlib, json, os, re
 
 # %% ../../nbs/6_reference/08b_teacher.ipynb #20d00005
 import torch
@@ -33,8 +33,9 @@ class RememberedTeacher(torch.nn.Module):
         if c.dtype == 'auto':                  # the same recipe is bf16 on one machine and fp32 on another
             device = next(self.dense.parameters()).device
             decides['dtype'] = 'bf16' if fast_dtype(device) == torch.bfloat16 else 'fp32'
+        shown = re.sub(' at 0x[0-9a-f]+', '', repr(batches.ds.transform))      # an address says nothing
         decides |= dict(teacher=weights_hash(self.dense), images=config, data=batches.ds.digest,
-                        rank=batches.rank, world=batches.world)
+                        transform=shown, rank=batches.rank, world=batches.world)
         key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
         file, shape = self.folder/f'{key}.f32', (batches.steps, c.batch_size//batches.world, self.num_classes)
         row = 4*shape[1]*shape[2]
