@@ -408,7 +408,7 @@ def prune(name:str,     # One of METHODS
     out.info = json.loads(json.dumps(memory | config.model_dump(exclude={'reduction'}) | said, default=str))
     out.info['reduction'] = cost_of(out)['reduction']
     _check_budget(m, model, out, config.reduction)
-    known = getattr(given, 'classes', None) or train_set.classes      # its own names; else those of the images
+    known = getattr(given, 'classes', None) or train_set.classes   # its own names, else those of the images
     out.classes = list(known) if len(known) == out.num_classes else None
     if done: save_pruned(out, done)
     return freeze_choices(out).to(device)
