@@ -93,7 +93,7 @@ def same(number, other):
 # numbers that no cell prints: sizes that a reader knows, and what papers and other code say
 MOST = 140      # a table of more numbers holds every number
 FACTS = {'': {'64': 'patches of the course model', '300': 'every sixth test image'}, '15_dynamicvit': {'2.9': 'printed for DeiT-S', '11.4': 'printed for DeiT-B', '30': "the paper's epochs, and steps of 16 images"},
-         '16_evit': {'79.5': "the paper's accuracy", '79.4': 'the same without fusion'}, '18_ats': {'1e-6': 'the official code'},
+         '18_ats': {'1e-6': 'the official code'},
          '13c_life_tables': {'17': 'counted in the tables of the paper'}, '20b_iared': {'79.1': 'printed in another paper', '3.3': 'the cost beside it'}, '19b_idlevit': {'33': 'the abstract', '30': "the paper's epochs", '40': 'twice 200 images in batches of 10'}}
 # what was set and not found: such a number may stand in the code
 SETTING = r'(?=%? (\w+ ){0,2}?(images|patches|tokens|steps|epochs|seeds|rounds|networks|draws|heads|samples|classes|cases|fewer)\b)'
