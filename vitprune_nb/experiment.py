@@ -472,7 +472,7 @@ class Ledger:
     def add(self, key:str, row:dict): # Its name, e.g. 'life-0.35-s0-none'; from `make_row`
         "Keep a finished row; a second one with the same key is refused."
         require(key not in self.keys(), 'key', key, 'a row that is not finished yet')
-        to_csv([row])      # refuses what no CSV takes; a file of it would stop the run for good
+        to_csv([typed_row(row)])   # refuses what no CSV takes; a file of it would stop the run for good
         last = max((int(f.name.partition('-')[0]) for f in self.files()), default=0)
         with write_atomic(self.folder/f'{last + 1:04}-{key}.json') as tmp:
             tmp.write_text(json.dumps(row), encoding='utf-8')
