@@ -123,7 +123,13 @@ WEAKER_RUN = $(call ON_DENSE,tournament_vtp) $(WEAKER)
 # Evo-ViT without any training beside a chance that draws once a stage.
 UNTRAINED = --set methods=evovit --set reductions=0.35 --set training=0 --set recover={} --set chance_recovered=[] --set control=false --set options.evovit.finetune_epochs=0
 UNTRAINED_RUN = $(call ON_DENSE,tournament_chance) $(UNTRAINED)
-# The four papers' own methods at 35% where a row may spend other lengths than one pass; life and vtp spend half of it in training of their own. λ times steps stay (lesson 30b). Other LENGTHS leave other files, which lesson 30 shows; tests/test_sync.py wants them named here.
+# One more seed, without any training: other draws of chance, and other calibration images where a method looks at some.
+DRAWS = --set methods=patch-slimming,evit,uniform,attention,tome,ats --set reductions=0.35 --set seeds=1 --set training=0 --set recover={} --set chance_recovered=[] --set control=false
+DRAWS_RUN = $(call ON_DENSE,tournament_seeds) $(DRAWS)
+# Cosine labels whose skipped patches are no keys.
+KEPT = --set methods=cosine --set reductions=0.35 --set control=false --set chance_recovered=[] --set options.cosine.keys=kept
+KEPT_RUN = $(call ON_DENSE,tournament_kept) $(KEPT)
+# The four papers' own methods at 35% where a row may spend other lengths than one pass; life and vtp spend half of it in training of their own. λ times steps stay (lesson 30b). Other LENGTHS leave other files, which lesson 30c shows; tests/test_sync.py wants them named here.
 LENGTHS = 0.25 0.5
 of = $(shell LC_ALL=C awk 'BEGIN { printf "%g", $(1) }')
 LENGTH = --set methods=patch-slimming,cosine,life,vtp --set reductions=0.35 --set control=false --set chance=false --set chance_recovered=[] --set training=$(1) --set options.life.predictor_epochs=$(call of,$(1)/2) --set options.vtp.sparse_epochs=$(call of,$(1)/2) --set options.vtp.l1=$(call of,0.04/$(1))
@@ -140,6 +146,8 @@ tournament: tournament-asked $(DEV)
 	$(call anew,tournament_vtp,data/results/tournament_vtp.csv data/results/tournament_vtp_pairs.csv data/results/tournament_vtp_answers.csv,$(WEAKER_RUN))
 	$(call anew,tournament,data/results/tournament.csv data/results/tournament_pairs.csv data/results/tournament_answers.csv,$(TOURNAMENT))
 	$(call anew,tournament_chance,data/results/tournament_chance*.csv,$(UNTRAINED_RUN))
+	$(call anew,tournament_seeds,data/results/tournament_seeds*.csv,$(DRAWS_RUN))
+	$(call anew,tournament_kept,data/results/tournament_kept*.csv,$(KEPT_RUN))
 	$(foreach t,$(LENGTHS),$(call anew,tournament_$(t)_passes,data/results/tournament_$(t)_passes*.csv,$(call LENGTH_RUN,$(t))) &&) true
 	$(BIN)/python tests/readme.py
 

@@ -40,6 +40,14 @@ def lesson_table(nbs):
     return '\n'.join(rows)
 
 
+def lesson_list(nbs):
+    "The lessons by folder, a line each."
+    title = lambda folder: folder.partition('_')[2].capitalize()
+    folders = {}
+    for l in lessons(): folders.setdefault(l['path'].split('/')[0], []).append(f'[{l["name"].split("_")[0]} {l["title"]}]({nbs}{l["path"]})')
+    return '\n'.join(f'- **{title(folder)}**: {" · ".join(links)}' for folder, links in folders.items())
+
+
 def quickstart():
     "The Python lines of the README."
     return re.search(r'<!-- quickstart -->\s*```python\n(.*?)```', README.read_text(encoding='utf-8'), re.S)[1]
@@ -52,13 +60,13 @@ def run_quickstart():
 
 def measured_blocks():
     "The blocks that data/results/demo.csv decides."
-    from vitprune_nb.demo import result_table, summary, table_text
+    from vitprune_nb.demo import summary, table_text
     from vitprune_nb.evidence.results import read_rows
     rows = read_rows(ROWS)
     r = rows[0]
     machine = (f'Measured on {r["device_name"]}, {r["threads"]} threads, {r["dtype"]}, batch {r["batch"]}, PyTorch {r["torch"]}, Python {r["python"]}, '
                f'on {r["date"][:10]}; commit `{r["commit"]}`; {r["images"]:,} test images of the {r["data"]} set, {r["note"]}.')
-    return dict(demo=f'```text\n{table_text(rows)}\n\n{summary(rows)}\n```', results=result_table(rows), machine=machine)
+    return dict(demo=f'```text\n{table_text(rows)}\n\n{summary(rows)}\n```', machine=machine)
 
 
 def engine_block():
@@ -77,7 +85,7 @@ def engine_block():
 
 def tournament_block():
     "The budget of which most is recorded in data/results/tournament.csv, each method beside its chance and the dense control."
-    from vitprune_nb.evidence.report import chance_table, read_pairs, stage, target
+    from vitprune_nb.evidence.report import chance_table, leader_text, leaders, read_pairs, stage, target
     from vitprune_nb.evidence.results import read_rows
     from vitprune_nb.experiment import read_experiment, stages, units
     plan, rows = read_experiment(ROOT/'configs'/'tournament.toml'), read_rows(ROWS.with_name('tournament.csv'))
@@ -92,7 +100,9 @@ def tournament_block():
     n = sum(len(stages(plan, u)) for u in units(plan))
     text = (f"{len(rows)} of the tournament's {n} rows are recorded. {first['backbone']} at {plan.model_args['img_size']} px from DINOv2 weights tuned further for saliency "
             f"(`data/README.md`), {first['images']:,} test images of {first['data']}, 95% intervals, one seed; {first['device_name']}; commits {', '.join(made)}.")
-    return f"{said}.\n\n{chance_table(shown, read_pairs(ROWS.with_name('tournament_pairs.csv')))}\n\n{text}"
+    pairs = read_pairs(ROWS.with_name('tournament_pairs.csv'))
+    best = '\n'.join(f'- {leader_text(found)}' for found in leaders(shown, pairs))
+    return f"{said}.\n\n{chance_table(shown, pairs)}\n\nWho is ahead of all others at this budget, with the luck of choosing the leader paid for:\n\n{best}\n\n{text}"
 
 
 def speed_block():
@@ -121,7 +131,7 @@ def model_block():
 
 def blocks():
     "All blocks of the README that can be made again without measuring anything."
-    return dict(measured_blocks(), tournament=tournament_block(), speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_table('nbs/'))
+    return dict(measured_blocks(), tournament=tournament_block(), speed=speed_block(), engine=engine_block(), model=model_block(), lessons=lesson_list('nbs/'))
 
 
 def update_index():

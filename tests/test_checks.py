@@ -551,7 +551,11 @@ case('25c_report', 'check_frontier(frontier)',
     return out''',
      'lambda rows, when: [r["own"] for r in right([dict(r, macs=1 - target(r), own=r) for r in rows], when)]')    # what it should have cost
 
-case('30_tournament', 'check_open(stays_open)',
+case('30c_behind', 'check_draws(lead_over_draws)',
+     'lambda method, draws: right(method, sorted(draws)[-2:])',                       # the best two draws
+     'lambda method, draws: tuple(-v for v in right(method, draws))',                 # chance minus method
+     'lambda method, draws: (lambda m, l, h: (m, m - (m - l)*1.96/4.303, m + (h - m)*1.96/4.303))(*right(method, draws))')   # as if the spread were known
+case('30c_behind', 'check_open(stays_open)',
      'lambda pairs, reduction: right([dict(p, recovery="none") for p in pairs], reduction)',                 # both stages
      'lambda pairs, reduction: {frozenset((p["a"], p["b"])) for p in pairs} - right(pairs, reduction)',      # those told apart
      'lambda pairs, reduction: right([dict(p, reduction=reduction) for p in pairs], reduction)')             # all budgets

@@ -174,12 +174,14 @@ def test_make_record_repeats_the_short_runs_on_cifar100():
                 assert {**method_options(plan, r['method'], target(r)), 'seed': r['seed']}.items() >= made.items(), (name, made)
 
 
-def test_make_tournament_repeats_the_run_without_training():
-    asked = re.findall(r'--set (\S+)', re.search(r'^UNTRAINED = (.*)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M)[1])
-    plan, rows = read_experiment(ROOT/'configs'/'tournament.toml', asked), read_rows(ROOT/'data'/'results'/'tournament_chance.csv')
-    assert [(r['method'], target(r), r['recovery']) for r in rows] == [(u.name, u.reduction, s) for u in units(plan) for s in stages(plan, u)]
-    made, = (r['schedule']['options'] for r in rows if r['method'] == 'evovit')
-    assert made == {**method_options(plan, 'evovit', .35), 'seed': 0}
+@pytest.mark.parametrize('name, file', [('UNTRAINED', 'chance'), ('DRAWS', 'seeds'), ('KEPT', 'kept')])
+def test_make_tournament_repeats_the_runs_beside_it(name, file):
+    asked = re.findall(r'--set (\S+)', re.search(rf'^{name} = (.*)$', (ROOT/'Makefile').read_text(encoding='utf-8'), re.M)[1])
+    plan, rows = read_experiment(ROOT/'configs'/'tournament.toml', asked), read_rows(ROOT/'data'/'results'/f'tournament_{file}.csv')
+    want = Counter((u.name, u.seed, u.reduction, s != 'none') for u in units(plan) for s in stages(plan, u))
+    assert Counter((r['method'], r['seed'], target(r), r['recovery'] != 'none') for r in rows) == want
+    for r in rows:
+        if r['method'] in plan.methods: assert {**method_options(plan, r['method'], target(r)), 'seed': r['seed']}.items() >= r['schedule']['options'].items()
 
 
 def test_make_tournament_repeats_the_runs_of_other_lengths():

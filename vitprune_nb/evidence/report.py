@@ -144,9 +144,10 @@ def unpaired(a:dict, b:dict # Result rows
 def leaders(rows:list,       # Of one run
             pairs:list,      # From `read_pairs`
             level:float=.05, # Probability of any false alarm at one budget, stage and seed
-            )->list:         # Dicts: target, seed, stage, leader (a row), ahead, open (methods), macs (range)
-    """Who is ahead, of whom; McNemar's test with Bonferroni's correction for all pairs. Rows that no pair
-    compares, because they come from different stretches, are tested without pairing."""
+            )->list:         # Dicts: target, seed, stage, leader, ahead, open, apart, macs
+    """Who is ahead (`leader`, a row), of whom (`ahead`), and of whom that cannot be said (`open`); McNemar's
+    test with Bonferroni's correction for all pairs. Rows that no pair
+    compares, because they come from different stretches, are tested without pairing; they are in `apart`."""
     require(0 < level < 1, 'level', level, 'a probability in (0, 1)')
     p = {(q['reduction'], q['seed'], STAGES[q['recovery'] != 'none'],
           frozenset((q['a'], q['b']))): q['p_value'] for q in pairs}
@@ -157,13 +158,12 @@ def leaders(rows:list,       # Of one run
     out = []
     for key in sorted(groups, key=lambda k: (k[0], STAGES.index(k[2]), k[1])):
         first, *rest = sorted(groups[key], key=lambda r: -r['top1'])
-        n = len(rest)*(len(rest) + 1)/2
-        def sure(r):
-            pair = (*key, frozenset((first['method'], r['method'])))
-            return (p[pair] if pair in p else unpaired(first, r)['p_value'])*n <= level
+        n, met = len(rest)*(len(rest) + 1)/2, lambda r: (*key, frozenset((first['method'], r['method'])))
+        sure = lambda r: (p[met(r)] if met(r) in p else unpaired(first, r)['p_value'])*n <= level
         ahead = [r['method'] for r in rest if sure(r)]
         out.append(dict(target=key[0], seed=key[1], stage=key[2], leader=first, ahead=ahead,
                         open=[r['method'] for r in rest if r['method'] not in ahead],
+                        apart=[r['method'] for r in rest if met(r) not in p],
                         macs=(min(r['macs'] for r in groups[key]), max(r['macs'] for r in groups[key]))))
     return out
 
@@ -175,9 +175,11 @@ def leader_text(found:dict # From `leaders`
     head = f"{100*found['target']:g}%, {found['stage']}" + (f", seed {found['seed']}" if found['seed']
                                                             else '')
     parts = [f"{head}: {r['method']} has the most right answers, {100*r['top1']:.1f}%"]
-    if found['ahead']: parts.append(f"significantly ahead of {', '.join(found['ahead'])}")
-    if found['open']: parts.append(f"not told apart from {', '.join(found['open'])}")
+    listed = lambda names: ', '.join(f'{m}*' if m in found['apart'] else m for m in names)
+    if found['ahead']: parts.append(f"significantly ahead of {listed(found['ahead'])}")
+    if found['open']: parts.append(f"not told apart from {listed(found['open'])}")
     if high > 1.02*low: parts.append(f'at unequal cost, {low/1e9:.2f} to {high/1e9:.2f} GMACs')
+    if found['apart']: parts.append('*: not paired')
     return '; '.join(parts) + '.'
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00002
@@ -202,31 +204,41 @@ def points(g:dict|None # From `gain`
     d, low, high = (f'{100*g[k]:+.1f}'.replace('-', '−') for k in ('difference', 'low', 'high'))
     return f'{d} ({low} to {high})'
 
+def _compared(rows, pairs):
+    """Every method, budget and seed: its rows before and after recovery, and for both how much more often it
+    is right than its chance and than the dense model with as much recovery; a * if no pair compares them."""
+    by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
+    is_rival = lambda name: name != 'dense' and not name.startswith('chance of ')
+    out = []
+    for budget, m, seed in sorted(dict.fromkeys(k[:3] for k in by if is_rival(k[1])), key=lambda k: k[0]):
+        of = lambda b, name: [by.get((b, name, seed, s)) for s in STAGES]
+        def over(names, others):
+            for r, name, other, when in zip(of(budget, m), names, others, ('none', 'recovered')):
+                g = gain(pairs, name, m, budget, when, seed)
+                yield (g, '') if g else (unpaired(other, r), '*') if r and other else (None, '')
+        chance, whole = f'chance of {m}', of(0., 'dense')
+        out.append(dict(budget=budget, method=m, seed=seed, rows=of(budget, m), whole=whole[0],
+                        chance=[*over([chance]*2, of(budget, chance))],
+                        dense=[*over(('dense', 'dense control'), whole)]))
+    return out
+
 def chance_lines(rows:list, # Of one run
                  pairs:list,# From `read_pairs`
                  )->list:   # Dicts, a line for each method, budget and seed; cells are text
-    """Every method with what its choice is worth, and with what it lacks to the dense model that had the same
-    training; a * marks what no pair compares."""
-    by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
-    is_rival = lambda name: name != 'dense' and not name.startswith('chance of ')
-    keys = dict.fromkeys(k[:3] for k in by if is_rival(k[1]))
-    several = len({k[2] for k in keys}) > 1
-    out = []
-    for budget, m, seed in sorted(keys, key=lambda k: k[0]):
-        first, last = (by.get((budget, m, seed, s)) for s in STAGES)
-        chance = [by.get((budget, f'chance of {m}', seed, s)) for s in STAGES]
-        control = by.get((0., 'dense', seed, STAGES[1]))
-        def over(a, when, other):
-            r, g = last if when == 'recovered' else first, gain(pairs, a, m, budget, when, seed)
-            return points(g) if g or not (r and other) else points(unpaired(other, r)) + '*'
-        percent = lambda r: f"{100*r['top1']:.1f}" if r else ''
-        out.append({'MACs saved': f'{100*budget:g}%', 'method': m, **({'seed': str(seed)} if several else {}),
-                    'before, %': percent(first),
-                    'minus chance, before': over(f'chance of {m}', 'none', chance[0]),
-                    'after, %': percent(last),
-                    'minus chance, after': over(f'chance of {m}', 'recovered', chance[1]),
-                    'minus dense, after': over('dense control', 'recovered', control)})
-    return out
+    """Every method with what it saves (after recovery, if it was recovered), what its choice is worth, and
+    what it lacks to the dense model that had the same training; a * marks what no pair compares."""
+    found = _compared(rows, pairs)
+    several = len({f['seed'] for f in found}) > 1
+    percent = lambda r: f"{100*r['top1']:.1f}" if r else ''
+    said = lambda g, star: points(g) + star
+    def saved(f):
+        last = [r for r in f['rows'] if r][-1]
+        return f"{1 - last['macs']/f['whole']['macs']:.1%}" if f['whole'] else ''
+    return [{'budget': f"{100*f['budget']:g}%", 'method': f['method'],
+             **({'seed': str(f['seed'])} if several else {}), 'saved': saved(f),
+             'before, %': percent(f['rows'][0]), 'minus chance, before': said(*f['chance'][0]),
+             'after, %': percent(f['rows'][1]), 'minus chance, after': said(*f['chance'][1]),
+             'minus dense, after': said(*f['dense'][1])} for f in found]
 
 def chance_table(rows:list, pairs:list, # As for `chance_lines`
                  )->str: # Markdown, without columns that are empty; '' where no method has a row
@@ -239,49 +251,55 @@ def chance_table(rows:list, pairs:list, # As for `chance_lines`
     return markdown_table(lines, {c: c for c in shown}) + note*starred
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c00006
-def draw_chance(rows:list # Of one run
-                ):        # The axes that hold something, a line of panels for each budget
-    "Points of top-1 lost, each method joined to its chance; what has no row is said to have none."
+def draw_chance(rows:list,   # Of one run
+                pairs:list=(), # From `read_pairs`; what they do not compare has the wider interval
+                reach:float=12., # Points of top-1 that a panel shows
+                ):           # Its axes: two for each budget
+    "Points of top-1 against the dense model and against chance, before and after recovery."
     import matplotlib.pyplot as plt
     from vitprune_nb.viz import method_colors, style
-    pruned = [r for r in one_run(rows) if r['method'] != 'dense']
-    dense = next((r for r in rows if r['method'] == 'dense' and stage(r) == STAGES[0]), None)
-    require(dense and pruned, 'rows', f'{len(rows)} rows', 'a dense model and one pruned model at least')
-    owner = lambda r: r['method'].removeprefix('chance of ')
-    rivals = {b: list(dict.fromkeys(owner(r) for r in pruned if target(r) == b))[::-1]
-              for b in sorted(set(map(target, pruned)))}
-    shown = [s for s in STAGES if any(stage(r) == s for r in pruned)]
-    colors = method_colors(list(dict.fromkeys(map(owner, pruned))))
-    lost = {(target(r), stage(r), r['method'], r['seed']): 100*(dense['top1'] - r['top1']) for r in pruned}
-    heights = [1 + .35*len(names) for names in rivals.values()]
+    found = _compared(rows, pairs)
+    require(found and all(f['whole'] for f in found), 'rows', f'{len(rows)} rows',
+            'a dense model and one pruned model at least')
+    colors = method_colors(list(dict.fromkeys(f['method'] for f in found)))
+    panels = {'dense': ('minus the dense model', (-reach, reach/4)),
+              'chance': ('minus its own chance', (-reach, reach))}
+    last = lambda f: [g['difference'] for g, _ in f['dense'] if g][-1]
+    groups = {b: sorted((f for f in found if f['budget'] == b), key=last)
+              for b in dict.fromkeys(f['budget'] for f in found)}
+
+    def mark(ax, y, g, color, hollow):
+        d, low, high = (100*g[k] for k in ('difference', 'low', 'high'))
+        left, right = ax.get_xlim()
+        look = dict(color=color, mfc='white' if hollow else color, ms=5, lw=1)
+        if left <= d <= right:
+            return ax.errorbar(d, y, xerr=[[d - low], [high - d]], fmt='o', capsize=2, **look)
+        edge, side = (right, 'right') if d > right else (left, 'left')
+        ax.plot(edge, y, '>' if d > right else '<', clip_on=False, zorder=3, **look)
+        ax.annotate(f'{d:+.0f}'.replace('-', '−'), (edge, y), xytext=(-8 if d > right else 8, 0),
+                    textcoords='offset points', ha=side, va='center', fontsize=7)
+
+    heights = [.9 + .32*len({f['method'] for f in group}) for group in groups.values()]
     with style():
-        fig, axes = plt.subplots(len(rivals), len(shown), figsize=(1.5 + 5*len(shown), sum(heights)),
-                                 sharex=True, sharey='row', squeeze=False, height_ratios=heights,
-                                 layout='constrained', dpi=80)
-        for line, (budget, names) in zip(axes, rivals.items()):
-            for ax, when in zip(line, shown):
-                here = {k[2:]: v for k, v in lost.items() if k[:2] == (budget, when)}
-                ax.set_visible(len(here) > 0)
-                for (name, seed), x in here.items():
-                    whose = name.removeprefix('chance of ')
-                    y, color = names.index(whose), colors[whose]
-                    if whose == name:
-                        ax.plot(x, y, 'o', color=color)
-                        if (by_chance := here.get((f'chance of {name}', seed))) is not None:
-                            ax.plot([x, by_chance], [y, y], color=color, lw=1)
-                    else: ax.plot(x, y, 'x', ms=8, mew=2, color=color)
+        fig, axes = plt.subplots(len(groups), 2, figsize=(10, sum(heights)), sharey='row', squeeze=False,
+                                 height_ratios=heights, layout='constrained', dpi=80)
+        for line, (budget, group) in zip(axes, groups.items()):
+            names = list(dict.fromkeys(f['method'] for f in group))
+            for ax, (what, (title, limits)) in zip(line, panels.items()):
+                ax.set(title=f'{100*budget:g}% fewer MACs: {title}', xlabel='points of top-1', xlim=limits)
+                ax.axvline(0, color='.3', lw=1, zorder=0)
+                for f in group:
+                    y = names.index(f['method'])
+                    for k, (g, _) in enumerate(f[what]):
+                        if g: mark(ax, y + (.2, -.2)[k], g, colors[f['method']], hollow=not k)
                 for y, name in enumerate(names):
-                    if not any(k[0].removeprefix('chance of ') == name for k in here):
-                        ax.text(.98, y, 'not measured', transform=ax.get_yaxis_transform(), ha='right',
-                                va='center', fontsize=7, color='.5',
-                                bbox=dict(fc='white', ec='none', pad=1))
-                ax.set_xscale('symlog', linthresh=1)
-                ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50], ticks)
-                ax.minorticks_off()
-                ax.tick_params(labelbottom=True)
-                ax.set(title=f'{100*budget:g}% fewer MACs, {when}', xlabel='points of top-1 lost')
+                    if not any(g for f in group if f['method'] == name for g, _ in f[what]):
+                        ax.text(0, y, ' not measured', va='center', fontsize=7, color='.5')
             line[0].set(yticks=range(len(names)), yticklabels=names, ylim=(-.6, len(names) - .4))
-    return [ax for line in axes for ax in line if ax.get_visible()]
+        for look, label in (('white', 'before recovery'), ('.3', 'after it')):
+            axes[0, 0].plot([], [], 'o', color='.3', mfc=look, ms=5, label=label)
+        fig.legend(loc='outside upper right', ncols=2)
+    return [ax for line in axes for ax in line]
 
 # %% ../../nbs/6_reference/25c_report.ipynb #a8097416
 def report_text(name:str,   # Of the experiment
