@@ -541,7 +541,7 @@ def test_threads_that_write_one_file_take_turns(tmp_path, places, writer):
     (tmp_path/'real').mkdir()
     (tmp_path/'link').symlink_to(tmp_path/'real')
     options, part = ({}, '') if writer is write_atomic else (dict(may_replace=lambda f: True), 'part')
-    file, texts, wrong = tmp_path/'real/a'/part, [k*20 for k in 'abc'], []
+    file, texts = tmp_path/'real/a'/part, [k*20 for k in 'abc']
     def write(place, text):
         with writer(tmp_path/place, **options) as tmp, open(tmp/part, 'w') as f:
             for c in text:
@@ -551,9 +551,9 @@ def test_threads_that_write_one_file_take_turns(tmp_path, places, writer):
     def read():
         try: return file.read_text()
         except FileNotFoundError: return texts[0]         # before the first, and while folders change places
-    for raised in in_threads(*(lambda p=p, t=t: write(p, t) for p, t in zip(places, texts))):
-        if (now := read()) not in texts: wrong.append(now)
-    assert raised == wrong == [] and file.read_text() in texts
+    said = [(*raised, read()) for raised in in_threads(*(lambda p=p, t=t: write(p, t) for p, t in zip(places, texts)))]
+    wrong = [now for *_, now in said if now not in texts]
+    assert said[-1][:-1] == () and wrong == [] and file.read_text() in texts
     assert [p.name for p in (tmp_path/'real').iterdir()] == ['a']
 
 
@@ -564,8 +564,8 @@ def test_a_mark_knows_what_all_threads_wrote(tmp_path):
         owner = tmp_path/('real', 'link')[k % 2]
         for i in range(5):
             with write_atomic(owner/f'{k}-{i}', owner=owner) as tmp: tmp.write_text(f'{k} {i}')
-        claim(owner, f'log-{k}')
-    for raised in in_threads(*(lambda k=k: write(k) for k in range(4))): pass
+        claim(tmp_path/'real', f'log-{k}')
+    *_, raised = in_threads(*(lambda k=k: write(k) for k in range(4)))
     names = {f'{k}-{i}' for k in range(4) for i in range(5)}
     assert raised == [] and set(files.made_in(tmp_path/'real')) == names | {f'log-{k}' for k in range(4)}
     assert all(is_ours(tmp_path/'real'/n) for n in names)
