@@ -332,7 +332,8 @@ def run_demo(out='demo',        # Folder for the report, the pictures, the rows 
     check_ours([out/n for n in WRITES], out)
     train, model = load_data(data, 'train', skip_damaged=skip_damaged), course_model().to(device)
     test = load_data(data, 'test', limit=images, seed=seed, skip_damaged=skip_damaged)
-    test = match_classes(model, test, 'Choose other data, or name its folders as the model names its classes.')
+    test = match_classes(model, test,
+                         'Choose other data, or name its folders as the model names its classes.')
     check_classes(model, test)
     require(calibration_images <= len(train), 'calibration', calibration_images,
             f'1 to {len(train)}, the images of {train.name} {train.split}')
