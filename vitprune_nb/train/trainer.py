@@ -297,10 +297,11 @@ def _unlike(old, new):
     "Of two values, what the other has not, in a few words each."
     if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
         return [in_short([k for k in a if k not in b]) or 'none' for a, b in ((old, new), (new, old))]
-    texts = ['none' if v in (None, 'NoneType') else str(v) for v in (old, new)]
+    texts = ['none' if v in (None, 'NoneType') else ' '.join(str(v).split()) for v in (old, new)]
     same = len(os.path.commonprefix(texts))
     start = max(texts[0].rfind(' ', 0, same) + 1, same - 40)              # where the first odd word begins
-    return ['… '*(start > 0) + (t[start:start + 80] or 'nothing more') for t in texts]
+    return ['… '*(start > 0) + (t[start:start + 80] or 'nothing more') + ' …'*(len(t) > start + 80)
+            for t in texts]
 
 def _same_run(tr, was, path, todo):
     "Refuse a checkpoint whose run began otherwise than this one, by what it remembers of that."
