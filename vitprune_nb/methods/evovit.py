@@ -84,8 +84,8 @@ class EvoPlan:
 
     @property
     def count(self)->int:
-        """Patches that go through a block, one at least: rounded down as in the official code, but for
-        rounding errors (.29 of 100 are 29 here and 28 there)."""
+        """Patches that go through a block, one at least: rounded down as in the official code, but for errors
+        of rounding (.29 of 100 are 29 here and 28 there)."""
         return max(1, int(self.keep_rate*self.patches + 1e-9))
 
     def policy(self, layer_wise:bool=False, # the choice is made before each block, as early in training

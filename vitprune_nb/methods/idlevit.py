@@ -75,8 +75,8 @@ class IdlePlan:
 
     @property
     def counts(self)->dict:
-        """{block number: patches}, one at least: rounded down as in the official code, but for rounding
-        errors (.29 of 100 are 29 here and 28 there)."""
+        """{block number: patches}, one at least: rounded down as in the official code, but for errors of
+        rounding (.29 of 100 are 29 here and 28 there)."""
         each = max(1, self.n_blocks//4)                             # blocks with the same rate
         power = lambda b: min(3, (b - self.first)//each + 1)
         share = {b: self.keep_rate**power(b) for b in range(self.first, self.n_blocks + 1)}
