@@ -107,6 +107,7 @@ def names(source):
 def needed(cells, wanted):
     "The cells without which `wanted`, a set of names, would lack something, in their order."
     said, chosen, wanted = [names(c) for c in cells], set(), set(wanted)
+    said = said[:max((i + 1 for i, (binds, _) in enumerate(said) if binds & wanted), default=0)]   # what comes later only binds the names anew
     while more := {i for i, (binds, _) in enumerate(said) if binds & wanted} - chosen:
         chosen |= more
         wanted = set().union(*(said[i][1] for i in more))

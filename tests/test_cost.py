@@ -265,6 +265,14 @@ def test_everything_else_is_counted(name):
     with pytest.raises(VitpruneError, match='counts what a forward pass does'): model_macs(m)
 
 
+def test_too_little_memory_is_no_fault_of_the_network():
+    class Large(torch.nn.Linear):
+        def forward(self, x): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    large = Large(3, 3)
+    with pytest.raises(RuntimeError, match="can't allocate memory"): count_macs(large, torch.zeros(1, 3))
+    with pytest.raises(RuntimeError, match="can't allocate memory"): cost.count_table(large)
+
+
 def adapted(where):
     m = timm.create_model('test_vit', num_classes=7).eval()
     D = m.embed_dim

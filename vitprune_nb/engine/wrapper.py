@@ -128,6 +128,7 @@ class TimmNames(nn.Module):
                  ):
         super().__init__()
         self.adapter, self.model = adapter, model
+        self.classes = getattr(model, 'classes', None)          # names of the outputs, where they are known
         self.register_state_dict_post_hook(_timm_names)
         self.register_load_state_dict_pre_hook(_our_names)
         self.register_load_state_dict_post_hook(_reported_names)

@@ -16,7 +16,7 @@ import torch
 from ..core import autocast, check_model, environment, pick_device, progress
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import write_atomic
-from ..data import check_set, data_config, eval_transform, loader
+from ..data import check_set, data_config, eval_transform, loader, match_classes
 from ..vit.model import classes_of, logits_of
 
 # %% ../../nbs/6_reference/09b_results.ipynb #1a98ecf9
@@ -291,7 +291,8 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
             )->np.ndarray:  # bool (images,): was the model right?
     "Right or wrong, image by image: what `evaluate` sums up, for `paired_difference`."
     device = pick_device(device)
-    check_model(model), check_set(ds)
+    check_model(model)
+    ds = match_classes(model, check_set(ds))
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
     try:

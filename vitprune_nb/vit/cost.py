@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #cef32578
 import torch
-from ..core import check_model
+from ..core import check_model, out_of_memory
 from ..errors import is_number, refuse, require
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #41cf2461
@@ -275,7 +275,7 @@ def _watch(model, x=None)->tuple: # (MACs, {name of a module: its MACs})
     try:
         with flop_counter() as counter: torch.func.functional_call(model.eval(), weights, (x,))
     except (RuntimeError, TypeError, IndexError) as e:
-        if isinstance(e, torch.OutOfMemoryError): raise
+        if out_of_memory(e): raise
         refuse('x', f'shape {tuple(x.shape)}', f'what this {type(model).__name__} takes',
                f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     finally: model.train(was_training)
@@ -292,6 +292,7 @@ def count_table(model:torch.nn.Module, # Any network
     require(by in ('part', 'block'), 'by', by, "'part' or 'block'")
     try: total, seen = _watch(model)
     except Exception as e:   # every network has errors of its own
+        if out_of_memory(e): raise
         refuse('model', type(model).__name__, f'a network that takes an image of shape {_input_size(model)}',
                f'({" ".join(str(e).split())[:160]})')
     parts = dict(model.named_children())
