@@ -73,12 +73,14 @@ case('02_vit', 'check_rollout(rollout)',
      'lambda maps: right(maps[::-1])',                                                # the first block on the left
      'lambda maps: right([2*P - torch.eye(P.shape[-1]) for P in maps])',              # no shortcut
      'lambda maps: right([P[:, :1] for P in maps])',                                  # the first head alone
+     'lambda maps: torch.stack([right([P[:, h:h + 1] for P in maps]) for h in range(maps[0].shape[1])]).mean(0)',     # each head by itself
      'lambda maps: right(maps).mT')
 case('02_vit', 'check_updates(captured_updates)',
      'lambda cap: [((b - a).norm()/a.norm()).expand(1, 2) for a, b in zip(cap.tokens, cap.tokens[1:])]',      # one number for all tokens
      'lambda cap: [(b - a).norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',    # not relative
      'lambda cap: [(b - a).norm(dim=-1)/b.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',
-     'lambda cap: [(b.norm(dim=-1) - a.norm(dim=-1))/a.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]')
+     'lambda cap: [(b.norm(dim=-1) - a.norm(dim=-1))/a.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',
+     'lambda cap: [(b - a).norm(dim=-1)/cap.tokens[0].norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]')     # of the first token
 
 case('03_cost', 'check_crossover(crossover)', 'lambda dim, mlp_dim: 4*dim + 2*mlp_dim', 'lambda dim, mlp_dim: 6*dim')
 case('03_cost', 'check_life(life_counts)',
@@ -87,7 +89,9 @@ case('03_cost', 'check_life(life_counts)',
      'lambda rho: [(1 + round(n*196),)*3 for n in [1.]*4 + [rho]*3 + [rho**2]*3 + [rho**3]*2]')   # not rounded down
 case('03_cost', 'check_tome(tome_counts)',
      'lambda r: [(left, left, left) for _, _, left in right(r)]',                     # merged before attention
-     'lambda r: [(197 - r*i, 197 - r*i, 197 - r*(i + 1)) for i in range(12)]')        # more than half of them
+     'lambda r: [(197 - r*i, 197 - r*i, 197 - r*(i + 1)) for i in range(12)]',        # more than half of them
+     '''def wrong(r, n=197):                                                          # half of all tokens, CLS among them
+    return [(m := n, m, n := n - min(r, n//2)) for _ in range(12)]''')
 
 case('04_redundancy', 'check_expected(one_pair, half_alike)',
      '(2/64, .5)',                                                                    # shares of patches, not of pairs
@@ -119,7 +123,8 @@ case('05a_recipe', 'check_compare(compare)',
 
 case('04c_attention', 'check_wasted(wasted)',
      'lambda lens: len(lens)*max(lens)/sum(lens) - 1',                                # of what is needed
-     'lambda lens: 1 - min(lens)/max(lens)')
+     'lambda lens: 1 - min(lens)/max(lens)',
+     'lambda lens: (max(lens) - min(lens))/(2*max(lens))', 'lambda lens: 1 - sorted(lens)[len(lens)//2]/max(lens)')
 case('04c_attention', 'check_merge(merge_by_hand)',
      'lambda x, keep: merge_tokens(x[None], keep[None], ~keep[None], torch.ones(1, len(x)), 0)[0][0]',    # into CLS as well
      'lambda x, keep: right(F.normalize(x, dim=-1), keep)',
@@ -132,7 +137,9 @@ case('04d_modes', 'check_same(same)', 'dict(before=True, queries=True)', 'dict(b
 case('04d_modes', 'check_one_by_one(one_by_one)',
      'lambda x, blocks, policy: run_blocks(x, blocks, {}).x[:, 0]',                   # nothing removed
      'lambda x, blocks, policy: right(x[:1].expand_as(x), blocks, policy)',
-     'lambda x, blocks, policy: torch.cat([run_blocks(v[None], blocks, policy.steps, "packed").x.mean(1) for v in x])')
+     'lambda x, blocks, policy: torch.cat([run_blocks(v[None], blocks, policy.steps, "packed").x.mean(1) for v in x])',
+     'lambda x, blocks, policy: run_blocks(x, blocks, policy.steps, "packed").x[:, 0]',        # all at once
+     'lambda x, blocks, policy: run_blocks(x, blocks, policy.steps, "mask").x[:, 0]')
 
 case('04e_fates', 'check_average(Average)',
      '''class wrong(right):                                                           # those that left earlier count again
@@ -153,6 +160,10 @@ case('05_engine', 'check_centre(CentreScore())',
     def forward(self, t):
         p = (t.pos - t.n_prefix).clamp_min(0)
         return -((p//4 - 1.5)**2 + (p % 4 - 1.5)**2).float()''',
+     '''class wrong(right):                                                           # a grid as large as the tokens that are left
+    def forward(self, t):
+        n, p = int((t.x.shape[1] - 1)**.5), (t.pos - t.n_prefix).clamp_min(0)
+        return -((p//n - (n - 1)/2)**2 + (p % n - (n - 1)/2)**2).float()''',
      '''class wrong(right):                                                           # the border wins
     def forward(self, t): return -super().forward(t)''',
      '''class wrong(right):                                                           # the middle of the list
@@ -175,15 +186,15 @@ case('05b_store', 'check_renamed(renamed)',
      'lambda folder, new: right(folder, sorted(new, reverse=True))')
 
 case('05c_macs', 'check_all_kept(saved)', '1.', '-.01')                               # the decision would cost something
-case('05c_macs', 'check_share(per_image)',
+case('05c_macs', 'check_share(decision_share)',
      'lambda model: (extra_macs(model, counts_of(model)) if counts_of(model) else 0.)/model_macs(getattr(model, "model", model))',    # of the dense
      'lambda model: right(model)/(1 - right(model))')                                 # of the rest
 
-case('10b_plan', 'check_saved(saved)',
-     'lambda eta, n, d: .8465*eta',                                                   # true of one ViT
-     'lambda eta, n, d: eta',                                                         # keys and values go, too
-     'lambda eta, n, d: eta*(2*n*d*d + 8*n*d*d)/(12*n*d*d + 2*n*n*d)',                # no attention product
-     'lambda eta, n, d: 1 - right(eta, n, d)')
+case('10b_plan', 'check_eta(eta_for)',
+     'lambda share, n, d: share/.8465',                                               # true of one ViT
+     'lambda share, n, d: share',                                                     # keys and values go, too
+     'lambda share, n, d: share*(12*n*d*d + 2*n*n*d)/(2*n*n*d + 10*n*d*d)',           # more than all queries
+     'lambda share, n, d: (e := share*(12*n*d*d + 2*n*n*d)/(10*n*d*d)) and (e if e <= 1 else None)')      # no attention product
 case('10b_plan', 'check_widen(widen)',
      '''def wrong(plan, extra):                                                       # highest index first
     flip = lambda p: dataclasses.replace(p, keep=[[p.n_patches - 1 - i for i in k] for k in p.keep])
@@ -197,7 +208,8 @@ case('10b_plan', 'check_widen(widen)',
 case('12b_surgery', 'check_price(price)',
      'lambda w: dict(right(w), **{"attn.proj": w.out})',                              # without the value rows
      'lambda w: dict(right(w), **{"mlp.fc2": w.out})',                                # without those of fc1
-     'lambda w: {n: v*17 for n, v in right(w).items()}')                              # for all tokens
+     'lambda w: {n: v*17 for n, v in right(w).items()}',                              # for all tokens
+     'lambda w: dict(right(w), **{"mlp.fc1": 4*w.out})')                              # whatever the MLP
 case('12b_surgery', 'check_even(even_heads)',
      'lambda plan, scores, heads: right(plan, {n: -s for n, s in scores.items()}, heads)',
      'lambda plan, scores, heads: right(plan, scores, 1)',                            # no heads
@@ -619,6 +631,7 @@ case('11b_patch_figures', 'check_nested(nested_counts)',
      'lambda rates, n: [max(right(rates, n))]*len(rates)')                            # too many
 
 case('11c_patch_tables', 'check_words(words_allow)',
+     'lambda dim: (least*(dim/384)**2, most*(dim/384)**2)',                          # everything with the square of the width
      'lambda dim: right(dim)[::-1]',
      'lambda dim: tuple(v*dim/384 for v in right(384))',                              # in proportion to the width
      'lambda dim: tuple(v - 196*768*dim for v in right(dim))')                        # no patch embedding

@@ -147,6 +147,15 @@ def test_ragged_batches_with_every_fate(fate, at):
     agree_on_average(SlimViT(net, Policy({0: ragged(net, at, fate), 2: ragged(net, at, fate)}), 'packed'))
 
 
+def test_merging_unequal_numbers_costs_the_mean_of_their_squares():
+    net, images = vit('plain'), IMAGES*torch.linspace(.5, 1.5, 6)[:, None, None, None]
+    first = Step('before', score=NormScore(), threshold=ragged(net, 'before', 'remove').threshold)
+    slim = SlimViT(net, Policy({0: first, 2: Step('middle', 'merge', score=NormScore(), count=1)}), 'packed')
+    counts, alone = counts_of(slim, images), [counted(slim, x[None]) for x in images]
+    assert counts[2][3] > 1.05*counts[2][0]**2
+    assert macs_of(slim, images) == pytest.approx(sum(alone)/len(alone), rel=1e-6)
+
+
 class Projected(Scorer):
     "A method's own score with a matrix of its own, on all tokens."
     def __init__(self): super().__init__(); self.fc = torch.nn.Linear(48, 64)

@@ -101,6 +101,8 @@ def choose(scores:dict,     # {layer: importance of its input channels}, higher 
     require(share, 'ratio', ratio, 'a share in [0, 1)', 'Use 0 to keep every channel.')
     require(isinstance(multiple, int) and multiple >= 1, 'multiple', multiple, 'a positive integer')
     scores = {n: s.detach().double().cpu() for n, s in scores.items()}
+    for n, s in scores.items():
+        require(bool(s.isfinite().all()), 'scores', f'NaN or infinity for {n}', 'finite importances')
     if whole_heads:
         mean = lambda s: s.view(heads, -1).mean(1, keepdim=True).expand(heads, len(s)//heads).flatten()
         scores = {n: mean(s) if n.endswith('attn.proj') else s for n, s in scores.items()}

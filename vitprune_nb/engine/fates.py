@@ -52,7 +52,9 @@ class Fate:
         "Nothing but fewer tokens comes of it."
         return not (self.stays or self.acts)
 
-    def macs(self, n:float, dim:int)->float: # n tokens enter the decision point, prefix included, dim wide
+    def macs(self, n:float, dim:int, # n tokens enter the decision point, prefix included, dim wide
+             pairs:float|None=None,  # Mean of n² over images, where n is a mean and this is known
+             )->float:
         "Matrix products of its own, for one image."
         return 0.
 
@@ -106,7 +108,8 @@ class Idle(Fate):
 
 @register_fate('fuse')
 class Fuse(Fate):
-    "All become one extra token, their mean by scores and sizes (EViT, Liang et al. 2022, section 3.2)."
+    """All become one extra token, their mean by scores and sizes (EViT, Liang et al. 2022, section 3.2).
+    Scores of 0 or less weigh 1e-6; if all are, it is the plain mean."""
     joins, sized, lost, acts = 1, True, False, True
     def meet(self, s, keep, drop, scores):
         return fuse_tokens(s.x, drop, s.size, None if scores is None else scores.clamp_min(1e-6))
@@ -117,7 +120,8 @@ class Merge(Fate):
     sized = acts = True
     def meet(self, s, keep, drop, scores):
         s.x, s.size = merge_tokens(s.x, keep, drop, s.size*s.there(), s.n_prefix)
-    def macs(self, n, dim): return n*n*dim      # all are compared with all
+    def macs(self, n, dim, pairs=None):         # all are compared with all
+        return (n*n if pairs is None else pairs)*dim
 
 @register_fate('halt')
 class Halt(Fate):

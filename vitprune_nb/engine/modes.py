@@ -238,6 +238,9 @@ def run_blocks(x,      # (B, N, D) tokens that enter the first block
                )->Stream:     # `.x` (B, n, D), `.present` (B, n) or None, and `.weights()` for averages
     "Take tokens through the blocks under the steps of a policy."
     require(mode in MODES, 'mode', mode, ', '.join(map(repr, MODES)))
+    require(mode != 'gather' or not any(step.ragged for _, step in _all(steps)), 'mode', mode,
+            "'packed' or 'mask' for a threshold",
+            'A threshold keeps another number of tokens in each image, and gather needs the same.')
     if static is None:
         found = static_indices(steps, x.shape[1], n_prefix, mode)
         static = {key: torch.tensor(idx, device=x.device) for key, idx in found.items()}

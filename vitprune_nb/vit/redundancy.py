@@ -73,17 +73,19 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
     import pandas as pd
     device = pick_device(device)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
-    rows, first = [], 0
-    model.eval().to(device)
-    with autocast(device, dtype, model), capture(model, attention=False) as cap:
-        for x, _ in progress(loader(ds, batch_size), 'similarity', unit='batch'):
-            model(x.to(device))
-            means = _layer_means(cap.tokens, model.num_prefix_tokens)
-            here = torch.arange(first, first + len(x))
-            depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), here, indexing='ij')
-            flat = {k: v.flatten() for k, v in means.items()}
-            rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **flat)))
-            first += len(x)
+    rows, first, was_training = [], 0, model.training
+    try:
+        model.eval().to(device)
+        with autocast(device, dtype, model), capture(model, attention=False) as cap:
+            for x, _ in progress(loader(ds, batch_size), 'similarity', unit='batch'):
+                model(x.to(device))
+                means = _layer_means(cap.tokens, model.num_prefix_tokens)
+                here = torch.arange(first, first + len(x))
+                depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), here, indexing='ij')
+                flat = {k: v.flatten() for k, v in means.items()}
+                rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **flat)))
+                first += len(x)
+    finally: model.train(was_training)
     return pd.concat(rows).sort_values(['image', 'depth'], ignore_index=True)
 
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #0b977665
