@@ -371,7 +371,7 @@ def decision_macs(policy:Policy,  # What decides
         for s in some:
             if s.at != 'before': n = used[1]
             if s.score is not None: total += s.score.macs_in(blocks[i], n - n_prefix, n_prefix)
-            # what merging compares: where the count depends on the image, the mean of n² is known inside a block
+            # merging compares all with all; the mean of n² over images is known inside a block
             pairs = used[3] if s.at == 'middle' and len(used) > 3 else None
             total += s.fate.macs(n, w.out, pairs)
             n = s.fate.after(s.at, used, n)
@@ -439,5 +439,6 @@ def pyramid(n_blocks:int,  # L
     ok = isinstance(rates, dict) and all(fits(i, r) for i, r in rates.items())
     require(ok, 'rates', rates, f'{{block index from 0 to {n_blocks - 1}: keep rate in (0, 1]}}')
     order = torch.randperm(n_patches, generator=torch.Generator().manual_seed(check_seed(seed))).tolist()
-    steps = {i: Step(at, 'remove', keep=tuple(order[:max(1, int(r*n_patches + 1e-9))])) for i, r in rates.items()}
+    left = lambda r: tuple(order[:max(1, int(r*n_patches + 1e-9))])
+    steps = {i: Step(at, 'remove', keep=left(r)) for i, r in rates.items()}
     return Policy(steps, f'pyramid {rates}')
