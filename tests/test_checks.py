@@ -474,12 +474,15 @@ case('20b_iared', 'check_penalty(penalty_for)',
      'lambda share, accuracy: accuracy*(1 - share)**2/(1 - accuracy)',
      'lambda share, accuracy: (1 - accuracy)/accuracy/(1 - share**2)')
 case('20b_iared', 'check_token(TokenInterpreter)',
-     '''class wrong(right):                                                           # CLS asks after all
+     '''@register_scorer('asks_cls')
+class wrong(right):                                                           # CLS asks after all
     def asks(self, t): return t.x[:, 0]''',
-     '''class wrong(right):                                                           # starts with nothing
+     '''class wrong(right): pass                                                      # under the name of another''',
+     '''@register_scorer('starts_with_nothing')
+class wrong(right):
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
-        self.token = nn.Parameter(torch.zeros(1, 1, dim))''')
+        self.token = nn.Parameter(torch.zeros(dim))''')
 case('20c_scop', 'check_drift(drift)',
      'lambda steps, lr: min(.5, lr*steps)',                                           # a rate that stays
      'lambda steps, lr: lr*steps/2',                                                  # through the wall
@@ -553,6 +556,9 @@ case('21_measure', 'check_lead(lead)',
     (x, low, high), (y, _, _) = (mean_interval(table[table.method == m].realised.to_numpy()) for m in (a, b))
     return x - y, low - y, high - y''')
 case('25c_report', 'check_frontier(frontier)',
+     '''def wrong(rows, when):                                                        # of two alike none is left
+    mine = [r for r in rows if stage(r) == when or r["method"] == "dense"]
+    return sorted((r for r in mine if not any(o is not r and o["macs"] <= r["macs"] and o["top1"] >= r["top1"] for o in mine)), key=lambda r: r["macs"])''',
      'lambda rows, when: right(rows, when)[::-1]',
      'lambda rows, when: [r for r in right(rows, when) if r["method"] != "dense"]',
      'lambda rows, when: sorted((r for r in rows if stage(r) == when), key=lambda r: r["macs"])',
@@ -916,13 +922,15 @@ case('project_own_method', 'check_scorer(Mine)', """class wrong(Scorer):        
     def forward(self, t): return (t.x - t.x[:, t.n_prefix:].mean(1, keepdim=True)).norm(dim=-1)""")
 case('project_own_method', 'check_method(MyMethod)', """class wrong(right):
     config = Config                                                                  # no dial""", """class wrong(right):
-    def plan(self, job, state, rate): return Policy({2: Step(score=Mine(), count=max(1, round(32*rate)))})    # 1 does not keep all""")
+    def plan(self, job, state, rate): return Policy({2: Step(score=Mine(), count=max(1, round(32*rate)))})    # 1 does not keep all""", """class wrong(right):
+    def default(self, c): return c.keep_rate                                         # None, where nothing is given""")
 case('project_own_method', 'check_worth(worth)',
      'lambda *a: [dict(g, difference=-g["difference"]) for g in right(*a)]',          # chance minus method
      'lambda *a: right(*a)[:1]')
 case('project_referee', 'check_unequal(unequal)', 'lambda a, b: right(a, b) - {"macs"}', 'lambda a, b: right(a, b) | {"method"}',
      'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if a["macs"] > 1.02*b["macs"] else set())',    # only where the first costs more
-     'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if b["macs"] > 1.02*a["macs"] else set())')
+     'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if b["macs"] > 1.02*a["macs"] else set())',
+     'lambda a, b: right(a, b) - {"macs"} | ({"macs"} if abs(a["macs"] - b["macs"]) > .02*max(a["macs"], b["macs"]) else set())')
 case('project_referee', 'check_ruling(ruling)',
      'lambda pair, better: "holds" if pair["difference"] > 0 else "fails"',           # no interval
      'lambda pair, better: right(pair, pair["b"])')
@@ -941,6 +949,7 @@ case('project_own_images', 'check_folder(as_folder)',
 case('project_own_images', 'check_experiment(experiment)',
      'lambda data: right(data).replace("chance = true", "")', 'lambda data: right(data).replace("0.45", "0.5")')
 case('project_own_images', 'check_cheapest(cheapest)', 'lambda rows, points: right(rows, points/100)',
+     'lambda rows, points: right(rows, points - 1e-9)',                               # less than, or lost to rounding
      """lambda rows, points: min((r for r in rows if r["method"] != "dense" and .9 - r["top1"] <= points/100),    # chance as well
                              key=lambda r: r["macs"], default=None)""",
      'lambda rows, points: min((r for r in rows if r["method"] not in ("dense", "chance of b") and 100*(1 - r["top1"]/rows[0]["top1"]) <= points),'

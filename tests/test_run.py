@@ -253,6 +253,24 @@ def test_a_model_that_was_finished_without_recovery_may_get_one(fair, tmp_path):
     assert (model/'notes.txt').read_text() == 'mine' and not list((out/'work').iterdir())
 
 
+def test_chance_has_the_counts_of_the_row_beside_it_also_when_it_is_asked_for_later(tmp_path):
+    "Recovery moves the counts of a method whose images decide; chance before recovery has those before it."
+    file, out, at_once = tmp_path/'ats.toml', tmp_path/'out', tmp_path/'at_once'
+    train = 'epochs = {}, lr = 5e-3, batch_size = 20, dtype = "fp32"'
+    file.write_text(TINY.partition('methods')[0].replace('patch_size = 8', 'patch_size = 4') + f"""methods = ["ats"]
+reductions = [0.3]
+calibration = 8
+train_images = 100
+test_images = 20
+train = {{ {train.format(1)} }}
+recover = {{ {train.format(4)} }}
+""")
+    before, after = (r['macs'] for r in run_config(file, out=out)['rows'] if r['method'] == 'ats')
+    assert before != after
+    chance = lambda r: next(r['macs'] for r in r['rows'] if r['method'] == 'chance of ats')
+    assert chance(run_config(file, out=out, changes=['chance=true'])) == chance(run_config(file, out=at_once, changes=['chance=true']))
+
+
 def test_an_experiment_may_grow(short, tmp_path):
     first = run_config(short, out=tmp_path/'out')
     more = run_config(short, out=tmp_path/'out', changes=['methods=uniform,random', 'reductions=0.25,0.3'])

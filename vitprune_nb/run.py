@@ -244,7 +244,10 @@ def chance_step(run:Run, unit:Unit): # -> the model that decides at random
     require(len(found) > 0, 'chance', f'{unit}', 'the chance of a model that was made',
             f'{unit.method} has none at this budget.')
     if run.acc.is_main_process and not place.is_dir():
-        pruned = load_pruned(found[0])
+        pruned, key = load_pruned(found[0]), f'{theirs.key}-none'
+        # recovery may have moved the counts: chance has those of the row before it
+        before = run.ledger.find(key)['schedule'] if key in run.ledger.keys() else None
+        if (before or {}).get('counts'): pruned.info['counts'] = before['counts']
         blind = chance_of(pruned, copy.deepcopy(run.model).cpu(), unit.seed)
         blind.info, blind.classes = dict(chance_of=unit.method, seed=unit.seed), pruned.classes
         save_pruned(blind, place)

@@ -38,6 +38,9 @@ def one_run(rows:list # Result rows
     require(len(rows) > 0 and not strange, 'rows',
             f'{len(rows)} rows, {len(strange)} of them without a target',
             'the rows that `vitprune run` wrote, one at least')
+    keys = [(r['method'], target(r), r['seed'], stage(r)) for r in rows]
+    twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+    require(not twice, 'rows', f'{", ".join(twice[:3])} twice', 'each row once')
     return same_setting(rows, (*ACCURACY, 'weights'))
 
 # %% ../../nbs/6_reference/25c_report.ipynb #f68269f6
@@ -99,10 +102,14 @@ def read_pairs(path # The CSV of a run's paired comparisons
     "The paired comparisons that a run wrote beside its rows."
     if not Path(path).is_file(): return []
     number = lambda k, v: v if k in ('a', 'b', 'recovery') else float(v)
-    with open(path, newline='', encoding='utf-8') as f: found = list(csv.DictReader(f))
-    require(not found or {'a', 'b', 'reduction', 'seed', 'recovery', 'p_value'} <= set(found[0]), 'pairs',
-            path, 'a file that ends in _pairs.csv, written by `vitprune run`')
-    return [{k: number(k, v) for k, v in r.items()} for r in found]
+    named = {'a', 'b', 'reduction', 'seed', 'recovery', 'p_value'}
+    try:
+        with open(path, newline='', encoding='utf-8') as f: found = list(csv.DictReader(f))
+        whole = not found or named <= set(found[0])
+        pairs = [{k: number(k, v) for k, v in r.items()} for r in found] if whole else []
+    except (csv.Error, TypeError, ValueError): whole = False          # not text, a line cut short, no number
+    require(whole, 'pairs', path, 'a file that ends in _pairs.csv, written by `vitprune run`')
+    return pairs
 
 # %% ../../nbs/6_reference/25c_report.ipynb #25c0a001
 ANSWERS = 'method reduction seed recovery images answers'.split()
@@ -208,6 +215,7 @@ def _compared(rows, pairs):
     """Every method, budget and seed: its rows before and after recovery, and for both how much more often it
     is right than its chance and than the dense model with as much recovery; a * if no pair compares them."""
     by = {(target(r), r['method'], r['seed'], stage(r)): r for r in one_run(rows)}
+    wholes = {stage(r): r for r in rows if r['method'] == 'dense'}                # one, whatever the seeds
     is_rival = lambda name: name != 'dense' and not name.startswith('chance of ')
     out = []
     for budget, m, seed in sorted(dict.fromkeys(k[:3] for k in by if is_rival(k[1])), key=lambda k: k[0]):
@@ -216,7 +224,7 @@ def _compared(rows, pairs):
             for r, name, other, when in zip(of(budget, m), names, others, ('none', 'recovered')):
                 g = gain(pairs, name, m, budget, when, seed)
                 yield (g, '') if g else (unpaired(other, r), '*') if r and other else (None, '')
-        chance, whole = f'chance of {m}', of(0., 'dense')
+        chance, whole = f'chance of {m}', [wholes.get(s) for s in STAGES]
         out.append(dict(budget=budget, method=m, seed=seed, rows=of(budget, m), whole=whole[0],
                         chance=[*over([chance]*2, of(budget, chance))],
                         dense=[*over(('dense', 'dense control'), whole)]))
@@ -264,7 +272,7 @@ def draw_chance(rows:list,   # Of one run
     colors = method_colors(list(dict.fromkeys(f['method'] for f in found)))
     panels = {'dense': ('minus the dense model', (-reach, reach/4)),
               'chance': ('minus its own chance', (-reach, reach))}
-    last = lambda f: [g['difference'] for g, _ in f['dense'] if g][-1]
+    last = lambda f: next((g['difference'] for g, _ in f['dense'][::-1] if g), -1.)
     groups = {b: sorted((f for f in found if f['budget'] == b), key=last)
               for b in dict.fromkeys(f['budget'] for f in found)}
 

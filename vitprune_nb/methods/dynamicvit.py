@@ -54,7 +54,9 @@ class KeepPredictor(Scorer):
         return F.pad(keep - drop, (t.n_prefix, 0))
 
     def soft_keep(self, t:Tokens, scores): # -> (B, n), each 0 or 1
-        "Keep or drop, drawn with Gumbel noise; gradients are those of the softmax (straight-through)."
+        """Keep or drop, drawn with Gumbel noise; gradients are those of the softmax (straight-through).
+        A frozen predictor decides as at inference."""
+        if not any(p.requires_grad for p in self.parameters()): return None
         odds = scores[:, t.n_prefix:]
         drawn = F.gumbel_softmax(torch.stack([odds, torch.zeros_like(odds)], -1), hard=True)[..., 0]
         return F.pad(drawn, (t.n_prefix, 0), value=1.)

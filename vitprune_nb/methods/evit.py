@@ -115,6 +115,8 @@ class Evit(Method):
     def default(self, c): return .7 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> block numbers
+        has_cls = getattr(job.model, 'cls_token', None) is not None
+        require(has_cls, 'model', f'{type(job.model).__name__} without a class token', 'a ViT with one')
         return job.blocks('stages', evit_stages(len(job.model.blocks)))
 
     def plan(self, job, stages, rate):

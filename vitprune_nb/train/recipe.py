@@ -115,7 +115,8 @@ def make_scheduler(opt,             # An optimiser from `make_optimizer`
     "timm's cosine schedule, counted in optimiser steps, with a linear warm-up from a hundredth of the peak."
     from timm.scheduler import CosineLRScheduler
     warm = max(1, int(steps*cfg.warmup)) if cfg.warmup else 0
-    return CosineLRScheduler(opt, t_initial=max(steps, warm + 1), lr_min=cfg.min_lr, warmup_t=warm,
+    least = min(cfg.min_lr, cfg.lr)         # a rate that begins below min_lr stays, and does not rise
+    return CosineLRScheduler(opt, t_initial=max(steps, warm + 1), lr_min=least, warmup_t=warm,
                              warmup_lr_init=cfg.lr*.01, warmup_prefix=False, t_in_epochs=False)
 
 # %% ../../nbs/6_reference/07_recipe.ipynb #33b789e5
