@@ -45,7 +45,8 @@ def life_batch(images:int,     # Training images
 def life_recipe(lr:float,     # Of all that is trained, the same in every block
                 **changes     # Other fields of `TrainConfig`
                 )->TrainConfig:
-    "One stage as in life regression, section IV-A: one epoch, batches of 128, plain cross-entropy."
+    """One stage of life regression: batches of 128 (section IV-A), one of the two epochs of Tables I and II,
+    plain cross-entropy."""
     paper = dict(epochs=1, batch_size=128, layer_decay=1., head_lr_scale=1., label_smoothing=0.)
     return TrainConfig(**{**paper, **changes}, lr=lr)
 
@@ -71,7 +72,7 @@ class LifeConfig(Trains):
                                      'then for the backbone', PASSES, 'EPOCHS')
 
 @method('life', 'predict once how long each patch is needed (Chen et al., life regression)',
-        'Chen et al., Efficient vision transformers by life regression', PALETTE['green'])
+        'Chen et al., Life Regression based Patch Slimming for Vision Transformers, 2023', PALETTE['green'])
 class Life(Method):
     config, trains, ends = LifeConfig, True, (1., 0.)
 

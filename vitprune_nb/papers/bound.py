@@ -96,7 +96,9 @@ def head_gains(model # A timm VisionTransformer of standard blocks
     out, R = [], lambda m: torch.linalg.qr(m).R
     for b in standard_blocks(model):
         require(b.norm1.weight is not None, 'model', 'norms without gains', 'LayerNorms that have them')
-        project = b.attn.proj.weight.detach().double().unflatten(1, (b.attn.num_heads, -1)).transpose(0, 1)
+        project = b.attn.proj.weight.detach().double()
+        if hasattr(b.ls1, 'gamma'): project = project*b.ls1.gamma.detach().double()[:, None]    # LayerScale
+        project = project.unflatten(1, (b.attn.num_heads, -1)).transpose(0, 1)
         rows = b.attn.qkv.weight.detach()[-b.attn.proj.in_features:]*b.norm1.weight.detach()
         value = rows.double().unflatten(0, (b.attn.num_heads, -1))                  # (H, d, D)
         out.append(torch.linalg.matrix_norm(R(project) @ R(value.mT).mT, 2))        # of d x d matrices
