@@ -266,6 +266,29 @@ def test_class_names_are_kept_and_matched(tmp_path):
     assert evaluate(model, some)['correct'] == evaluate(model, full)['correct']
 
 
+def test_a_wrapped_model_scores_by_the_names_of_the_model_inside(tmp_path):
+    from vitprune_nb.data import load_data
+    from vitprune_nb.engine.plan import Plan
+    from vitprune_nb.evidence.results import answers
+    from vitprune_nb.methods.base import prune
+    from vitprune_nb.methods.baselines import chance_of
+    from vitprune_nb.methods.cosine import run_slim
+    from vitprune_nb.vit.model import course_model, evaluate
+    model, ds = course_model(), load_data(limit=30)
+    mixed = ds.but(classes=ds.classes[::-1], targets=9 - ds.targets)
+    slim = Plan('by hand', 'deit_small_patch16_224', 64, 1, [range(20, 64)]*12).slim(model)
+    loaded = load_pruned(save_pruned(slim, tmp_path/'slim'))
+    train = load_data('embedded', 'train', limit=200)
+    cut = load_pruned(save_pruned(prune('vtp', model, train, ratio=.1, sparse_epochs=0), tmp_path/'cut'))
+    blind = chance_of(prune('attention', cut, train, reduction=.4, calibration=8), cut)
+    for m in (SlimViT(model), slim, loaded, blind):
+        assert m.classes == model.classes
+        assert evaluate(m, mixed)['correct'] == evaluate(m, ds)['correct'] == run_slim(m, mixed)['correct']
+        assert (answers(m, mixed) == answers(m, ds)).all()
+    slim.classes = tuple(model.classes)
+    assert load_pruned(save_pruned(slim, tmp_path/'tuple')).classes == model.classes
+
+
 @pytest.mark.parametrize('whose', ['the lesson', 'the package'])
 def test_a_lesson_that_defines_a_scorer_again_stops_no_one_from_saving(tmp_path, monkeypatch, whose):
     "Either class may be in the register, and either in the model: in a notebook, and in every process that ran one."

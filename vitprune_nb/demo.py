@@ -49,7 +49,6 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
                    seed:int=0,      # What the rows call the seed
                    )->tuple:        # (result rows, {name: right or wrong, image by image})
     "Accuracy and latency of several models on the same images: one result row each."
-    ds = match_classes(models['dense'], ds)      # the others have its head, but not always its names
     right = {n: answers(m, ds, batch, device) for n, m in models.items()}
     x = torch.stack([ds[i][0] for i in range(min(batch, len(ds)))])
     rows = []

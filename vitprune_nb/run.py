@@ -246,7 +246,7 @@ def chance_step(run:Run, unit:Unit): # -> the model that decides at random
     if run.acc.is_main_process and not place.is_dir():
         pruned = load_pruned(found[0])
         blind = chance_of(pruned, copy.deepcopy(run.model).cpu(), unit.seed)
-        blind.info, blind.classes = dict(chance_of=unit.method, seed=unit.seed), pruned.classes
+        blind.info = dict(chance_of=unit.method, seed=unit.seed)
         save_pruned(blind, place)
     run.acc.wait_for_everyone()
     return load_pruned(place).to(run.acc.device)

@@ -276,7 +276,7 @@ def _same_class(m, n)->bool:
     return a is b or ('__main__' in (a.__module__, b.__module__) and a.__qualname__ == b.__qualname__)
 
 # no part of the function
-IGNORED = ('training', 'num_classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')
+IGNORED = ('training', 'num_classes', 'classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')
 
 def differences(a:nn.Module, b:nn.Module # Two models; on whatever device
                 )->dict:                 # {'blocks.0.attn.num_heads': (in a, in b), …}

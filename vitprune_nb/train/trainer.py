@@ -501,7 +501,9 @@ class Phase:
         "The model as it is run in this phase; it shares all weights with the one that is given."
         if self.policy is None and self.mode is None: return model
         policy, mode = (model.policy, model.mode) if isinstance(model, SlimViT) else (None, 'gather')
-        return SlimViT(vit_of(model), self.policy or policy, self.mode or mode)
+        view = SlimViT(vit_of(model), self.policy or policy, self.mode or mode)
+        view.classes = getattr(model, 'classes', None)     # a SlimViT that was loaded has them, its ViT has not
+        return view
 
     def resting(self, model)->list: # Parameters of the view that do not learn
         "Everything but what this phase trains."
@@ -523,10 +525,6 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
                **kw)->dict:           # kw: further arguments of `fit`; returns {name: rows of the log}
     "Train a model in phases; all of them are checked before the first one starts."
     check_model(model)
-    # a view of the model has no names of its own
-    train_set = match_classes(model, check_set(train_set, 'train_set'))
-    if (test_set := kw.get('test_set')) is not None:
-        kw['test_set'] = match_classes(model, check_set(test_set, 'test_set'))
     ok = isinstance(phases, (list, tuple)) and len(phases) > 0 and all(isinstance(p, Phase) for p in phases)
     require(ok, 'phases', phases, 'one Phase or more, in a list')
     names = [p.name for p in phases]
