@@ -310,13 +310,32 @@ def test_other_class_names_are_refused(tmp_path):
     assert evaluate(model, wrong)['images'] == 10                   # folders of version 0 have no names
 
 
-def test_prune_remembers_class_names_and_a_new_head_forgets_them(tmp_path):
-    from vitprune_nb.methods.base import prune
-    pruned = prune('attention', make(depth=4), images(NAMES, split='train'), reduction=.3, calibration=4)
+def test_prune_names_classes_where_it_trains_on_them_and_a_new_head_forgets_them(tmp_path):
+    from vitprune_nb.methods.base import prune, recover
+    ds = images(NAMES, split='train')
+    pruned = prune('evit', make(depth=4), ds, keep_rate=.7, finetune_epochs=1)
     assert load_pruned(save_pruned(pruned, tmp_path/'a')).classes == NAMES
     pruned.model.reset_classifier(3)
     with pytest.warns(UserWarning, match='5 class names for a head of 3'): save_pruned(pruned, tmp_path/'b')
     assert load_pruned(tmp_path/'b').classes is None
+    pruned = prune('attention', make(depth=4), ds, reduction=.3, calibration=4)     # looks at images of any kind
+    assert pruned.classes is None
+    recover(pruned, ds)
+    assert load_pruned(save_pruned(pruned, tmp_path/'c')).classes == NAMES
+
+
+@pytest.mark.parametrize('name, options', [('tome', {}), ('evit', dict(finetune_epochs=0)), ('attention', dict(calibration=4))])
+def test_images_that_a_method_only_looks_at_do_not_name_the_classes(tmp_path, name, options):
+    "A model without names, pruned on pictures of something else, is scored on its own images as before."
+    from vitprune_nb.methods.base import prune
+    from vitprune_nb.vit.model import evaluate
+    model, own = make(depth=4), images(['b', 'a', 'd', 'c', 'e'], 4)
+    pruned = prune(name, model, images(list('abcde'), split='train'), reduction=.2, **options)
+    assert pruned.classes is None
+    assert evaluate(pruned, own)['correct'] == evaluate(pruned, own.but(classes=list('vwxyz')))['correct']
+    named = load_pruned(save_pruned(pruned, tmp_path/'a'))
+    named.classes = own.classes
+    assert evaluate(named, own.but(classes=list('edcba'), targets=[[3, 4, 1, 2, 0][t] for t in own.targets]))['correct'] == evaluate(pruned, own)['correct']
 
 
 def test_other_class_names_will_do_where_no_labels_are_read(tmp_path):

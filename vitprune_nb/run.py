@@ -129,6 +129,7 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
             if file: load_weights(model, file, what)
     if model.num_classes != len(classes) or getattr(model, 'classes', classes) != classes:
         keep_classes(model, classes)
+    model.classes = list(classes)       # the images that it is trained and scored on
     return model
 
 # %% ../nbs/6_reference/26_run.ipynb #07c05994
