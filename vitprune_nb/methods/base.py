@@ -212,7 +212,8 @@ class Method:
         return self.trains
 
     def passes(self, config:Config)->float:
-        "Passes over the training images in all its own training."
+        """Passes over the training images in all its own training: the sum of the options whose names end in
+        `_epochs`. A method whose training is told by other options overrides it."""
         return sum(getattr(config, k) for k in self.own if k.endswith('_epochs'))
 
     def check(self, config:Config):
@@ -274,6 +275,9 @@ def method(name:str,     # What `prune`, --method and result rows call it
            ):
     "Class decorator: register a subclass of `Method`."
     def add(cls):
+        counted = any(k.endswith('_epochs') for k in cls.config.model_fields) or cls.passes is not Method.passes
+        require(counted or not cls.trains, 'method', f'{name}, which trains without an option that says how long',
+                'an option whose name ends in _epochs, or a method `passes` of its own')
         cls.name, cls.about, cls.paper, cls.color = name, about, paper, color
         METHODS[name] = cls()
         if color: COLORS[name.replace('-', ' ')] = color
@@ -384,6 +388,8 @@ def prune(name:str,     # One of METHODS
     `save_pruned`. A method that trains on labels wants images of the model's classes, and gives their names
     to a model that has none; to all others any images will do, and names are given by hand:
     `slim.classes = ds.classes`."""
+    require(not isinstance(name, torch.nn.Module), 'method', f'a {type(name).__name__}', 'a name',
+            "The name comes first: prune('evit', model, images).")
     m, config = read_options(name, options)
     require(work is None or isinstance(work, (str, Path)) and str(work), 'work', work, 'a folder, or None')
     device = pick_device(device)
