@@ -73,7 +73,8 @@ def test_an_exporter_that_wraps_its_errors(monkeypatch, files, slim):
 
 def test_one_good_image_is_not_dropped_for_want_of_memory(monkeypatch, files):
     whole, shown = data.folder_data(files/'tree', skip_damaged=True), data.as_shown
-    def once(im, seen=[]):
+    seen = []
+    def once(im):
         seen.append(im)
         if len(seen) == 1: raise MemoryError
         return shown(im)

@@ -280,3 +280,20 @@ def test_a_compiled_model_in_a_slimvit(images):
     model = vit()
     slim = SlimViT(torch.compile(model, backend='eager'), Policy({1: Step(keep=(1, 2))}))
     assert slim.model is model and torch.equal(slim(images), SlimViT(model, Policy({1: Step(keep=(1, 2))}))(images))
+
+
+# --- a head that tells other classes apart than the images show
+
+def test_a_head_of_another_size_is_not_scored(few):
+    from vitprune_nb.methods.cosine import run_slim
+    from vitprune_nb.train.recipe import TrainConfig
+    from vitprune_nb.train.trainer import fit
+    wide, before = vit(num_classes=1000), vit(num_classes=1000).state_dict()
+    cfg = TrainConfig(epochs=.1, batch_size=4, dtype='fp32')
+    for score in (lambda: evaluate(wide, few), lambda: results.answers(wide, few), lambda: evaluate(SlimViT(wide), few), lambda: run_slim(SlimViT(wide), few), lambda: fit(wide, few, cfg, few)):
+        with pytest.raises(VitpruneError, match='data: got embedded with 10 classes; allowed: images of the 1000 classes that this model tells apart'): score()
+    assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+    fit(wide, few, cfg)                                          # to train a part of a head is fine
+    bare = torch.nn.Sequential(vit(num_classes=1000))            # what does not say how many it has is believed
+    ready = few.but(transform=data.eval_transform(data.data_config(wide)))
+    assert evaluate(bare, ready)['images'] == results.answers(bare, ready).size == 12

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'CIFAR10', 'SYSTEM_NAMES', 'to_sheet', 'from_sheet', 'image_formats', 'image_endings', 'as_shown',
            'open_image', 'photo', 'ImageSet', 'write_sheets', 'embedded', 'is_hidden', 'visible_files', 'class_folders',
-           'few', 'folder_data', 'cifar', 'class_subset', 'check_set', 'calibration', 'match_classes', 'data_config',
-           'eval_transform', 'train_transform', 'load_data', 'loader']
+           'few', 'folder_data', 'cifar', 'class_subset', 'check_set', 'calibration', 'match_classes', 'check_classes',
+           'data_config', 'eval_transform', 'train_transform', 'load_data', 'loader']
 
 # %% ../nbs/6_reference/01_data.ipynb #f2533129
 import copy, hashlib, json, os, random, stat, unicodedata, warnings
@@ -434,6 +434,17 @@ def match_classes(model, # Anything; `model.classes`, where it is known, names t
     require(not strange, 'data', f'{ds.name} {ds.split} with the class {say(strange)}', meant, todo)
     return ds.but(classes=names,
                   targets=np.asarray([names.index(c) for c in ds.classes], dtype=np.int64)[ds.targets])
+
+# %% ../nbs/6_reference/01_data.ipynb #c1a55e05
+def check_classes(model, # Anything; where it has `num_classes`, as many must be named
+                  ds:ImageSet, # Images with class names
+                  )->ImageSet: # The same images
+    "Refuse images whose classes the model's head does not have."
+    n = getattr(model, 'num_classes', None)
+    require(n is None or len(ds.classes) == n, 'data', f'{ds.name} with {len(ds.classes)} classes',
+            f'images of the {n} classes that this model tells apart',
+            'Choose other data, or weights with such a head.')
+    return ds
 
 # %% ../nbs/6_reference/01_data.ipynb #9b9bd28f
 def data_config(model # A timm model, or anything with its `pretrained_cfg`

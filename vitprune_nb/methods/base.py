@@ -275,8 +275,9 @@ def method(name:str,     # What `prune`, --method and result rows call it
            ):
     "Class decorator: register a subclass of `Method`."
     def add(cls):
-        counted = any(k.endswith('_epochs') for k in cls.config.model_fields) or cls.passes is not Method.passes
-        require(counted or not cls.trains, 'method', f'{name}, which trains without an option that says how long',
+        told = any(k.endswith('_epochs') for k in cls.config.model_fields)
+        counted = not cls.trains or told or cls.passes is not Method.passes
+        require(counted, 'method', f'{name}, which trains without an option that says how long',
                 'an option whose name ends in _epochs, or a method `passes` of its own')
         cls.name, cls.about, cls.paper, cls.color = name, about, paper, color
         METHODS[name] = cls()

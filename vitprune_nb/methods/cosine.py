@@ -19,7 +19,7 @@ from torch import nn
 from ..core import PALETTE, fold_seed, pick_device, progress, set_seed
 from ..errors import require
 from ..vit.cost import model_macs
-from ..data import ImageSet, data_config, eval_transform, loader, match_classes
+from ..data import ImageSet, check_classes, data_config, eval_transform, loader, match_classes
 from ..engine.slim import Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer
 from ..engine.macs import counts_of, extra_macs, macs_of
 from .base import Looks, Method, Share, method, option
@@ -332,7 +332,7 @@ def run_slim(slim:SlimViT,       # Any SlimViT
              )->dict:
     "Accuracy, kept patches and MACs of a pruned model, in one pass over the images."
     model, device, right, trace = slim.model, pick_device(device), [], Trace()
-    ds, was_training = _ready(model, match_classes(slim, ds)), slim.training
+    ds, was_training = _ready(model, check_classes(slim, match_classes(slim, ds))), slim.training
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
     try:
         slim.eval().to(device)
