@@ -10,7 +10,7 @@ from vitprune_nb.data import embedded
 from vitprune_nb.deploy import OnnxModel, export_onnx, logit_gap
 from vitprune_nb.engine.fates import fate_of
 from vitprune_nb.engine.macs import macs_of
-from vitprune_nb.engine.policy import NormScore, Policy, Step
+from vitprune_nb.engine.policy import NormScore, Policy, Step, schedule_policy
 from vitprune_nb.engine.slim import SlimViT, check_policy
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.errors import VitpruneError
@@ -87,6 +87,14 @@ def test_an_oracle_in_double_precision(kind, representative):
         kept = SlimViT(net, policy).kept(x)[:, stages[0] - 1:]
         back += (kept[:, 1:] & ~kept[:, :-1]).sum().item()
     assert back > 0 or 'qk norm' in kind                                # which makes all keys equally long again
+
+
+@pytest.mark.parametrize('fate, tokens', [('represented', 34), ({'kind': 'represented'}, 34), ('idle', 33), ('remove', 33)])
+def test_a_schedule_chooses_anew_wherever_tokens_stay(fate, tokens):
+    "Of 64 patches 32 are computed in three blocks, with CLS and, where there is one, the representative."
+    policy = schedule_policy([1, .5, .5, .5], 4, 64, NormScore(), fate=fate)
+    assert policy.counts(4, 65) == [(65,)*3, *[(tokens,)*3]*3]
+    assert len(policy.steps) == (1 if fate == 'remove' else 3)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -142,3 +142,21 @@ def test_a_method_without_a_plan_says_so(images):
         with pytest.raises(VitpruneError, match='has no other dial'):
             prune('empty', create_vit('test_vit', img_size=32, num_classes=3), load_data(images, 'train'))
     finally: del METHODS['empty']
+
+
+def test_training_that_nobody_counts_is_refused():
+    class Untold(Method):
+        config, trains = ToyConfig, True
+    with pytest.raises(VitpruneError, match='method: got untold, which trains without an option that says how long; allowed: an option whose name ends in _epochs'):
+        method('untold', 'a test')(Untold)
+    assert 'untold' not in METHODS and Untold.name == ''
+    class Told(Untold):
+        def passes(self, c): return 2*c.after
+    method('untold', 'a test')(Told)
+    assert METHODS.pop('untold').passes(ToyConfig(after=3)) == 6
+
+
+def test_a_model_in_place_of_the_name_is_said_so():
+    model = create_vit('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    with pytest.raises(VitpruneError) as said: prune(model, 'evit', None)
+    assert str(said.value) == "method: got a VisionTransformer; allowed: a name. The name comes first: prune('evit', model, images)."

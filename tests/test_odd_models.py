@@ -132,7 +132,53 @@ def test_images_without_an_answer_are_counted():
     with pytest.raises(VitpruneError, match='for 2 of 4 images'): classes_of(logits)
 
 
+# --- what looks at a model leaves it as it was
+
+def looks():
+    from vitprune_nb.methods.cosine import collect, run_slim
+    from vitprune_nb.methods.significance import significance
+    from vitprune_nb.papers.imagenet import features
+    slim = lambda m: SlimViT(m, Policy({0: Step(score=NormScore(), count=5)}))
+    return dict(evaluate=evaluate, answers=results.answers, features=features, significance=significance, collect=collect,
+                run_slim=lambda m, ds: run_slim(slim(m), ds))
+
+
+@pytest.mark.parametrize('look', list(looks()))
+@pytest.mark.parametrize('training', [True, False])
+def test_the_mode_comes_back_after_an_error_too(few, look, training):
+    model = vit().train(training)
+    ready = few.but(transform=data.eval_transform(data.data_config(model)))
+    def damaged(im): raise OSError('no such image')
+    looks()[look](model, ready)
+    assert all(m.training is training for m in model.modules())
+    with pytest.raises(OSError): looks()[look](model, few.but(transform=damaged))
+    assert all(m.training is training for m in model.modules())
+
+
+def test_run_slim_counts_what_macs_of_counts(few):
+    from vitprune_nb.engine.macs import macs_of
+    from vitprune_nb.methods.cosine import run_slim
+    cut = prune('vtp', vit(), few, ratio=.3, sparse_epochs=0)
+    ragged = SlimViT(cut.model, Policy({1: Step(score=RandomScore(), threshold=.5)}), 'packed')
+    for model in (cut, ragged):                     # cut channels are padded where the next layer reads them
+        assert run_slim(model, few)['macs'] == pytest.approx(macs_of(model, few), rel=1e-9)
+
+
 # --- every method on every kind of model
+
+@pytest.mark.parametrize('name', sorted(METHODS))
+def test_every_option_is_read(few, monkeypatch, name):
+    m, read = METHODS[name], set()
+    class Spy(m.config):
+        def __getattribute__(self, key):
+            read.add(key)
+            return super().__getattribute__(key)
+    monkeypatch.setattr(type(m), 'config', Spy)
+    given = {k: 1 for k in m.own if k.endswith('_epochs')} | {k: 8 for k in m.own if k == 'calibration'}
+    for dial in (dict(reduction=.3), {m.dial: dict(cosine=.6).get(name)} if m.dial else {}):
+        if dial: prune(name, vit(), few, **given, **dial)
+    assert set(m.own) - read == set()
+
 
 def kinds():
     from timm.models.vision_transformer import VisionTransformer
@@ -234,3 +280,20 @@ def test_a_compiled_model_in_a_slimvit(images):
     model = vit()
     slim = SlimViT(torch.compile(model, backend='eager'), Policy({1: Step(keep=(1, 2))}))
     assert slim.model is model and torch.equal(slim(images), SlimViT(model, Policy({1: Step(keep=(1, 2))}))(images))
+
+
+# --- a head that tells other classes apart than the images show
+
+def test_a_head_of_another_size_is_not_scored(few):
+    from vitprune_nb.methods.cosine import run_slim
+    from vitprune_nb.train.recipe import TrainConfig
+    from vitprune_nb.train.trainer import fit
+    wide, before = vit(num_classes=1000), vit(num_classes=1000).state_dict()
+    cfg = TrainConfig(epochs=.1, batch_size=4, dtype='fp32')
+    for score in (lambda: evaluate(wide, few), lambda: results.answers(wide, few), lambda: evaluate(SlimViT(wide), few), lambda: run_slim(SlimViT(wide), few), lambda: fit(wide, few, cfg, few)):
+        with pytest.raises(VitpruneError, match='data: got embedded with 10 classes; allowed: images of the 1000 classes that this model tells apart'): score()
+    assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+    fit(wide, few, cfg)                                          # to train a part of a head is fine
+    bare = torch.nn.Sequential(vit(num_classes=1000))            # what does not say how many it has is believed
+    ready = few.but(transform=data.eval_transform(data.data_config(wide)))
+    assert evaluate(bare, ready)['images'] == results.answers(bare, ready).size == 12

@@ -266,6 +266,29 @@ def test_class_names_are_kept_and_matched(tmp_path):
     assert evaluate(model, some)['correct'] == evaluate(model, full)['correct']
 
 
+def test_a_wrapped_model_scores_by_the_names_of_the_model_inside(tmp_path):
+    from vitprune_nb.data import load_data
+    from vitprune_nb.engine.plan import Plan
+    from vitprune_nb.evidence.results import answers
+    from vitprune_nb.methods.base import prune
+    from vitprune_nb.methods.baselines import chance_of
+    from vitprune_nb.methods.cosine import run_slim
+    from vitprune_nb.vit.model import course_model, evaluate
+    model, ds = course_model(), load_data(limit=30)
+    mixed = ds.but(classes=ds.classes[::-1], targets=9 - ds.targets)
+    slim = Plan('by hand', 'deit_small_patch16_224', 64, 1, [range(20, 64)]*12).slim(model)
+    loaded = load_pruned(save_pruned(slim, tmp_path/'slim'))
+    train = load_data('embedded', 'train', limit=200)
+    cut = load_pruned(save_pruned(prune('vtp', model, train, ratio=.1, sparse_epochs=0), tmp_path/'cut'))
+    blind = chance_of(prune('attention', cut, train, reduction=.4, calibration=8), cut)
+    for m in (SlimViT(model), slim, loaded, blind):
+        assert m.classes == model.classes
+        assert evaluate(m, mixed)['correct'] == evaluate(m, ds)['correct'] == run_slim(m, mixed)['correct']
+        assert (answers(m, mixed) == answers(m, ds)).all()
+    slim.classes = tuple(model.classes)
+    assert load_pruned(save_pruned(slim, tmp_path/'tuple')).classes == model.classes
+
+
 @pytest.mark.parametrize('whose', ['the lesson', 'the package'])
 def test_a_lesson_that_defines_a_scorer_again_stops_no_one_from_saving(tmp_path, monkeypatch, whose):
     "Either class may be in the register, and either in the model: in a notebook, and in every process that ran one."
@@ -287,13 +310,32 @@ def test_other_class_names_are_refused(tmp_path):
     assert evaluate(model, wrong)['images'] == 10                   # folders of version 0 have no names
 
 
-def test_prune_remembers_class_names_and_a_new_head_forgets_them(tmp_path):
-    from vitprune_nb.methods.base import prune
-    pruned = prune('attention', make(depth=4), images(NAMES, split='train'), reduction=.3, calibration=4)
+def test_prune_names_classes_where_it_trains_on_them_and_a_new_head_forgets_them(tmp_path):
+    from vitprune_nb.methods.base import prune, recover
+    ds = images(NAMES, split='train')
+    pruned = prune('evit', make(depth=4), ds, keep_rate=.7, finetune_epochs=1)
     assert load_pruned(save_pruned(pruned, tmp_path/'a')).classes == NAMES
     pruned.model.reset_classifier(3)
     with pytest.warns(UserWarning, match='5 class names for a head of 3'): save_pruned(pruned, tmp_path/'b')
     assert load_pruned(tmp_path/'b').classes is None
+    pruned = prune('attention', make(depth=4), ds, reduction=.3, calibration=4)     # looks at images of any kind
+    assert pruned.classes is None
+    recover(pruned, ds)
+    assert load_pruned(save_pruned(pruned, tmp_path/'c')).classes == NAMES
+
+
+@pytest.mark.parametrize('name, options', [('tome', {}), ('evit', dict(finetune_epochs=0)), ('attention', dict(calibration=4))])
+def test_images_that_a_method_only_looks_at_do_not_name_the_classes(tmp_path, name, options):
+    "A model without names, pruned on pictures of something else, is scored on its own images as before."
+    from vitprune_nb.methods.base import prune
+    from vitprune_nb.vit.model import evaluate
+    model, own = make(depth=4), images(['b', 'a', 'd', 'c', 'e'], 4)
+    pruned = prune(name, model, images(list('abcde'), split='train'), reduction=.2, **options)
+    assert pruned.classes is None
+    assert evaluate(pruned, own)['correct'] == evaluate(pruned, own.but(classes=list('vwxyz')))['correct']
+    named = load_pruned(save_pruned(pruned, tmp_path/'a'))
+    named.classes = own.classes
+    assert evaluate(named, own.but(classes=list('edcba'), targets=[[3, 4, 1, 2, 0][t] for t in own.targets]))['correct'] == evaluate(pruned, own)['correct']
 
 
 def test_other_class_names_will_do_where_no_labels_are_read(tmp_path):

@@ -188,8 +188,7 @@ def open_data(data,       # As for `load_data`
               rename:bool|None=None,
               ):          # An `ImageSet` without transform
     "The images that --data names, refused when their classes do not fit the model's head."
-    from vitprune_nb.data import load_data, match_classes
-    from vitprune_nb.demo import check_classes
+    from vitprune_nb.data import check_classes, load_data, match_classes
     ds = load_data(data, split, limit=limit, seed=seed, skip_damaged=skip_damaged)
     if model is None: return ds
     if rename and getattr(model, 'classes', None):

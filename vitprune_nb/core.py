@@ -156,8 +156,10 @@ def autocast(device='cpu',              # The device that computes
 
 # %% ../nbs/6_reference/00_core.ipynb #c0de0f01
 def out_of_memory(e:BaseException)->bool:
-    "Does an error say that the memory is too small? On a CPU PyTorch has no class for it, only words."
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+    """Does an error say that the memory is too small? PyTorch on a CPU, the operating system and ONNX Runtime
+    have no class for it, only words."""
+    words = "can't allocate memory", 'Cannot allocate memory', 'Failed to allocate memory'
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(w in str(e) for w in words)
 
 # %% ../nbs/6_reference/00_core.ipynb #602ce555
 def progress(iterable=None, # Anything to loop over; None for a bar that is moved with `.update()`

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'CIFAR10', 'SYSTEM_NAMES', 'to_sheet', 'from_sheet', 'image_formats', 'image_endings', 'as_shown',
            'open_image', 'photo', 'ImageSet', 'write_sheets', 'embedded', 'is_hidden', 'visible_files', 'class_folders',
-           'few', 'folder_data', 'cifar', 'class_subset', 'check_set', 'calibration', 'match_classes', 'data_config',
-           'eval_transform', 'train_transform', 'load_data', 'loader']
+           'few', 'folder_data', 'cifar', 'class_subset', 'check_set', 'calibration', 'match_classes', 'check_classes',
+           'data_config', 'eval_transform', 'train_transform', 'load_data', 'loader']
 
 # %% ../nbs/6_reference/01_data.ipynb #f2533129
 import copy, hashlib, json, os, random, stat, unicodedata, warnings
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from .core import check_model, check_seed, data_path, fold_seed, progress, set_seed
+from .core import (check_model, check_seed, data_path, fold_seed, out_of_memory, progress,
+                              set_seed)
 from .errors import VitpruneError, is_whole, path_of, printable, refuse, require
 from .files import sha256, write_atomic, writing
 
@@ -101,7 +102,9 @@ def open_image(path # An image file
         if max(shown.size) > 1000*min(shown.size):   # a resized strip would fill the memory
             raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many '
                              'one way as the other')
-    except Exception as e: _refuse_image(path, e)
+    except Exception as e:
+        if out_of_memory(e): raise       # the file may be whole
+        _refuse_image(path, e)
     return shown
 
 # %% ../nbs/6_reference/01_data.ipynb #b2d41c12
@@ -113,6 +116,7 @@ def photo(what='cat' # One of PHOTOS, a PIL image, or the path of an image file
     if isinstance(what, Image.Image):
         try: im = as_shown(what)
         except Exception as e:      # numbers without a white, or a damaged file that is only read now
+            if out_of_memory(e): raise
             refuse('photo', f'a PIL image of mode {what.mode}', 'an image that can be shown',
                    f'This one cannot: {e}.')
     elif what in PHOTOS: im = open_image(data_path('gallery', f'{what}.jpg'))
@@ -357,6 +361,7 @@ def cifar(name:str='cifar10',   # 'cifar10' or 'cifar100'
         with writing(root/cls.base_folder, 'root'):
             ds = cls(str(root), train=split == 'train', download=download)
     except (OSError, RuntimeError) as e:
+        if out_of_memory(e): raise
         refuse('data', name, f'a network, or {cls.filename} unpacked below {root}',
                f"Fetch it from {cls.url} elsewhere, unpack it there, or point --data to an ImageFolder tree. "
                f"({type(e).__name__})")
@@ -429,6 +434,17 @@ def match_classes(model, # Anything; `model.classes`, where it is known, names t
     require(not strange, 'data', f'{ds.name} {ds.split} with the class {say(strange)}', meant, todo)
     return ds.but(classes=names,
                   targets=np.asarray([names.index(c) for c in ds.classes], dtype=np.int64)[ds.targets])
+
+# %% ../nbs/6_reference/01_data.ipynb #c1a55e05
+def check_classes(model, # Anything; where it has `num_classes`, as many must be named
+                  ds:ImageSet, # Images with class names
+                  )->ImageSet: # The same images
+    "Refuse images whose classes the model's head does not have."
+    n = getattr(model, 'num_classes', None)
+    require(n is None or len(ds.classes) == n, 'data', f'{ds.name} with {len(ds.classes)} classes',
+            f'images of the {n} classes that this model tells apart',
+            'Choose other data, or weights with such a head.')
+    return ds
 
 # %% ../nbs/6_reference/01_data.ipynb #9b9bd28f
 def data_config(model # A timm model, or anything with its `pretrained_cfg`

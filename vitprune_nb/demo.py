@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'COLUMNS', 'WRITES', 'rival_plans', 'measure_models', 'cells', 'table_text', 'summary', 'comparisons',
-           'verdict', 'kept_picture', 'picture', 'report_html', 'check_classes', 'run_demo']
+           'verdict', 'kept_picture', 'picture', 'report_html', 'run_demo']
 
 # %% ../nbs/6_reference/23_demo.ipynb #9ae45e46
 import base64, html, io, shlex, shutil, time
@@ -16,7 +16,8 @@ from .core import pick_device
 from .errors import is_number, is_whole, require
 from .files import check_ours, check_output, only_one, publish, sweep, temporary_path, writing
 from .vit.cost import model_macs, model_params
-from .data import calibration, data_config, eval_transform, load_data, match_classes
+from .data import (calibration, check_classes, data_config, eval_transform, load_data,
+                              match_classes)
 from .engine.store import save_slim
 from .evidence.measure import bench
 from .methods.patch_slimming import for_budget, random_plan, uniform_plan
@@ -49,7 +50,6 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
                    seed:int=0,      # What the rows call the seed
                    )->tuple:        # (result rows, {name: right or wrong, image by image})
     "Accuracy and latency of several models on the same images: one result row each."
-    ds = match_classes(models['dense'], ds)      # the others have its head, but not always its names
     right = {n: answers(m, ds, batch, device) for n, m in models.items()}
     x = torch.stack([ds[i][0] for i in range(min(batch, len(ds)))])
     rows = []
@@ -282,15 +282,6 @@ def report_html(rows:list,     # Result rows
 def _schedule(row):
     "Patches kept in each block."
     return row['schedule']
-
-# %% ../nbs/6_reference/23_demo.ipynb #4f020738
-def check_classes(model, # Anything with num_classes
-                  ds,    # An `ImageSet`
-                  ):
-    "Refuse images whose classes the model's head does not have."
-    require(len(ds.classes) == model.num_classes, 'data', f'{ds.name} with {len(ds.classes)} classes',
-            f'images of the {model.num_classes} classes that this model tells apart',
-            'Choose other data, or weights with such a head.')
 
 # %% ../nbs/6_reference/23_demo.ipynb #3a9b09ef
 def _charts(slim, ds, rows):

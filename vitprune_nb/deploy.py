@@ -13,6 +13,7 @@ from pathlib import Path
 # %% ../nbs/4_evidence/33_deploy.ipynb #24b9e076
 import torch
 from .data import data_config
+from .core import out_of_memory
 from .errors import VitpruneError, refuse, require
 from .evidence.measure import num_threads
 from .files import write_atomic
@@ -45,6 +46,7 @@ class OnnxModel:
         options.log_severity_level = 3
         try: self.session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         except Exception as e:
+            if out_of_memory(e): raise
             refuse('path', path, 'an ONNX file that this onnxruntime can run',
                    f'({type(e).__name__}: {str(e).splitlines()[0][:120]})')
         self.input, self.threads = self.session.get_inputs()[0], n
@@ -71,10 +73,16 @@ def _quiet():
             yield
     finally: logging.disable(level)
 
+def _causes(error):
+    "An error and those that it was raised from, to the innermost."
+    while error is not None:
+        yield error
+        error = error.__cause__
+
 def first_cause(error:BaseException # A failed export
                 )->str:             # 'Kind: what it says', one line
     "The innermost reason of an error that others were raised from."
-    while error.__cause__ is not None: error = error.__cause__
+    *_, error = _causes(error)
     lines = [l.strip() for l in str(error).splitlines() if l.strip()]
     return f'{type(error).__name__}: {lines[0][:160] if lines else ""}'
 
@@ -101,7 +109,9 @@ def _write(model, path, images, dynamic):
         try: torch.onnx.export(model, (images,), str(path), dynamo=True, verbose=False, external_data=False,
                               custom_translation_table={torch.ops.aten.sort.stable: _stable_sort}, **shapes)
         # every stage of the exporter has errors of its own
-        except Exception as e: failed = first_cause(e)
+        except Exception as e:
+            if any(map(out_of_memory, _causes(e))): raise
+            failed = first_cause(e)
         else: return
     refuse('model', type(model).__name__, 'one that computes the same operations for all images',
            f'The exporter says: {failed}')

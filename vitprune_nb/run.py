@@ -129,6 +129,7 @@ def start_model(e:Experiment, # model, model_args, pretrained, weights, dense, t
             if file: load_weights(model, file, what)
     if model.num_classes != len(classes) or getattr(model, 'classes', classes) != classes:
         keep_classes(model, classes)
+    model.classes = list(classes)       # the images that it is trained and scored on
     return model
 
 # %% ../nbs/6_reference/26_run.ipynb #07c05994
@@ -249,7 +250,7 @@ def chance_step(run:Run, unit:Unit): # -> the model that decides at random
         before = run.ledger.find(key)['schedule'] if key in run.ledger.keys() else None
         if (before or {}).get('counts'): pruned.info['counts'] = before['counts']
         blind = chance_of(pruned, copy.deepcopy(run.model).cpu(), unit.seed)
-        blind.info, blind.classes = dict(chance_of=unit.method, seed=unit.seed), pruned.classes
+        blind.info = dict(chance_of=unit.method, seed=unit.seed)
         save_pruned(blind, place)
     run.acc.wait_for_everyone()
     return load_pruned(place).to(run.acc.device)

@@ -16,16 +16,17 @@ from ..vit.cost import count_macs, count_table, model_macs, model_params, not_by
 from ..vit.recipe import from_recipe
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #d4f575e0
-def _batches(model, images):
+def _batches(model, images, batch_size=64):
     "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device and in the dtype of the model."
     weight = next(model.parameters())
     if hasattr(images, 'shape'): return [images.to(weight.device, weight.dtype)]
     if images.transform is None: images = images.but(transform=eval_transform(data_config(model)))
-    return (x.to(weight.device, weight.dtype) for x, _ in loader(images, 64))
+    return (x.to(weight.device, weight.dtype) for x, _ in loader(images, batch_size))
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not
               images=None, # (B, 3, H, W) or an `ImageSet`, where counts depend on it; None: those remembered
+              batch_size:int=64, # Images of a set at once
               # L tuples (nq, nkv, nmlp), or their means over images and that of nq*nkv; None for a model that
               # keeps all tokens
               ):
@@ -37,7 +38,7 @@ def counts_of(model,       # Any ViT, pruned or not
     if images is None and remembered: return [tuple(c) for c in remembered]
     require(images is not None, 'images', None,
             'images to count on, for a model whose counts depend on the image')
-    parts = [(len(x), model.trace(x).means) for x in _batches(model, images)]
+    parts = [(len(x), model.trace(x).means) for x in _batches(model, images, batch_size)]
     images_seen = sum(n for n, _ in parts)
     mean = lambda l, j: sum(n*c[l][j] for n, c in parts)/images_seen
     return [tuple(mean(l, j) for j in range(4)) for l in range(len(model.blocks))]
@@ -55,22 +56,23 @@ def extra_macs(model, # Any ViT, pruned or not
     return extra + padding_macs(model, counts)
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #4a4aa8e6
-def _counted(model, images):
+def _counted(model, images, batch_size):
     """The same for a model that the formulas do not know, from forward passes; one of a blank image, where
     all images cost the same."""
     if not getattr(getattr(model, 'policy', None), 'ragged', False):
         return int(count_table(model).macs.iloc[-1])
     require(images is not None, 'images', None,
             'images to count on, for a model whose counts depend on the image')
-    macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images)))
+    macs, n = zip(*((count_macs(model, x), len(x)) for x in _batches(model, images, batch_size)))
     return sum(macs)/sum(n)
 
 def macs_of(model,       # Any ViT, pruned or not
             images=None, # As for `counts_of`
+            batch_size:int=64, # As for `counts_of`
             )->float:    # MACs of one image, mean where it depends on the image
     "MACs of a plain, slim or sliced model, its decisions and padding included."
-    if not_by_formula(check_model(model)): return _counted(model, images)
-    counts = counts_of(model, images)
+    if not_by_formula(check_model(model)): return _counted(model, images, batch_size)
+    counts = counts_of(model, images, batch_size)
     return model_macs(getattr(model, 'model', model), counts, extra_macs(model, counts))
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #f2caab1c

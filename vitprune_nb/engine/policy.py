@@ -420,11 +420,11 @@ def schedule_policy(schedule,     # See `parse_schedule`
     """A step wherever the schedule keeps fewer patches than are still there; counts are rounded down, but one
     patch stays."""
     require(is_whole(n_patches) and n_patches >= 1, 'n_patches', n_patches, 'a whole number, 1 or more')
-    steps, now = {}, n_patches
+    steps, now, fate = {}, n_patches, fate_of(fate)
     for i, r in enumerate(parse_schedule(schedule, n_blocks)):
         k = max(1, int(r*n_patches + 1e-9))
         if k < now: steps[i] = Step(at, fate, score=score, count=k)
-        if fate != 'idle': now = min(now, k)
+        if not fate.stays: now = min(now, k)        # tokens that stay are candidates again
     return Policy(steps, name)
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #dfb18e21

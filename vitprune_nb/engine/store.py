@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
+from ..core import out_of_memory
 from ..errors import VitpruneError, path_of, refuse, require
 from ..files import read_json, write_folder_atomic
 from ..data import data_config
@@ -219,6 +220,7 @@ def _fill(model, file):
                     wrong and f'{wrong} is {say(found)} in the file and {say(own)} by its config.')
             state = {k: f.get_tensor(k).clone() for k in own}
     except (SafetensorError, RuntimeError, OSError) as e:
+        if out_of_memory(e): raise
         refuse('model.safetensors', file.parent, 'weights that fit its config.json', f'({_first_line(e)})')
     kinds = {v.dtype for v in state.values() if v.is_floating_point()}
     # for what is not in the file, such as tables of random numbers
@@ -236,6 +238,7 @@ def _probe(model)->torch.Tensor: # (2, classes)
         with torch.no_grad(), torch.autocast(w.device.type, enabled=False): return model.eval()(x)
     # from any layer
     except Exception as e:
+        if out_of_memory(e): raise
         refuse('model', type(vit).__name__, 'one that runs on images of its own size', f'({_first_line(e)})')
     finally:
         for m, was in modes: m.training = was
@@ -250,6 +253,7 @@ def load_pruned(folder,             # What `save_pruned` wrote
     require(mode is None or config.policy is not None, 'mode', mode, 'None for a model that keeps all tokens')
     try: model = _assemble(config)
     except Exception as e:   # from timm, PyTorch or a check of ours, each with its own words
+        if out_of_memory(e): raise
         refuse('config.json', folder, 'a pruned model that can be built', f'({_first_line(e)})')
     if mode is not None: model = SlimViT(model.model, model.policy, mode)
     _fill(model, folder/'model.safetensors')
@@ -276,7 +280,7 @@ def _same_class(m, n)->bool:
     return a is b or ('__main__' in (a.__module__, b.__module__) and a.__qualname__ == b.__qualname__)
 
 # no part of the function
-IGNORED = ('training', 'num_classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')
+IGNORED = ('training', 'num_classes', 'classes', 'weight_init_mode', 'fix_init', 'grad_checkpointing')
 
 def differences(a:nn.Module, b:nn.Module # Two models; on whatever device
                 )->dict:                 # {'blocks.0.attn.num_heads': (in a, in b), …}
@@ -325,6 +329,7 @@ def config_of(model, # A pruned model
     config = _describe(model, info)
     try: found = differences(model, _assemble(config))
     except Exception as e:
+        if out_of_memory(e): raise
         refuse('model', type(getattr(model, 'model', model)).__name__,
                'one that can be built again from its config', f'({_first_line(e)})')
     for path, (ours, built) in found.items():

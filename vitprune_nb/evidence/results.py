@@ -16,8 +16,8 @@ import torch
 from ..core import autocast, check_model, environment, pick_device, progress
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import write_atomic
-from ..data import check_set, data_config, eval_transform, loader, match_classes
-from ..vit.model import classes_of, logits_of
+from ..data import check_classes, check_set, data_config, eval_transform, loader, match_classes
+from ..vit.model import classes_of, logits_of, wilson_interval
 
 # %% ../../nbs/6_reference/09b_results.ipynb #1a98ecf9
 FIELDS = dict(method=str, backbone=str, weights=str, schedule=str, recovery=str, seed=int, # what was done
@@ -292,7 +292,7 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     "Right or wrong, image by image: what `evaluate` sums up, for `paired_difference`."
     device = pick_device(device)
     check_model(model)
-    ds = match_classes(model, check_set(ds))
+    ds = check_classes(model, match_classes(model, check_set(ds)))
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training = model.training
     try:
@@ -361,7 +361,6 @@ def beside_chance(right:dict, # {name: bool (images,)}, the same images in the s
                   ):          # pandas.DataFrame of text, a row each
     "Top-1, and how far it is ahead of chance on the same images, with 95% intervals over images."
     import pandas as pd
-    from vitprune_nb.vit.model import wilson_interval
     percent = lambda mean, low, high, sign='': f'{mean:{sign}.1%} ({low:{sign}.1%} to {high:{sign}.1%})'
     def line(name):
         ours, base = right[name], chance(name)

@@ -118,10 +118,12 @@ class Ats(Method):
         blocks = [blocks] if isinstance(blocks, int) else blocks
         return ats_policy(job.model, self.points(job, K), blocks, job.config.sampling)
 
-    def macs(self, job, state, policy): return macs_of(self.build(job, state, policy), job.images)
+    def macs(self, job, state, policy):
+        return macs_of(self.build(job, state, policy), job.images, job.config.batch_size or 64)
+
     def build(self, job, state, policy, trained=None):
         return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, state, policy, K):
-        counts = counts_of(self.build(job, state, policy), job.images)
+        counts = counts_of(self.build(job, state, policy), job.images, job.config.batch_size or 64)
         return dict(samples=self.points(job, K), blocks=[b + 1 for b in policy.steps], counts=counts)

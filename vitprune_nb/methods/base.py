@@ -212,7 +212,8 @@ class Method:
         return self.trains
 
     def passes(self, config:Config)->float:
-        "Passes over the training images in all its own training."
+        """Passes over the training images in all its own training: the sum of the options whose names end in
+        `_epochs`. A method whose training is told by other options overrides it."""
         return sum(getattr(config, k) for k in self.own if k.endswith('_epochs'))
 
     def check(self, config:Config):
@@ -274,6 +275,10 @@ def method(name:str,     # What `prune`, --method and result rows call it
            ):
     "Class decorator: register a subclass of `Method`."
     def add(cls):
+        told = any(k.endswith('_epochs') for k in cls.config.model_fields)
+        counted = not cls.trains or told or cls.passes is not Method.passes
+        require(counted, 'method', f'{name}, which trains without an option that says how long',
+                'an option whose name ends in _epochs, or a method `passes` of its own')
         cls.name, cls.about, cls.paper, cls.color = name, about, paper, color
         METHODS[name] = cls()
         if color: COLORS[name.replace('-', ' ')] = color
@@ -381,8 +386,11 @@ def prune(name:str,     # One of METHODS
           **options,    # The method's own: `METHODS[name].options`
           )->SlimViT:   # In eval mode; `.info` says how it was made
     """Prune a model by any method of the course; what is returned is what `load_pruned` would read after
-    `save_pruned`. A method that trains on labels wants images of the model's classes; to all others any will
-    do."""
+    `save_pruned`. A method that trains on labels wants images of the model's classes, and gives their names
+    to a model that has none; to all others any images will do, and names are given by hand:
+    `slim.classes = ds.classes`."""
+    require(not isinstance(name, torch.nn.Module), 'method', f'a {type(name).__name__}', 'a name',
+            "The name comes first: prune('evit', model, images).")
     m, config = read_options(name, options)
     require(work is None or isinstance(work, (str, Path)) and str(work), 'work', work, 'a folder, or None')
     device = pick_device(device)
@@ -408,8 +416,8 @@ def prune(name:str,     # One of METHODS
     out.info = json.loads(json.dumps(memory | config.model_dump(exclude={'reduction'}) | said, default=str))
     out.info['reduction'] = cost_of(out)['reduction']
     _check_budget(m, model, out, config.reduction)
-    known = getattr(given, 'classes', None) or train_set.classes   # its own names, else those of the images
-    out.classes = list(known) if len(known) == out.num_classes else None
+    known = getattr(given, 'classes', None) or (train_set.classes if training_epochs(m, config) else [])
+    out.classes = list(known) if known and len(known) == out.num_classes else None
     if done: save_pruned(out, done)
     return freeze_choices(out).to(device)
 
@@ -446,6 +454,8 @@ def recover(model,         # A pruned model; trained in place
     finally:
         if packed: model.set_mode('packed')
     if counted: _count_again(model, images)
+    if not getattr(model, 'classes', None) and len(train_set.classes) == model.num_classes:
+        model.classes = list(train_set.classes)     # what its head was just trained on
     return log
 
 # %% ../../nbs/3_methods/25_methods.ipynb #4cd713a8

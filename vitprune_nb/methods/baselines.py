@@ -143,4 +143,6 @@ def chance_of(pruned,     # A `SlimViT`, from `prune`
     n_patches = pruned.n_tokens - pruned.num_prefix_tokens
     counts = mean_counts(pruned, images) if pruned.policy.ragged else None
     mode = 'gather' if pruned.mode == 'packed' else pruned.mode           # every image has as many
-    return SlimViT(model, chance_policy(pruned.policy, n_patches, seed, counts), mode).eval()
+    slim = SlimViT(model, chance_policy(pruned.policy, n_patches, seed, counts), mode)
+    slim.classes = getattr(pruned, 'classes', None)
+    return slim.eval()

@@ -19,9 +19,9 @@ from torch import nn
 from ..core import PALETTE, fold_seed, pick_device, progress, set_seed
 from ..errors import require
 from ..vit.cost import model_macs
-from ..data import ImageSet, data_config, eval_transform, loader
+from ..data import ImageSet, check_classes, data_config, eval_transform, loader, match_classes
 from ..engine.slim import Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer
-from ..engine.macs import counts_of, macs_of
+from ..engine.macs import counts_of, extra_macs, macs_of
 from .base import Looks, Method, Share, method, option
 from ..engine.policy import decision_macs
 from ..vit.redundancy import adjacent_similarity, norm_growth
@@ -114,13 +114,14 @@ def collect(model,          # A timm VisionTransformer of standard blocks
     """Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course
     model)."""
     device, was_training, parts = pick_device(device), model.training, []
-    model.eval().to(device)
-    for x, _ in progress(loader(_ready(model, ds), batch_size), 'tokens', unit='batch'):
-        steps, *_ = walk(model, x.to(device), decide, keys)
-        seen = [(b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))
-                for b, a, last, _ in steps]
-        parts.append([[t.cpu() for t in s] for s in seen])
-    model.train(was_training)
+    try:
+        model.eval().to(device)
+        for x, _ in progress(loader(_ready(model, ds), batch_size), 'tokens', unit='batch'):
+            steps, *_ = walk(model, x.to(device), decide, keys)
+            seen = [(b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))
+                    for b, a, last, _ in steps]
+            parts.append([[t.cpu() for t in s] for s in seen])
+    finally: model.train(was_training)
     before, cosine, growth, context = zip(*([torch.cat(c) for c in zip(*block)] for block in zip(*parts)))
     return Seen(list(before), torch.stack(cosine), torch.stack(growth), list(context))
 
@@ -331,12 +332,15 @@ def run_slim(slim:SlimViT,       # Any SlimViT
              )->dict:
     "Accuracy, kept patches and MACs of a pruned model, in one pass over the images."
     model, device, right, trace = slim.model, pick_device(device), [], Trace()
-    slim.eval().to(device)
+    ds, was_training = _ready(model, check_classes(slim, match_classes(slim, ds))), slim.training
     kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
-    for x, y in progress(loader(_ready(model, ds), batch_size), 'pruned model', unit='batch'):
-        logits, t = slim.forward_traced(x.to(device))
-        right.append(classes_of(logits) == y)
-        kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
+    try:
+        slim.eval().to(device)
+        for x, y in progress(loader(ds, batch_size), 'pruned model', unit='batch'):
+            logits, t = slim.forward_traced(x.to(device))
+            right.append(classes_of(logits) == y)
+            kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
+    finally: slim.train(was_training)
     right, n = torch.cat(right), len(ds)
     # one trace of all images: its means hold that of Nq·Nkv, which is not the product of two means
     trace.rows = [[torch.cat(c).double() for c in list(zip(*trace.rows[l::L]))[:3]] for l in range(L)]
@@ -345,7 +349,7 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     correct = int(right.sum()); low, high = wilson_interval(correct, n)
     return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(),
                 kept=torch.cat(kept),
-                macs=model_macs(model, counts, own), pruner_macs=own)
+                macs=model_macs(model, counts, extra_macs(slim, counts)), pruner_macs=own)
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #328d5300
 def train_rounds(model,          # A timm VisionTransformer of standard blocks
@@ -355,15 +359,16 @@ def train_rounds(model,          # A timm VisionTransformer of standard blocks
                  rounds:int=1,   # Trainings on the pruned model's own tokens; 0 is the report's method
                  keys:str='all', # 'all' or 'kept', used while collecting
                  device='cpu',   # Where the model computes
+                 collect_batch:int=32, # Images at once; does not change the result
                  **fit,          # For `fit_pruner`: scale, shared, context, hidden, epochs, lr, seed
                  )->tuple:       # (pruner, all that was captured)
     "A pruner for a model, first from its unpruned tokens, then from those that it causes itself."
     require(isinstance(rounds, int) and rounds >= 0, 'rounds', rounds, 'an integer, 0 or more')
     require(0 < score_threshold < 1, 'score_threshold', score_threshold, 'a number in (0, 1)')
-    seen = collect(model, ds, device=device)
+    seen = collect(model, ds, batch_size=collect_batch, device=device)
     pruner = fit_pruner(seen, cosine_threshold, **fit)
     for _ in range(rounds):
-        seen = join(seen, collect(model, ds, pruner.decide(score_threshold), keys, device=device))
+        seen = join(seen, collect(model, ds, pruner.decide(score_threshold), keys, collect_batch, device))
         pruner = fit_pruner(seen, cosine_threshold, **fit)
     return pruner, seen
 
@@ -390,16 +395,21 @@ class Cosine(Method):
 
     def prepare(self, job): # -> the trained pruner
         c, label = job.config, job.config.cosine_threshold
+        size = c.batch_size or 32
         if label is None and c.reduction is None: label = .95
-        if label is None: label = collect(job.model, job.images, device=job.device).threshold_for(c.reduction)
-        return train_rounds(job.model, job.images, label, self.default(c), c.rounds, c.keys, job.device,
+        if label is None:
+            seen = collect(job.model, job.images, batch_size=size, device=job.device)
+            label = seen.threshold_for(c.reduction)
+        return train_rounds(job.model, job.images, label, self.default(c), c.rounds, c.keys, job.device, size,
                             seed=c.seed)[0]
 
     def plan(self, job, pruner, threshold): return cosine_policy(pruner, threshold, job.config.keys)
-    def macs(self, job, pruner, policy): return macs_of(self.build(job, pruner, policy), job.images)
+    def macs(self, job, pruner, policy):
+        return macs_of(self.build(job, pruner, policy), job.images, job.config.batch_size or 64)
+
     def build(self, job, pruner, policy, trained=None):
         return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, pruner, policy, threshold):
-        counts = counts_of(self.build(job, pruner, policy), job.images)
+        counts = counts_of(self.build(job, pruner, policy), job.images, job.config.batch_size or 64)
         return dict(cosine_threshold=pruner.cosine_threshold, score_threshold=threshold, counts=counts)

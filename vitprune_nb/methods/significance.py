@@ -281,10 +281,11 @@ def significance(model,             # A timm VisionTransformer that reads CLS or
         return torch.rand(L, N, dtype=torch.float64, generator=g)
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     device, was_training, total = pick_device(device), model.training, torch.zeros(L, N, dtype=torch.float64)
-    model.eval().to(device)
-    for x, _ in progress(loader(ds, batch_size), 'significance', unit='batch'):
-        total += batch_scores(model, x, kind, masks).sum(0).cpu()
-    model.train(was_training)
+    try:
+        model.eval().to(device)
+        for x, _ in progress(loader(ds, batch_size), 'significance', unit='batch'):
+            total += batch_scores(model, x, kind, masks).sum(0).cpu()
+    finally: model.train(was_training)
     require(bool(torch.isfinite(total).all()), 'model', 'weights or images that give NaN or infinite scores',
             'finite weights and images')
     return total/len(ds)

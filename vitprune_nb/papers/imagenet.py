@@ -230,11 +230,13 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
              dtype='fp32',      # 'fp32', 'bf16' or 'auto'
              )->torch.Tensor:   # (n, D) float32 on the CPU
     "What the head sees of each image: the CLS token after the last norm."
-    device = pick_device(device)
-    net.eval().to(device)
-    with autocast(device, dtype, net):
-        parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu()
-                 for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
+    device, was_training = pick_device(device), net.training
+    try:
+        net.eval().to(device)
+        with autocast(device, dtype, net):
+            parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu()
+                     for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
+    finally: net.train(was_training)
     return torch.cat(parts)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #4a5bd352

@@ -19,8 +19,8 @@ from ..core import (autocast, check_model, environment, fast_attention, fold_see
                               pick_device, progress, set_seed)
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import append_text, check_output, claim, only_one, sweep, write_atomic
-from ..data import (ImageSet, check_set, data_config, eval_transform, match_classes,
-                              train_transform)
+from ..data import (ImageSet, check_classes, check_set, data_config, eval_transform,
+                              match_classes, train_transform)
 from ..engine.plan import weights_hash
 from ..engine.policy import Policy
 from ..engine.slim import SlimViT
@@ -451,7 +451,8 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
     require(isinstance(cfg, TrainConfig), 'cfg', type(cfg).__name__, 'a TrainConfig')
     require(hasattr(model, 'num_classes'), 'model', type(model).__name__, 'a timm model, or a SlimViT')
     train_set = match_classes(model, train_set)
-    if test_set is not None: test_set = match_classes(model, check_set(test_set, 'test_set'))
+    if test_set is not None:
+        test_set = check_classes(model, match_classes(model, check_set(test_set, 'test_set')))
     last, n = max(map(int, train_set.targets)), model.num_classes
     require(not 0 < n <= last, 'train_set', f'class number {last}', f'0 to {n - 1}, the classes of the model')
     fine = teacher is None or isinstance(teacher, torch.nn.Module)
@@ -501,7 +502,9 @@ class Phase:
         "The model as it is run in this phase; it shares all weights with the one that is given."
         if self.policy is None and self.mode is None: return model
         policy, mode = (model.policy, model.mode) if isinstance(model, SlimViT) else (None, 'gather')
-        return SlimViT(vit_of(model), self.policy or policy, self.mode or mode)
+        view = SlimViT(vit_of(model), self.policy or policy, self.mode or mode)
+        view.classes = getattr(model, 'classes', None)      # those of a loaded SlimViT are its own
+        return view
 
     def resting(self, model)->list: # Parameters of the view that do not learn
         "Everything but what this phase trains."
@@ -523,10 +526,6 @@ def run_phases(model:torch.nn.Module, # As for `fit`; trained in place
                **kw)->dict:           # kw: further arguments of `fit`; returns {name: rows of the log}
     "Train a model in phases; all of them are checked before the first one starts."
     check_model(model)
-    # a view of the model has no names of its own
-    train_set = match_classes(model, check_set(train_set, 'train_set'))
-    if (test_set := kw.get('test_set')) is not None:
-        kw['test_set'] = match_classes(model, check_set(test_set, 'test_set'))
     ok = isinstance(phases, (list, tuple)) and len(phases) > 0 and all(isinstance(p, Phase) for p in phases)
     require(ok, 'phases', phases, 'one Phase or more, in a list')
     names = [p.name for p in phases]

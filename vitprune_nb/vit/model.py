@@ -17,8 +17,8 @@ import torch
 from ..core import autocast, check_model, data_path, out_of_memory, pick_device, progress
 from ..errors import VitpruneError, is_whole, refuse, require
 from ..files import read_json, sha256
-from ..data import (CIFAR10, ImageSet, check_set, data_config, eval_transform, loader,
-                              match_classes)
+from ..data import (CIFAR10, ImageSet, check_classes, check_set, data_config, eval_transform,
+                              loader, match_classes)
 from .weights import create_vit, model_kwargs
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #8a9d5428
@@ -183,7 +183,7 @@ def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, cla
     "Top-1 accuracy with its 95% interval."
     device = pick_device(device)
     check_model(model), check_set(ds)
-    ds = match_classes(model, ds)
+    ds = check_classes(model, match_classes(model, ds))
     if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
     was_training, correct, start = model.training, 0, time.perf_counter()
     try:

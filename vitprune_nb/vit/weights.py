@@ -255,6 +255,7 @@ def create_vit(name:str,          # A timm model name, e.g. 'deit_small_patch16_
     try:
         with _weights_only(): model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as e:   # from deep inside timm or PyTorch, each with errors of its own
+        if out_of_memory(e): raise
         if pretrained and not isinstance(e, (TypeError, AssertionError, ValueError)):
             refuse('pretrained', name,
                    'a model whose weights the Hugging Face hub has, and a network that reaches it',
