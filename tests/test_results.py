@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from vitprune_nb.evidence.measure import ratio_interval
 from vitprune_nb.evidence.results import FIELDS, append_rows, make_row, mcnemar, mean_interval, read_cell, read_rows, update_block, write_cell
-from vitprune_nb.papers.imagenet import mean_interval as mean_over_images
+from vitprune_nb.papers.imagenet import mean_over_images
 from vitprune_nb.vit.model import wilson_interval
 
 DIE = """

@@ -156,6 +156,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(tiny_vit(), train_set(), TrainConfig(**cfg), out=tmp_path)
     with pytest.raises(VitpruneError, match='Changed: lr was 0.002 and is 0.001'): fit(tiny_vit(), train_set(), TrainConfig(**dict(cfg, lr=1e-3)), out=tmp_path)
     with pytest.raises(VitpruneError, match='on these training images'): fit(tiny_vit(), train_set().subset(range(160)), TrainConfig(**cfg), out=tmp_path)
+    turned = train_set().but(targets=train_set().targets[::-1].copy())                   # the same images under other labels
+    with pytest.raises(VitpruneError, match='a checkpoint of a run with the labels'): fit(tiny_vit(), turned, TrainConfig(**cfg), out=tmp_path)
     done = fit(tiny_vit(seed=1), train_set(), TrainConfig(**cfg), out=tmp_path)          # the same one: finished, so nothing is left to do
     assert done == read_log(tmp_path/'log.csv') and done[-1]['step'] == 2
 

@@ -496,6 +496,9 @@ class Ledger:
         require(not strangers, 'results', self.csv, 'rows of this run only',
                 f'{len(strangers)} of its {len(there)} rows are of another one. '
                 'Move it away, or give another file (--results).')
+        twice = len(there) - sum(r in there for r in known)
+        require(twice <= 0, 'results', self.csv, 'each row once',
+                f'It has {twice} too many. Delete the file, and the run writes it anew.')
         return [r for r in known if r not in there]
 
     def sync(self):

@@ -6,7 +6,7 @@
 __all__ = ['TOP1', 'PRINTED', 'VTP_RATIOS', 'BACKBONES', 'FORMULAS', 'SETTINGS', 'LABEL_FREE', 'BUDGETS', 'DIALS', 'WNID',
            'IMAGENET', 'printed_rows', 'backbone_shape', 'words_range', 'life_macs', 'evit_macs', 'dynamic_macs',
            'evo_macs', 'paper_macs', 'paper_params', 'verdict', 'cost_columns', 'backbone_costs', 'agreement',
-           'mean_interval', 'features', 'Fidelity', 'slimmed', 'fidelity_row', 'record_fidelity', 'draw_fidelity',
+           'mean_over_images', 'features', 'Fidelity', 'slimmed', 'fidelity_row', 'record_fidelity', 'draw_fidelity',
            'fidelity_sets', 'fidelity_model', 'main', 'imagenet_tree', 'imagenet_pair', 'train_hours', 'expected']
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #9a2cad2d
@@ -206,7 +206,7 @@ def agreement(dense:torch.Tensor,  # (n, D) features of the whole model
     return dict(error=((p - d).norm(dim=1)/d.norm(dim=1)).numpy(),
                 cosine=torch.nn.functional.cosine_similarity(p, d).numpy())
 
-def mean_interval(values,         # (n,) one number an image
+def mean_over_images(values,         # (n,) one number an image
                   draws:int=2000, # Bootstrap samples
                   seed:int=0,     # Of the bootstrap
                   level:float=.95,# Coverage
@@ -288,7 +288,7 @@ def fidelity_row(s:Fidelity,      # Model and images
     net = slimmed(s, method, reduction, **more)
     cost, found = cost_of(net, s.ds), {}
     for k, v in agreement(s.features, features(net, s.ds, s.batch_size, s.device, s.dtype)).items():
-        found |= dict(zip((k, f'{k}_low', f'{k}_high'), mean_interval(v, seed=s.seed)))
+        found |= dict(zip((k, f'{k}_low', f'{k}_high'), mean_over_images(v, seed=s.seed)))
     dials = {k: net.info[k] for k in DIALS if net.info.get(k) is not None}
     return dict(s.row('fidelity', method, measured=found | dict(reached=cost['reduction']), macs=cost['macs'],
                       reduction=reduction, **dials), params=cost['params'])

@@ -8,7 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'read_log', 'Log', 'pick_accele
            'run_phases']
 
 # %% ../../nbs/6_reference/08_train.ipynb #c9290aac
-import contextlib, csv, dataclasses, errno, functools, inspect, io, json, math, os, random, re, time
+import contextlib, csv, dataclasses, errno, functools, hashlib, inspect, io, json, math, os, random, re, time
 import zipfile
 from pathlib import Path
 
@@ -204,8 +204,10 @@ class Trainer:
     def about(self)->dict: # Plain values
         "What a checkpoint can say of the run beside its recipe and its images."
         shown = re.sub(' at 0x[0-9a-f]+', '', repr(self.batches.ds.transform))
+        labels = hashlib.sha256(np.asarray(self.batches.ds.targets).tobytes()).hexdigest()[:12]
         return dict(objective=name_of(self.objective), before_step=name_of(self.before_step), transform=shown,
-                    teacher=None if self.teacher is None else weights_hash(self.source), **self.start_of)
+                    labels=labels, teacher=None if self.teacher is None else weights_hash(self.source),
+                    **self.start_of)
 
     def see(self, images, labels)->Seen:
         "One forward pass of the model, and one of the teacher: what the objective is called with."
