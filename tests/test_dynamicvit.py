@@ -100,6 +100,24 @@ def test_very_sure_predictors_still_rank():
     assert scores.max() > 30 and len(scores.unique()) == 49
 
 
+def test_a_frozen_predictor_draws_nothing():
+    "In training it decides as at inference; one that learns draws."
+    net = tiny_vit()
+    slim = SlimViT(net, loud(dynamic_policy(net, .5, [2]), 0), 'mask').train()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    def kept(seed):
+        torch.manual_seed(seed)
+        seen = []
+        slim(x, record=seen)
+        return seen[0].keep.float()
+    assert any(not torch.equal(kept(0), kept(s)) for s in range(1, 5))
+    for p in slim.scorers.parameters(): p.requires_grad_(False)
+    still = kept(0)
+    assert all(torch.equal(kept(s), still) for s in range(1, 5))
+    slim.eval()
+    assert torch.equal(kept(0), still)
+
+
 def test_stages_and_counts():
     assert [quarter_stages(n) for n in (1, 2, 4, 6, 12, 24)] == [[1], [1, 2], [2, 3, 4], [2, 4, 5], [4, 7, 10], [7, 13, 19]]
     assert stage_counts(196, .5, 3) == [98, 49, 24] and stage_counts(4, .3, 3) == [1, 1, 1] and stage_counts(196, 1., 3) == [196]*3

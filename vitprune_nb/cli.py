@@ -202,9 +202,9 @@ def open_data(data,       # As for `load_data`
 HELP['eval'] = '''Measure the top-1 accuracy of a model, with its 95% interval.
 
 The interval is Wilson's. Two models should differ by more than its width, or be compared image by image.
-Where a model knows the names of its classes (the course model, and what was trained on images or pruned
-from such a model), folders in another order are matched by name, and names that it does not know are
-refused; --rename-classes says that they are the same classes, in the same order.
+Where a model knows the names of its classes (the course model, and pruned models that were trained on
+named images or come from such a model), folders in another order are matched by name, and names that it
+does not know are refused; --rename-classes says that they are the same classes, in the same order.
 
 \b
 Examples:

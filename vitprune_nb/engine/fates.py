@@ -109,7 +109,7 @@ class Idle(Fate):
 @register_fate('fuse')
 class Fuse(Fate):
     """All become one extra token, their mean by scores and sizes (EViT, Liang et al. 2022, section 3.2).
-    Scores of 0 or less weigh 1e-6; if all are, it is the plain mean."""
+    Scores of 0 or less weigh 1e-6; if all are, it is the mean by sizes."""
     joins, sized, lost, acts = 1, True, False, True
     def meet(self, s, keep, drop, scores):
         return fuse_tokens(s.x, drop, s.size, None if scores is None else scores.clamp_min(1e-6))

@@ -207,10 +207,10 @@ def agreement(dense:torch.Tensor,  # (n, D) features of the whole model
                 cosine=torch.nn.functional.cosine_similarity(p, d).numpy())
 
 def mean_over_images(values,         # (n,) one number an image
-                  draws:int=2000, # Bootstrap samples
-                  seed:int=0,     # Of the bootstrap
-                  level:float=.95,# Coverage
-                  )->tuple:       # (mean, low, high)
+                     draws:int=2000, # Bootstrap samples
+                     seed:int=0,     # Of the bootstrap
+                     level:float=.95,# Coverage
+                     )->tuple:       # (mean, low, high)
     "Mean over images with its bootstrap interval: images are drawn anew, with replacement."
     v = np.asarray(values, dtype=float)
     require(v.ndim == 1 and len(v) > 0 and np.isfinite(v).all(), 'values', f'{v.shape} values',
