@@ -169,7 +169,7 @@ def static_indices(steps:dict,   # {block index: Step, or a tuple of Steps}, as 
                    mode:str='gather', # 'gather' refuses static positions after a per-image step
                    )->dict:      # {(block index, point): positions}
     "For each static step: where the kept tokens stand among those still there."
-    left, out = list(range(n_tokens)), {}       # left: None after a per-image step
+    left, out = range(n_tokens), {}             # left: None after a per-image step
     for i, s in _all(steps):
         if s.keep is None:
             left = left if s.fate.stays else None; continue
