@@ -160,9 +160,9 @@ case('05_engine', 'check_centre(CentreScore())',
     def forward(self, t):
         p = (t.pos - t.n_prefix).clamp_min(0)
         return -((p//4 - 1.5)**2 + (p % 4 - 1.5)**2).float()''',
-     '''class wrong(right):                                                           # a grid as large as the tokens that are left
+     '''class wrong(right):                                                           # the grid of those that are left
     def forward(self, t):
-        n, p = int((t.x.shape[1] - 1)**.5), (t.pos - t.n_prefix).clamp_min(0)
+        n, p = round((int(t.pos.max()) + 1 - t.n_prefix)**.5), (t.pos - t.n_prefix).clamp_min(0)
         return -((p//n - (n - 1)/2)**2 + (p % n - (n - 1)/2)**2).float()''',
      '''class wrong(right):                                                           # the border wins
     def forward(self, t): return -super().forward(t)''',
