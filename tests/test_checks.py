@@ -82,7 +82,8 @@ case('02_vit', 'check_updates(captured_updates)',
      'lambda cap: [(b.norm(dim=-1) - a.norm(dim=-1))/a.norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]',
      'lambda cap: [(b - a).norm(dim=-1)/cap.tokens[0].norm(dim=-1) for a, b in zip(cap.tokens, cap.tokens[1:])]')     # of the first token
 
-case('03_cost', 'check_crossover(crossover)', 'lambda dim, mlp_dim: 4*dim + 2*mlp_dim', 'lambda dim, mlp_dim: 6*dim')
+case('03_cost', 'check_crossover(crossover)', 'lambda dim, mlp_dim: 4*dim + 2*mlp_dim', 'lambda dim, mlp_dim: 6*dim',
+     'lambda dim, mlp_dim: 0')                                                        # the other root
 case('03_cost', 'check_life(life_counts)',
      'lambda rho: right(rho, late=False)',                                            # a block early
      'lambda rho: [(n - 1,)*3 for n, *_ in right(rho)]',                              # without CLS
@@ -95,10 +96,15 @@ case('03_cost', 'check_tome(tome_counts)',
 
 case('04_redundancy', 'check_expected(one_pair, half_alike)',
      '(2/64, .5)',                                                                    # shares of patches, not of pairs
-     '(1/4032, 496/4032)', '(66/4096, 1056/4096)')                                    # each pair once; each patch with itself
+     '(1/4032, 496/4032)', '(66/4096, 1056/4096)',                                    # each pair once; each patch with itself
+     '(0., 992/4032)', '(2/4032, 1024/4032)')
 case('04_redundancy', 'check_centred(centred_similarity)',
      'lambda tokens: patch_similarity(tokens - tokens.mean((0, 1)))',                 # the mean of all images
-     'lambda tokens: patch_similarity(tokens - tokens.mean(-1, keepdim=True))')       # of the features
+     'lambda tokens: patch_similarity(tokens - tokens.mean(-1, keepdim=True))',       # of the features
+     'lambda tokens: torch.full((len(tokens),), -1/(tokens.shape[1] - 1))',           # the smallest possible, whatever the tokens
+     '''def wrong(tokens):                                                            # to unit length first
+    unit = torch.nn.functional.normalize(tokens, dim=-1)
+    return patch_similarity(unit - unit.mean(1, keepdim=True))''')
 case('04_redundancy', 'check_skippable(skippable)',
      'lambda a, b, t, g: ((1 + adjacent_similarity(a, b))/2 > t) & ((norm_growth(a, b) - 1).abs() < g - 1)',  # shrunk is not measured as grown is
      'lambda a, b, t, g: (1 + adjacent_similarity(a, b))/2 > t',                      # no look at the length
@@ -183,11 +189,17 @@ case('05b_store', 'check_renamed(renamed)',
     config = read_config(folder)
     (folder/'config.json').write_text(config.model_copy(update=dict(classes=new)).model_dump_json(indent=1))
     assert len(new) == config.kwargs['num_classes']''',
+     '''def wrong(folder, new):                                                       # ten of whatever kind
+    text = (folder/'config.json').read_text()
+    if len(new) < 10: raise ValueError('too few')
+    config = __import__('json').loads(text)
+    (folder/'config.json').write_text(__import__('json').dumps(dict(config, classes=list(new))))''',
      'lambda folder, new: right(folder, sorted(new, reverse=True))')
 
 case('05c_macs', 'check_all_kept(saved)', '1.', '-.01')                               # the decision would cost something
 case('05c_macs', 'check_share(decision_share)',
      'lambda model: (extra_macs(model, counts_of(model)) if counts_of(model) else 0.)/model_macs(getattr(model, "model", model))',    # of the dense
+     'lambda model: extra_macs(model, counts_of(model))/macs_of(model) if counts_of(model) else 0.',    # padding too
      'lambda model: right(model)/(1 - right(model))')                                 # of the rest
 
 case('10b_plan', 'check_eta(eta_for)',
@@ -213,6 +225,14 @@ case('12b_surgery', 'check_price(price)',
 case('12b_surgery', 'check_even(even_heads)',
      'lambda plan, scores, heads: right(plan, {n: -s for n, s in scores.items()}, heads)',
      'lambda plan, scores, heads: right(plan, scores, 1)',                            # no heads
+     '''def wrong(plan, scores, heads):                                               # rounded to the nearest
+    keep = dict(plan.keep)
+    for n, k in plan.keep.items():
+        if not n.endswith('attn.proj'): continue
+        s = scores[n].view(heads, -1)
+        best = s.topk(max(1, round(len(k)/heads)), dim=1).indices + torch.arange(heads)[:, None]*s.shape[1]
+        keep[n] = best.flatten().sort().values.tolist()
+    return ChannelPlan(keep, plan.sizes, plan.ratio, plan.threshold)''',
      '''def wrong(plan, scores, heads):                                               # the first of each head
     return right(plan, {n: -torch.arange(len(s)).float() for n, s in scores.items()}, heads)''')
 

@@ -251,7 +251,8 @@ def _ordered(i, some):
                                         ['before', 'middle']) and not some[0].fate.stays
     require(fits, 'steps', f'{", ".join(f"{s.at} {s.fate}" for s in some)} in block index {i}',
             "one step, or one 'before' whose tokens leave together with one at 'queries' or 'middle'",
-            'Who does not ask is not in the MLP either, and who idles before a block sits out all of it.')
+            'A token that does not ask is not in the MLP either, and one that idles before a block sits '
+            'out all of it.')
     return some[0] if len(some) == 1 else some
 
 def _check_fates(steps):

@@ -159,7 +159,7 @@ def classes_of(logits:torch.Tensor # (B, classes)
 def logits_of(model,          # From images to logits
               x:torch.Tensor, # (B, 3, H, W)
               )->torch.Tensor:# (B, classes)
-    "What a model says about images; what it says against them is a refusal."
+    "What a model says about images; an error of its own is raised again with the shape of the images."
     try: out = model(x)
     except VitpruneError: raise
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
