@@ -613,6 +613,7 @@ case('31_imagenet', 'check_worst(worst)',
 case('31_imagenet', 'check_fits(fits)',
      'lambda hours, epochs, v: max(1, int(train_hours(epochs, v, gpus=1)/hours))',    # rounded down
      'lambda hours, epochs, v: math.ceil(train_hours(epochs, v, gpus=1)/hours) + 1',
+     'lambda hours, epochs, v: max(1, train_hours(epochs, v, gpus=1)/hours)',         # a part of a GPU
      'lambda hours, epochs, v: right(24*hours, epochs, v)')                           # days
 
 case('32_timing', 'check_slower(surely_slower)',
@@ -634,6 +635,15 @@ case('33_deploy', 'check_counts(with_counts)',
      '''def wrong(slim, images):                                                      # rounded down
     s, kept = right(slim, images), slim.kept(images).float().sum(-1).mean(0)
     return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=int(kept[i])) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
+     '''def wrong(slim, images):                                                      # rounded up
+    s, kept = right(slim, images), slim.kept(images).float().sum(-1).mean(0)
+    return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=max(1, math.ceil(kept[i]))) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
+     '''def wrong(slim, images):                                                      # the median
+    s, kept = right(slim, images), slim.kept(images).float().sum(-1).median(0).values
+    return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=max(1, int(kept[i]))) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
+     '''def wrong(slim, images):                                                      # and none where none is kept
+    s, kept = right(slim, images), slim.kept(images).float().sum(-1).mean(0)
+    return SlimViT(s.model, Policy({i: dataclasses.replace(t, count=round(kept[i].item())) for i, t in s.policy.steps.items()}, 'x'), 'gather')''',
      '''def wrong(slim, images):                                                      # what the first image keeps
     return right(slim, images[:1])''',
      '''def wrong(slim, images):                                                      # CLS counted
@@ -654,6 +664,7 @@ case('11b_patch_figures', 'check_safe(safe_rate)',
 case('11b_patch_figures', 'check_nested(nested_counts)',
      'lambda rates, n: [n - round(r*n) for r in rates]',                              # may rise
      'lambda rates, n: [min(n - round(r*n) for r in rates[:i + 1]) for i in range(len(rates))]',             # too few
+     'lambda rates, n: [max(int((1 - r)*n) for r in rates[i:]) for i in range(len(rates))]',                 # the kept rounded down
      'lambda rates, n: [max(right(rates, n))]*len(rates)')                            # too many
 
 case('11c_patch_tables', 'check_words(words_allow)',
@@ -673,10 +684,16 @@ case('12c_channel_tables', 'check_share(share_left)', 'lambda p: 1 - p', 'lambda
 case('12c_channel_tables', 'check_best(best_at_cost)',
      'lambda rows, macs: max((r for r in rows if r["macs"] <= macs), key=lambda r: r["top1"], default=None)',    # a tie goes to the dearer
      'lambda rows, macs: max((r for r in rows if r["macs"] < macs), key=lambda r: (r["top1"], -r["macs"]), default=None)',
+     '''def wrong(rows, macs):                                                         # the last of a tie
+    best = None
+    for r in rows:
+        if r['macs'] <= macs and (best is None or r['top1'] >= best['top1']): best = r
+    return best''',
      'lambda rows, macs: max((r for r in rows if r["macs"] <= macs), key=lambda r: r["macs"], default=None)')
 case('13c_life_tables', 'check_steps(steps_needed)',
      'lambda lr, share, dim: max(1, int(share/(lr*dim**.5)))',                        # rounded down
      'lambda lr, share, dim: max(1, math.ceil(share/lr))',
+     'lambda lr, share, dim: share/(lr*dim**.5)',                                     # a part of a step
      'lambda lr, share, dim: right(lr, share, dim) + 1')
 case('13c_life_tables', 'check_present(present)',
      'lambda lives, U: right(lives[:1], U)',                                          # the first image
