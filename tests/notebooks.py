@@ -101,7 +101,7 @@ def names(source):
     table = symtable.symtable(source, 'cell', 'exec')
     binds = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     # a method that is added to a class belongs to it
-    return binds | set(re.findall(r'^@patch\b.*\ndef \w+\(self:\s*(\w+)', source, re.M)), used(table) - binds
+    return binds | set(re.findall(r'^@patch\b.*\n(?:@.*\n)*def \w+\(self:\s*(\w+)', source, re.M)), used(table) - binds
 
 
 def needed(cells, wanted):

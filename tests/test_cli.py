@@ -2,6 +2,7 @@
 import html, json, os, re, shutil, signal, subprocess, time
 
 import pytest, torch
+from vitprune_nb.data import SETS
 from vitprune_nb import cli, data
 from vitprune_nb.engine.store import open_model
 from vitprune_nb.files import sha256
@@ -507,6 +508,13 @@ def test_help_teaches(command, capsys):
     assert 'Examples:' in out and f'  vitprune {command}' in out and '--json' in out
     options = re.findall(r'^  (--\S+)(.*)', out, re.M)
     assert len(options) >= 3 and max(map(len, out.splitlines())) <= 130
+
+
+def test_help_names_every_data_set(capsys):
+    "The help is written out, since data sets need torch and help must be quick."
+    cli.main(['eval', '--help'])
+    said = capsys.readouterr().out
+    assert all(repr(name) in said for name in SETS)
 
 
 def test_help_without_a_command(capsys):

@@ -8,6 +8,7 @@ from vitprune_nb.engine.fates import Fate
 from vitprune_nb.engine.modes import MODES
 from vitprune_nb.engine.policy import POINTS, ClsAttention, GivenCounts, NormScore, Policy, RandomScore, Scorer, Step
 from vitprune_nb.engine.slim import BACKBONES, SlimViT, TimmViT, check_policy
+from vitprune_nb.engine.store import save_pruned
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods.life import LifeLeft, life_plan
 from vitprune_nb.vit.cost import block_macs, model_macs
@@ -457,7 +458,7 @@ def test_other_steps_between_those_of_one_order(model, images, between):
 
 # --- backbones
 
-def test_another_backbone_needs_only_an_adapter(model, images):
+def test_another_backbone_needs_only_an_adapter(model, images, tmp_path):
     "A network whose tokens come and are read in another way, in its own words."
     class Other(torch.nn.Module):
         def __init__(self, vit): super().__init__(); self.inner, self.out = vit, torch.nn.Linear(48, 7)
@@ -478,6 +479,8 @@ def test_another_backbone_needs_only_an_adapter(model, images):
             torch.testing.assert_close(SlimViT(other)(images), other.out(model.blocks(embed(model, images))[:, 0]))
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0); torch.testing.assert_close(a, c, atol=1e-5, rtol=0)
         assert a.shape == (3, 7)
+        with pytest.raises(VitpruneError, match='model: got Other; allowed: a timm VisionTransformer'): save_pruned(SlimViT(other, policy), tmp_path/'m')
+        assert not (tmp_path/'m').exists()
     finally: del BACKBONES[Other]
 
 

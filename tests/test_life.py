@@ -6,7 +6,7 @@ from vitprune_nb.engine.store import load_slim, save_slim
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods import life
 from vitprune_nb.methods.life import LifeLeft, LifePlan, life_plan, load_predictor, save_predictor, stage_counts, standardise
-from vitprune_nb.methods.life_run import life_recipe, two_stage
+from vitprune_nb.methods.life_run import life_recipe
 from vitprune_nb.papers.life_tables import LifeCase, rival
 from vitprune_nb.vit.model import create_vit
 
@@ -46,7 +46,6 @@ REFUSED = {
     'an unknown kind': (lambda: pruned(tiny(), 'hard'), 'kind: got hard'),
     'no steepness': (lambda: life.beta(torch.tensor(5.), 1, 0), 'U: got 0; allowed: a number above 0'),
     'lives without a predictor': (lambda: SlimViT(tiny(), Policy({1: Step(score=LifeLeft(), count=3)}))(images()), 'a LifeScore in an earlier block'),
-    'training what is pruned': (lambda: two_stage(pruned(tiny()), None, life_recipe(1e-3), life_recipe(1e-5)), "soft: got Policy('life (count)'"),
     'a recipe that stands still': (lambda: life_recipe(0), 'lr: got 0'),
     'a case without steepness': (lambda: LifeCase(U=0), 'U: got 0'),
     'a case without epochs': (lambda: LifeCase(epochs=0), 'epochs: got 0'),

@@ -3,6 +3,7 @@ import re, time
 
 import pytest
 import torch
+from vitprune_nb.core import evaluating
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence import measure, results
 from vitprune_nb.papers import overhead
@@ -67,3 +68,29 @@ ROWS = [dict(name=n, times_ms=[ms]*3, batch=4, device='cpu', dtype='fp32', threa
     (lambda: overhead.operator_ms(NET, X, 0), 'repeats: got 0')])
 def test_bad_input_is_named(call, said):
     with pytest.raises(VitpruneError, match=re.escape(said)): call()
+
+
+def test_a_model_comes_back_as_it_was():
+    "Part by part its mode, its device, and weights that can be trained again."
+    class Moved(torch.nn.Linear):
+        places = []
+        def to(self, place): # as a move between devices does: new tensors
+            self.places.append(str(place))
+            self.weight = torch.nn.Parameter(self.weight.detach().clone())
+            return self
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(), torch.nn.Linear(3, 3)).train()
+    net[2].eval()
+    with evaluating(net) as place: assert (place.type, net.training, torch.is_inference_mode_enabled()) == ('cpu', False, True)
+    assert [m.training for m in net.modules()] == [True, True, True, False]
+    moved = Moved(3, 3)
+    with pytest.raises(ZeroDivisionError), evaluating(moved, 'cpu'): raise ZeroDivisionError
+    assert moved.training and Moved.places == ['cpu', 'cpu'] and not moved.weight.is_inference()
+    moved(torch.ones(2, 3)).sum().backward()
+
+
+@needs_cuda
+def test_a_model_that_was_asked_on_a_gpu_can_be_trained_where_it_was():
+    net = torch.nn.Linear(3, 3)
+    with evaluating(net, 'cuda') as place: assert net.weight.device.type == place.type == 'cuda'
+    assert net.weight.device.type == 'cpu'
+    net(torch.ones(2, 3)).sum().backward()

@@ -250,7 +250,7 @@ def test_idle_and_returned_patches_are_those_of_the_table():
 
 
 STILLS = [('1_foundations/03_cost', 'block_figure', '03aa0002', ()), ('3_methods/10_significance', 'path_figure', '10aa0002', ())]
-LONG = [('3_methods/11_patch_slimming', 'walk_figure', '11aa0005', ('tune_block', 'search_order', 'search_measure', 'search_run')),
+LONG = [('3_methods/11_patch_slimming', 'walk_figure', '11aa0005', ()),
         ('3_methods/14_cosine', 'returns_figure', '14aa0002', ())]
 
 

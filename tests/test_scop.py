@@ -12,7 +12,8 @@ from vitprune_nb.engine.slim import SlimViT, check_policy
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods.base import METHODS, Job, prune, read_options, recover
-from vitprune_nb.methods.scop import Contest, clip_beta, contest_rate, knockoff, scop_policy, scop_recipe
+from vitprune_nb.methods.scop import Contest, clip_beta, contest_rate, knockoff, scop_policy
+from vitprune_nb.train.recipe import even_recipe
 from vitprune_nb.train.trainer import Trainer
 from vitprune_nb.vit.cost import count_macs
 from vitprune_nb.vit.model import create_vit
@@ -153,7 +154,7 @@ def test_a_place_that_alone_tells_the_label_wins(few):
         def forward(self, x): return torch.stack([self.beta[0, 5]*4 + 0*self.beta.sum()]*len(x))[:, None]*torch.eye(10)[0]
     toy = Toy(net)
     zeros = few.subset([i for i, t in enumerate(few.targets) if t == 0])
-    tr = Trainer(toy, zeros, scop_recipe(.05, epochs=10, batch_size=len(zeros), weight_decay=0., warmup=0., dtype='fp32'))
+    tr = Trainer(toy, zeros, even_recipe(.05, epochs=10, batch_size=len(zeros), weight_decay=0., warmup=0., dtype='fp32'))
     for _ in range(5): tr.one_step()
     tr.close()
     assert toy.scores[0, 5] > .2 and toy.scores[0, :5].abs().max() == 0

@@ -14,8 +14,6 @@ from vitprune_nb.data import calibration, embedded
 from vitprune_nb.evidence.dense import train_dense
 from vitprune_nb.train.objectives import penalty, plus, supervised
 from vitprune_nb.train.recipe import frozen
-from vitprune_nb.methods.life import life_plan
-from vitprune_nb.methods.life_run import life_recipe, two_stage
 from vitprune_nb.engine.store import load_pruned, save_pruned
 from vitprune_nb.methods.base import prune, recover
 from vitprune_nb.engine.channels import choose, slice_model
@@ -271,15 +269,6 @@ def do_recover(name, options):
     return run
 
 
-def do_life(out):
-    model = tiny_vit()
-    first, second = (life_recipe(lr, batch_size=8, dtype='fp32', save_every=1, clip_grad=.1) for lr in (1e-3, 1e-3))
-    plan = life_plan(model, .5, (1, 2))
-    score = plan.score(model.embed_dim)
-    two_stage(engine.SlimViT(model, plan.policy(score, 'soft'), 'mask'), images(), first, second, out)
-    return weights(engine.SlimViT(model, plan.policy(score)))
-
-
 def do_channels(out):
     gated = channels.train_gates(tiny_vit(), images(), recipe('drop_path'), 1e-3, out=out/'sparse')
     sliced = slice_model(gated, choose(channels.importance(gated), .3, 3))
@@ -297,7 +286,7 @@ def do_dense(out):
 PROCEDURES = dict(
     vtp=do_prune('vtp', METHODS['vtp']), life=do_prune('life', METHODS['life']), recover_vtp=do_recover('vtp', METHODS['vtp']),
     recover_life=do_recover('life', METHODS['life']), recover_cosine=do_recover('cosine', METHODS['cosine']),
-    recover_tuned=do_recover(*TUNED[0]), two_stage=do_life, channels=do_channels, train_dense=do_dense)
+    recover_tuned=do_recover(*TUNED[0]), channels=do_channels, train_dense=do_dense)
 
 
 @pytest.mark.parametrize('name', PROCEDURES)

@@ -11,7 +11,7 @@ from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.files import sha256
 from vitprune_nb.methods.life import life_plan
-from vitprune_nb.methods.life_run import life_recipe, two_stage
+from vitprune_nb.methods.life_run import life_recipe
 from vitprune_nb.train.course import train_course
 from vitprune_nb.train.objectives import (distillation, kl_to_teacher, looks_at, loss_and_targets, penalty, plus, ratio_loss,
                                           supervised, token_mse)
@@ -517,7 +517,9 @@ def test_two_stages_of_life_regression_are_two_runs_with_one_half_frozen():
         if by_hand:
             with frozen(soft.model): a = fit(soft, train_set(), first)
             with frozen(soft.scorers): b = fit(soft, train_set(), second)
-        else: a, b = two_stage(soft, train_set(), first, second)
+        else:
+            phases = Phase('predictor', first, trains=[soft.scorers]), Phase('backbone', second, trains=[soft.model])
+            a, b = run_phases(soft, train_set(), phases).values()
         ends.append((soft.state_dict(), [r['loss'] for r in (*a, *b)]))
     assert apart(ends[0][0], ends[1][0]) == 0 and ends[0][1] == ends[1][1]
     assert apart(ends[0][0], SlimViT(tiny_vit(), plan.policy(plan.score(48), 'soft'), 'mask').state_dict()) > 0

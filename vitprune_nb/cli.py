@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'KEYS', 'Model', 'Weights', 'Data', 'Limit', 'Skip', 'Device', 'Dtype', 'Batch', 'Seed', 'Json', 'HELP',
            'BUDGET', 'Recover', 'RecoverLr', 'ABOUT_PRUNE', 'Commands', 'in_words_of_ours', 'explain', 'one_line',
-           'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval', 'first_images',
-           'is_pruned_folder', 'check_out', 'write_folder', 'check_unfinished', 'holds_work', 'refuses_option',
-           'unfinished', 'flag', 'own_options', 'kind_of', 'grouped', 'usual_value', 'option', 'listed',
-           'default_budget', 'prune_options', 'what_is_left', 'cli_prune', 'prune_command', 'prune_placeholder',
-           'cli_bench', 'cli_demo', 'cli_train', 'cli_run']
+           'main', 'finish', 'in_words', 'root', 'table_of', 'cli_cost', 'open_data', 'cli_eval', 'is_pruned_folder',
+           'check_out', 'write_folder', 'check_unfinished', 'holds_work', 'refuses_option', 'unfinished', 'flag',
+           'own_options', 'kind_of', 'grouped', 'usual_value', 'option', 'listed', 'default_budget', 'prune_options',
+           'what_is_left', 'cli_prune', 'prune_command', 'prune_placeholder', 'cli_bench', 'cli_demo', 'cli_train',
+           'cli_run']
 
 # %% ../nbs/6_reference/24_cli.ipynb #937961bc
 import contextlib, inspect, json, os, sys, warnings
@@ -235,19 +235,6 @@ def cli_eval(model:Model='course', weights:Weights=None, data:Data=None, skip_da
     print(in_words(d))
     return finish(dict(model=model, data=ds.name, **d, **r, batch=batch, device=device.type, dtype=dtype),
                   json_)
-
-# %% ../nbs/6_reference/24_cli.ipynb #fed35b50
-def first_images(model,  # Decides the transform
-                 ds,     # An `ImageSet` without transform
-                 n:int,  # How many
-                 ):      # (n, 3, H, W)
-    "The first images of a set as the model takes them."
-    import torch
-    from vitprune_nb.errors import require
-    from vitprune_nb.data import data_config, eval_transform
-    require(1 <= n <= len(ds), 'batch', n, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
-    t = eval_transform(data_config(model))
-    return torch.stack([t(ds.image(i)) for i in range(n)])
 
 # %% ../nbs/6_reference/24_cli.ipynb #bcd62936
 def is_pruned_folder(folder # Any path
@@ -586,13 +573,16 @@ def cli_bench(model:Model='course', weights:Weights=None, data:Data=None, skip_d
     from vitprune_nb.engine.store import open_model
     from vitprune_nb.core import pick_device
     from vitprune_nb.engine.macs import cost_of, dense_of
+    from vitprune_nb.data import ready
+    from vitprune_nb.errors import require
     from vitprune_nb.evidence.measure import bench, time_reduction
     m, device = open_model(model, weights), pick_device(device)
     ds = open_data(data, 'test', skip_damaged=skip_damaged)
     if getattr(m, 'classes', None) and not set(ds.classes) <= set(m.classes):
         print('vitprune: these images show other classes than the model knows; its time is the same for all '
               'images of a size', file=sys.stderr)
-    x = first_images(m, ds, batch)
+    require(1 <= batch <= len(ds), 'batch', batch, f'1 to {len(ds)}, the images of {ds.name} {ds.split}')
+    x = ready(ds, m).batch(range(batch))
     pair = {model: m} if dense_of(m) is m else {'dense': dense_of(m).eval(), model: m}
     d, rows = cost_of(m, x), bench(pair, x, warmup, repeats, device, dtype)
     for r in rows:

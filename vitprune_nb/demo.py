@@ -21,9 +21,9 @@ from .data import (calibration, check_classes, data_config, eval_transform, load
 from .engine.store import save_slim
 from .evidence.measure import bench
 from .methods.patch_slimming import for_budget, random_plan, uniform_plan
-from .evidence.results import answers, append_rows, make_row, paired_difference
+from .evidence.results import append_rows, make_row, paired_difference
 from .methods.significance import significance
-from .vit.model import classes_of, course_model, wilson_interval
+from .vit.model import accuracy, answers, classes_of, course_model
 
 # %% ../nbs/6_reference/23_demo.ipynb #0cdc83ac
 def rival_plans(model,           # A timm ViT that reads its CLS token
@@ -54,11 +54,9 @@ def measure_models(models:dict,     # {name: module}, the dense model under 'den
     x = torch.stack([ds[i][0] for i in range(min(batch, len(ds)))])
     rows = []
     for t in bench(models, x, warmup=1, repeats=repeats, device=device):
-        n, correct = t['name'], int(right[t['name']].sum())
-        low, high = wilson_interval(correct, len(ds))
-        accuracy = dict(correct=correct, images=len(ds), top1=correct/len(ds), top1_low=low, top1_high=high)
-        rows.append(make_row(n, backbone, ds, accuracy, t, macs=macs[n], params=model_params(models[n]),
-                             schedule=kept[n], seed=seed, recovery='none'))
+        n = t['name']
+        rows.append(make_row(n, backbone, ds, accuracy(right[n]), t, macs=macs[n],
+                             params=model_params(models[n]), schedule=kept[n], seed=seed, recovery='none'))
     return rows, right
 
 # %% ../nbs/6_reference/23_demo.ipynb #9b315888

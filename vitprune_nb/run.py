@@ -22,7 +22,8 @@ from .errors import VitpruneError, is_number, require
 from .files import (append_text, check_ours, check_output, claim, made_in, only_one, remove,
                                sha256, sweep, temporary_path, write_atomic, write_folder_atomic)
 from .vit.cost import model_macs
-from .data import ImageSet, calibration, class_subset, data_config, eval_transform, load_data
+from .data import (ImageSet, calibration, class_subset, data_config, eval_transform, load_data,
+                              ready)
 from .experiment import (Experiment, Ledger, Unit, fingerprint, hold_to, in_time, method_options,
                                     plan_text, read_experiment, recovery, schedule, stage_passes, stages,
                                     units)
@@ -32,11 +33,11 @@ from .methods.baselines import chance_of
 from .engine.macs import cost_of
 from .engine.store import load_pruned, save_pruned
 from .evidence.report import ANSWERS, pack_answers, read_pairs, write_report
-from .evidence.results import answers, make_row, paired_difference
+from .evidence.results import make_row, paired_difference
 from .train.recipe import Batches, TrainConfig
 from .train.teacher import RememberedTeacher
 from .train.trainer import fit, pick_accelerator
-from .vit.model import COURSE, course_model, wilson_interval
+from .vit.model import COURSE, accuracy, answers, course_model
 from .vit.weights import create_vit, find_weights, load_weights, model_kwargs
 
 # %% ../nbs/6_reference/26_run.ipynb #e579a189
@@ -319,8 +320,7 @@ def timed(run:Run, model, unit:Unit)->tuple: # (what `bench` says, what the note
     "Time a model in turn with the dense one; ({}, {}) when no timing is wanted."
     e = run.e
     if not e.time_batch: return {}, {}
-    t = eval_transform(data_config(run.model))
-    x = torch.stack([t(run.test.image(i)) for i in range(e.time_batch)])
+    x = ready(run.test, run.model).batch(range(e.time_batch))
     pair = {'dense': run.model} if unit.method == 'dense' else {'dense': run.model, 'pruned': model}
     rows = bench(pair, x, warmup=2, repeats=e.repeats, device=run.acc.device, dtype=e.dtype)
     if unit.method == 'dense': return rows[0], {}
@@ -357,14 +357,11 @@ def finish_row(run:Run, unit:Unit,
     if not run.acc.is_main_process: return
     same = run.ledger.find(f'{unit.key}-none') if stage == 'recovered' else {}
     timing, extra = old_timing(same) if same.get('macs') == cost['macs'] else timed(run, model, unit)
-    low, high = wilson_interval(int(right.sum()), len(right))
-    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()),
-                  top1_low=low, top1_high=high)
     note = dict(target=unit.reduction, reduction=cost['reduction'], seconds=round(seconds, 1),
                 processes=run.acc.num_processes, dtype=dtype_name(run.e.dtype, run.acc.device), **extra)
     with write_atomic(run.out/'answers'/f'{unit.key}-{stage}.npy') as tmp, open(tmp, 'wb') as f:
         np.save(f, right)
-    row = make_row(unit.name, run.e.model, run.test, result, timing, run.acc.device,
+    row = make_row(unit.name, run.e.model, run.test, accuracy(right), timing, run.acc.device,
                    macs=cost['macs'], params=cost['params'], seed=unit.seed, weights=run.weights,
                    recovery=recovery_text(recovery(run.e, unit) if stage == 'recovered' else {}),
                    schedule=getattr(model, 'info', {}), note=note)

@@ -7,7 +7,7 @@ __all__ = ['counts_of', 'extra_macs', 'macs_of', 'dense_of', 'cost_of']
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #ac000004
 import torch
-from ..data import data_config, eval_transform, loader
+from ..data import loader, ready
 from .channels import padding_macs
 from .policy import decision_macs
 from ..errors import require
@@ -20,8 +20,7 @@ def _batches(model, images, batch_size=64):
     "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device and in the dtype of the model."
     weight = next(model.parameters())
     if hasattr(images, 'shape'): return [images.to(weight.device, weight.dtype)]
-    if images.transform is None: images = images.but(transform=eval_transform(data_config(model)))
-    return (x.to(weight.device, weight.dtype) for x, _ in loader(images, batch_size))
+    return (x.to(weight.device, weight.dtype) for x, _ in loader(ready(images, model), batch_size))
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORERS', 'patch_indices', 'Step', 'Tokens', 'register_scorer', 'Scorer', 'needs_of', 'softens', 'NormScore',
            'RandomScore', 'ClsAttention', 'GivenCounts', 'select', 'steps_of', 'views_at', 'Policy', 'decision_macs',
-           'parse_schedule', 'schedule_policy', 'pyramid']
+           'block_numbers', 'parse_schedule', 'schedule_policy', 'pyramid']
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #5dd0191a
 import dataclasses, json, math, operator
@@ -381,6 +381,18 @@ def decision_macs(policy:Policy,  # What decides
 
 
 # %% ../../nbs/1_foundations/04b_policy.ipynb #a9652f7b
+def block_numbers(name:str,      # What the caller calls them
+                  blocks,        # A number, or several
+                  n_blocks:int,  # L
+                  least:int=1,   # The first number that is allowed
+                  )->tuple:      # Rising, 1-based
+    "The blocks that a method names; refused unless they rise and the model has them."
+    given = (blocks,) if is_whole(blocks) else tuple(blocks)
+    inside = len(given) > 0 and all(is_whole(b) and least <= b <= n_blocks for b in given)
+    require(inside and list(given) == sorted(set(given)), name, blocks,
+            f'rising block numbers from {least} to {n_blocks}')
+    return given
+
 def _read_schedule(path):
     require(path_of('schedule', path).is_file(), 'schedule', path, 'an existing JSON file')
     try: return json.loads(Path(path).read_text(encoding='utf-8'))

@@ -16,10 +16,10 @@ from ..files import sha256, write_atomic
 from ..vit.cost import model_macs, model_params
 from ..data import calibration, load_data
 from .measure import dtype_name
-from .results import answers, append_rows, make_row, paired_difference, read_rows
+from .results import append_rows, make_row, paired_difference, read_rows
 from ..train.recipe import TrainConfig
 from ..train.trainer import fit, pick_accelerator
-from ..vit.model import wilson_interval
+from ..vit.model import accuracy, answers
 from ..vit.weights import create_vit, load_weights
 
 # %% ../../nbs/6_reference/29_dense.ipynb #046ddaf4
@@ -110,11 +110,8 @@ def train_dense(model,         # A timm ViT with a head for the classes of the i
 # %% ../../nbs/6_reference/29_dense.ipynb #22942b8c
 def _dense_row(model, name, file, what, right, test_set, device, **note):
     "The row of one file."
-    low, high = wilson_interval(int(right.sum()), len(right))
-    result = dict(correct=int(right.sum()), images=len(right), top1=float(right.mean()), top1_low=low,
-                  top1_high=high)
-    return make_row('dense', name, test_set, result, device=device, weights=_tag(file), schedule=what,
-                    recovery='none', seed=(recipe_of(file) or [{}])[-1].get('seed'),
+    return make_row('dense', name, test_set, accuracy(right), device=device, weights=_tag(file),
+                    schedule=what, recovery='none', seed=(recipe_of(file) or [{}])[-1].get('seed'),
                     macs=model_macs(model), params=model_params(model), note=note)
 
 def _tag(file): return f'{Path(file).name}, sha256 {sha256(file)[:12]}'

@@ -12,7 +12,7 @@ import contextlib, os, time
 import numpy as np
 import scipy
 import torch
-from ..core import (autocast, check_seed, fast_dtype, out_of_memory, pick_device,
+from ..core import (autocast, check_seed, evaluating, fast_dtype, out_of_memory, pick_device,
                               products_are_faster, progress, written_out)
 from ..errors import VitpruneError, is_number, is_whole, refuse, require
 
@@ -180,17 +180,15 @@ def bench(models:dict,       # {name: module or function of x}
     device = pick_device(device)
     x, used = x.to(device), dtype_name(dtype, device, x)
     modules = {n: m for n, m in models.items() if isinstance(m, torch.nn.Module)}
-    training = {n: m.training for n, m in modules.items()}
-    for m in modules.values(): m.eval().to(device)
-    try:
-        cast, nets = dtype if x.dtype == torch.float32 else 'fp32', list(modules.values())
-        by_hand = nets if products_are_faster(device, x.dtype) else []
-        with (num_threads(threads) as n_threads, torch.inference_mode(), autocast(device, cast, *nets),
-              written_out(*by_hand)):
-            times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock),
-                               warmup, repeats)
-    finally:
-        for n, m in modules.items(): m.train(training[n])
+    cast, nets = dtype if x.dtype == torch.float32 else 'fp32', list(modules.values())
+    by_hand = nets if products_are_faster(device, x.dtype) else []
+    with contextlib.ExitStack() as stack:
+        for m in nets: stack.enter_context(evaluating(m, device))
+        n_threads = stack.enter_context(num_threads(threads))
+        for c in (torch.inference_mode(), autocast(device, cast, *nets), written_out(*by_hand)):
+            stack.enter_context(c)
+        times = take_turns({n: _call(n, m, x) for n, m in models.items()}, stopwatch(device, clock),
+                           warmup, repeats)
     shared = dict(repeats=repeats, device=device.type, dtype=used, threads=n_threads)
     return [dict(name=n, batch=len(x), **summary(t, len(x)), **shared, first_ms=w[0], times_ms=t)
             for n, (w, t) in times.items()]

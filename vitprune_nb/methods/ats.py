@@ -12,11 +12,9 @@ from typing import Annotated, Literal
 # %% ../../nbs/3_methods/18_ats.ipynb #18a00005
 import torch
 from pydantic import Field
-from ..engine.macs import counts_of, macs_of
-from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
-from ..engine.slim import SlimViT
+from ..engine.policy import Policy, Scorer, Step, Tokens, block_numbers, register_scorer
 from ..errors import is_whole, require
-from .base import RISING, BlockNumbers, Looks, Method, method, option
+from .base import RISING, BlockNumbers, Looks, Ragged, method, option
 
 # %% ../../nbs/3_methods/18_ats.ipynb #18a0000d
 def significance(cls_row,    # (B, H, n) attention of CLS
@@ -89,16 +87,14 @@ def ats_policy(model,        # A timm ViT
                )->Policy:
     "A step in the middle of each of these blocks."
     L = len(model.blocks)
-    blocks = list(range(L//4 + 1, L + 1)) if blocks is None else list(blocks)
-    inside = len(blocks) > 0 and all(is_whole(b) and 1 <= b <= L for b in blocks)
-    require(inside and blocks == sorted(set(blocks)), 'blocks', blocks, f'rising block numbers from 1 to {L}')
+    blocks = block_numbers('blocks', range(L//4 + 1, L + 1) if blocks is None else blocks, L)
     score = AdaptiveSampling(samples, sampling)
     return Policy({b - 1: Step('middle', score=score, threshold=0.) for b in blocks}, f'ats {samples}')
 
 class AtsConfig(Looks):
     samples: Annotated[int, Field(ge=1, le=2**20)]|None = option(
         None, 'points that draw patches; at most so many stay in a block', 'a whole number from 1 to 2**20',
-        'K', dial=True, shown='as many as patches')
+        'K', dial=True)
     blocks: BlockNumbers|None = option(
         None, 'blocks in which patches are drawn', RISING, 'N,N,…', shown='4 to 12 of 12')
     sampling: Literal['exact', 'official'] = option(
@@ -106,24 +102,15 @@ class AtsConfig(Looks):
 
 @method('ats', 'draw patches in proportion to their scores; as many stay as the image needs',
         'Fayyaz et al., Adaptive Token Sampling for Efficient Vision Transformers, ECCV 2022', '#117733')
-class Ats(Method):
+class Ats(Ragged):
     config = AtsConfig
 
-    def default(self, c): return c.samples
     def at(self, turned): return max(1, round(2**(14*(1 - turned))))      # from 16,384 points to 1
-    def points(self, job, K): return math.prod(SlimViT(job.model).grid) if K is None else K
+    def points(self, job, K): return job.n_patches if K is None else K
 
     def plan(self, job, state, K):
-        blocks = job.config.blocks
-        blocks = [blocks] if isinstance(blocks, int) else blocks
-        return ats_policy(job.model, self.points(job, K), blocks, job.config.sampling)
-
-    def macs(self, job, state, policy):
-        return macs_of(self.build(job, state, policy), job.images, job.config.batch_size or 64)
-
-    def build(self, job, state, policy, trained=None):
-        return SlimViT(job.model, policy, 'packed').to(job.device).eval()
+        return ats_policy(job.model, self.points(job, K), job.config.blocks, job.config.sampling)
 
     def remember(self, job, state, policy, K):
-        counts = counts_of(self.build(job, state, policy), job.images, job.config.batch_size or 64)
-        return dict(samples=self.points(job, K), blocks=[b + 1 for b in policy.steps], counts=counts)
+        said = dict(samples=self.points(job, K), blocks=[b + 1 for b in policy.steps])
+        return super().remember(job, state, policy, K) | said

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPS', 'NOTE', 'Weight', 'Given', 'HaltingScore', 'MeanField', 'reads_of', 'avit_policy', 'owned', 'ponder_loss',
-           'depth_prior', 'depth_loss', 'channel_zero', 'mean_depth', 'fit_gate', 'avit_recipe', 'AvitConfig', 'Avit']
+           'depth_prior', 'depth_loss', 'channel_zero', 'mean_depth', 'fit_gate', 'AvitConfig', 'Avit']
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a00004
 import math
@@ -16,14 +16,13 @@ from pydantic import Field
 from ..data import loader
 from ..engine.attention import token_rows
 from ..engine.fates import Fate, register_fate
-from ..engine.macs import counts_of, macs_of
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
 from ..errors import is_number, require
-from .base import (PASSES, SHARED, Epochs, Looks, Method, Positive, Trains, method,
+from .base import (PASSES, SHARED, Epochs, Looks, Positive, Ragged, Trains, method,
                                       option)
 from ..train.objectives import looks_at, plus, supervised
-from ..train.trainer import TrainConfig
+from ..train.recipe import even_recipe
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0000d
 EPS = .01       # a token halts when no more than this is left of its unit
@@ -190,14 +189,10 @@ def fit_gate(t,           # (n, L) from `channel_zero`
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0001a
 Weight = Annotated[float, Field(ge=0)]
 
-def avit_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
-    "One rate for all layers."
-    return TrainConfig(**{**dict(layer_decay=1., head_lr_scale=1.), **changes}, lr=lr)
-
 class AvitConfig(Looks, Trains):
     offset: float|None = option(
         None, 'added to beta after training; the higher, the earlier tokens halt', 'a finite number',
-        'NUMBER', dial=True, shown='0')
+        'NUMBER', dial=True)
     gamma: Positive|None = option(
         None, 'steepness of the sigmoid', 'a number above 0', 'NUMBER',
         shown='one over the deviation of channel 0')
@@ -215,13 +210,12 @@ class AvitConfig(Looks, Trains):
 
 @method('avit', 'halt a token when the scores in its first channel add up to one (Yin et al., A-ViT)',
         'Yin et al., A-ViT: Adaptive Tokens for Efficient Vision Transformer, CVPR 2022', '#882255')
-class Avit(Method):
-    config, trains, shares = AvitConfig, True, True
+class Avit(Ragged):
+    config, trains, shares, usual = AvitConfig, True, True, 0.
 
     def check(self, c):
         require(c.beta is None or c.gamma is not None, 'beta', c.beta, 'a number together with gamma')
 
-    def default(self, c): return c.offset or 0.
     def at(self, turned): # -> the offset
         u = min(max(turned, 1e-9), 1 - 1e-9)
         return 2*math.log(u/(1 - u))
@@ -239,17 +233,13 @@ class Avit(Method):
         gate = c.gamma, c.beta
         if c.beta is None: gate = fit_gate(channel_zero(job.model, job.images), depth, c.gamma)
         if not c.ponder_epochs: return gate
-        recipe = avit_recipe(c.lr or 1e-4, epochs=c.ponder_epochs, **job.settings(job.batch(64)))
+        recipe = even_recipe(c.lr or 1e-4, epochs=c.ponder_epochs, **job.settings(job.batch(64)))
         objective = plus(supervised, ponder_loss(c.ponder_weight), depth_loss(depth, c.depth_weight))
         slim = SlimViT(job.model, avit_policy(job.model, *gate), 'mask')
         job.train(slim, recipe, SHARED, objective=objective)
         return gate
 
     def plan(self, job, gate, offset): return avit_policy(job.model, gate[0], gate[1] + offset)
-    def macs(self, job, gate, policy): return macs_of(self.build(job, gate, policy), job.images)
-    def build(self, job, gate, policy, trained=None):
-        return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, gate, policy, offset):
-        counts = counts_of(self.build(job, gate, policy), job.images)
-        return dict(offset=offset, gamma=gate[0], beta=gate[1], counts=counts)
+        return super().remember(job, gate, policy, offset) | dict(gamma=gate[0], beta=gate[1])

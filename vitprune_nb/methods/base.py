@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Whole', 'Rate', 'BlockNumber', 'BlockNumbers', 'Epochs', 'PASSES', 'RISING', 'SHARED', 'METHODS',
-           'turn', 'option', 'Config', 'Looks', 'Trains', 'calibration_images', 'Job', 'Method', 'Register', 'method',
-           'read_options', 'training_epochs', 'dense_part', 'prune', 'recover']
+           'turn', 'option', 'Config', 'Looks', 'Trains', 'calibration_images', 'Job', 'Method', 'Ragged', 'Register',
+           'method', 'read_options', 'training_epochs', 'dense_part', 'prune', 'recover']
 
 # %% ../../nbs/3_methods/25_methods.ipynb #6c14599f
 import contextlib, copy, functools, json, math
@@ -21,7 +21,8 @@ from ..core import COLORS, check_model, load_methods, pick_device
 from ..data import calibration, check_set, data_config, eval_transform, match_classes
 from ..engine.macs import cost_of, counts_of, macs_of
 from ..engine.plan import weights_hash
-from ..engine.slim import SlimViT, freeze_choices
+from ..engine.policy import block_numbers
+from ..engine.slim import SlimViT, freeze_choices, own_grid
 from ..engine.store import load_pruned, save_pruned
 from ..errors import VitpruneError, refuse, require
 from ..files import read_json, write_atomic
@@ -150,11 +151,21 @@ class Job:
         "Where a step keeps its state."
         return None if self.work is None else self.work/name
 
+    @functools.cached_property
+    def n_patches(self)->int:
+        "Patches of an image of the model's own size."
+        return math.prod(own_grid(self.model))
+
     def batch(self, own:int)->int: # own: the method's own size
         """Images a step of training: as asked for, else the method's own, never more than there are; Mixup
         wants pairs."""
         n = len(self.train_set)
         return self.config.batch_size or max(1, min(own, n - n % 2))
+
+    def batch_for(self, epochs:float)->int:
+        """The same for a part that starts from random numbers and learns for so many passes: the largest
+        size, from 8 to 128, that still gives it 200 steps, where the images suffice."""
+        return self.batch(max(8, min(128, int(len(self.train_set)*epochs)//200)))
 
     def settings(self, batch_size:int)->dict: # fields of `TrainConfig`
         "What every stage of training takes from the options, and how often it saves."
@@ -165,11 +176,8 @@ class Job:
                least:int=1,        # the first number that is allowed
                )->tuple:           # rising block numbers, 1-based
         "The blocks that an option names; refused unless they rise and the model has them."
-        given, L = getattr(self.config, name), len(self.model.blocks)
-        blocks = tuple(default if given is None else [given] if isinstance(given, int) else given)
-        rising = list(blocks) == sorted(set(blocks)) and least <= blocks[0] and blocks[-1] <= L
-        require(rising, name, given, f'rising block numbers from {least} to {L}')
-        return blocks
+        given = getattr(self.config, name)
+        return block_numbers(name, default if given is None else given, len(self.model.blocks), least)
 
     def train(self, model, recipe:TrainConfig, name:str, frozen_parts=(), **kw)->list:
         "Train with the course's trainer, its state in a part of the work folder."
@@ -188,6 +196,7 @@ class Method:
     trains = False     # it trains weights of the network on labels, before any recovery
     shares = False     # its training is done in `prepare`, once for all budgets
     ends = (0., 1.)    # where the dial goes, from least to most pruning
+    usual = None       # the dial where neither it nor a budget is given; None: as `plan` reads None
 
     def prepare(self, job:Job):
         "Whatever does not depend on the budget; returns the state that `plan` starts from."
@@ -225,7 +234,8 @@ class Method:
 
     def default(self, config:Config):
         "The dial where no budget is given."
-        return getattr(config, self.dial)
+        given = getattr(config, self.dial)
+        return self.usual if given is None else given
 
     def at(self, turned:float): # -> the dial
         "The value of the dial where bisection stands; another scale than its own may be finer."
@@ -249,6 +259,19 @@ class Method:
     def dials(self)->list: return [k for k, f in self.options.items() if f.json_schema_extra['dial']]
     @property
     def dial(self): return next(iter(self.dials), None)
+
+class Ragged(Method):
+    """A method that leaves each image a different number of patches: its plan is a `Policy`, run in packed
+    form; what it costs is the mean over the calibration images."""
+    def build(self, job, state, plan, trained=None):
+        return SlimViT(job.model, plan, 'packed').to(job.device).eval()
+
+    def macs(self, job, state, plan):
+        return macs_of(self.build(job, state, plan), job.images, job.config.batch_size or 64)
+
+    def remember(self, job, state, plan, value):
+        counts = counts_of(self.build(job, state, plan), job.images, job.config.batch_size or 64)
+        return {self.dial: value, 'counts': counts}
 
 # %% ../../nbs/3_methods/25_methods.ipynb #0c0f1906
 class Register(MutableMapping):

@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from ..core import PALETTE, fold_seed, pick_device, progress, set_seed
+from ..core import PALETTE, evaluating, fold_seed, progress, set_seed
 from ..errors import require
 from ..vit.cost import model_macs
-from ..data import ImageSet, check_classes, data_config, eval_transform, loader, match_classes
+from ..data import ImageSet, check_classes, check_set, loader, match_classes, ready
 from ..engine.slim import Policy, RandomScore, Scorer, SlimViT, Step, Tokens, Trace, register_scorer
-from ..engine.macs import counts_of, extra_macs, macs_of
-from .base import Looks, Method, Share, method, option
+from ..engine.macs import extra_macs
+from .base import Looks, Ragged, Share, method, option
 from ..engine.policy import decision_macs
 from ..vit.redundancy import adjacent_similarity, norm_growth
 from ..train.trainer import same_random_after
-from ..vit.model import classes_of, standard_blocks, wilson_interval
+from ..vit.model import accuracy, classes_of, standard_blocks
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #3e2dd280
 SCALES = dict(scaled=lambda c: (1 + c)/2, raw=lambda c: c)
@@ -100,10 +100,6 @@ class Seen:
         return float(SCALES[scale](c.double()))
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #4d073d4d
-def _ready(model, ds):
-    require(len(ds) > 0, 'ds', 'no images', 'at least one image')
-    return ds if ds.transform is not None else ds.but(transform=eval_transform(data_config(model)))
-
 def collect(model,          # A timm VisionTransformer of standard blocks
             ds:ImageSet,    # Its transform is made from the model when it has none
             decide=None,    # As in `walk`; None watches the unpruned model
@@ -113,15 +109,13 @@ def collect(model,          # A timm VisionTransformer of standard blocks
             )->Seen:
     """Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course
     model)."""
-    device, was_training, parts = pick_device(device), model.training, []
-    try:
-        model.eval().to(device)
-        for x, _ in progress(loader(_ready(model, ds), batch_size), 'tokens', unit='batch'):
-            steps, *_ = walk(model, x.to(device), decide, keys)
+    parts, images = [], loader(ready(check_set(ds), model), batch_size)
+    with evaluating(model, device) as place:
+        for x, _ in progress(images, 'tokens', unit='batch'):
+            steps, *_ = walk(model, x.to(place), decide, keys)
             seen = [(b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))
                     for b, a, last, _ in steps]
             parts.append([[t.cpu() for t in s] for s in seen])
-    finally: model.train(was_training)
     before, cosine, growth, context = zip(*([torch.cat(c) for c in zip(*block)] for block in zip(*parts)))
     return Seen(list(before), torch.stack(cosine), torch.stack(growth), list(context))
 
@@ -323,7 +317,6 @@ def reentries(kept:torch.Tensor # (B, L, P) bool, from `SlimViT.kept` or `run_sl
     return F.pad(back.sum(-1), (1, 0))
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #29bfa04e
-@torch.inference_mode()
 def run_slim(slim:SlimViT,       # Any SlimViT
              ds:ImageSet,        # Its transform is made from the model when it has none
              batch_size:int=64,  # Images at once
@@ -331,25 +324,21 @@ def run_slim(slim:SlimViT,       # Any SlimViT
              # top1, top1_low, top1_high, correct, images, right (n,), kept (n, L, P), macs, pruner_macs
              )->dict:
     "Accuracy, kept patches and MACs of a pruned model, in one pass over the images."
-    model, device, right, trace = slim.model, pick_device(device), [], Trace()
-    ds, was_training = _ready(model, check_classes(slim, match_classes(slim, ds))), slim.training
-    kept, prefix, L = [], model.num_prefix_tokens, len(model.blocks)
-    try:
-        slim.eval().to(device)
+    model, right, kept, trace = slim.model, [], [], Trace()
+    ds = ready(check_classes(slim, match_classes(slim, check_set(ds))), model)
+    prefix, L = model.num_prefix_tokens, len(model.blocks)
+    with evaluating(slim, device) as place:
         for x, y in progress(loader(ds, batch_size), 'pruned model', unit='batch'):
-            logits, t = slim.forward_traced(x.to(device))
+            logits, t = slim.forward_traced(x.to(place))
             right.append(classes_of(logits) == y)
             kept.append(t.computed(slim.n_tokens)[..., prefix:]); trace.rows += t.rows
-    finally: slim.train(was_training)
-    right, n = torch.cat(right), len(ds)
+    right = torch.cat(right).numpy()
     # one trace of all images: its means hold that of Nq·Nkv, which is not the product of two means
     trace.rows = [[torch.cat(c).double() for c in list(zip(*trace.rows[l::L]))[:3]] for l in range(L)]
     counts = trace.means
     own = decision_macs(slim.policy, counts, model.blocks, slim.n_tokens, prefix)
-    correct = int(right.sum()); low, high = wilson_interval(correct, n)
-    return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n, right=right.numpy(),
-                kept=torch.cat(kept),
-                macs=model_macs(model, counts, extra_macs(slim, counts)), pruner_macs=own)
+    return accuracy(right) | dict(right=right, kept=torch.cat(kept), pruner_macs=own,
+                                  macs=model_macs(model, counts, extra_macs(slim, counts)))
 
 # %% ../../nbs/3_methods/14_cosine.ipynb #328d5300
 def train_rounds(model,          # A timm VisionTransformer of standard blocks
@@ -375,7 +364,7 @@ def train_rounds(model,          # A timm VisionTransformer of standard blocks
 # %% ../../nbs/3_methods/14_cosine.ipynb #1384f161
 class CosineConfig(Looks):
     score_threshold: Share|None = option(None, 'compute a patch whose probability is above it, in (0, 1)',
-                                         'a number in (0, 1)', 'P', dial=True, shown='0.5')
+                                         'a number in (0, 1)', 'P', dial=True)
     cosine_threshold: Share|None = option(None, "label 'skip' above it, in (0, 1)", 'a number in (0, 1)',
                                           'COS', dial=True,
                                           shown='0.95; with a budget, one that fits it')
@@ -387,10 +376,9 @@ class CosineConfig(Looks):
 
 @method('cosine', 'skip, block by block, the patches that hardly turn (cosine labels)',
         'report on a cosine-label MLP pruner', PALETTE['purple'])
-class Cosine(Method):
-    config, ends = CosineConfig, (-14., 14.)
+class Cosine(Ragged):
+    config, ends, usual = CosineConfig, (-14., 14.), .5
 
-    def default(self, c): return c.score_threshold or .5
     def at(self, logit): return 1/(1 + math.exp(-logit))
 
     def prepare(self, job): # -> the trained pruner
@@ -404,12 +392,7 @@ class Cosine(Method):
                             seed=c.seed)[0]
 
     def plan(self, job, pruner, threshold): return cosine_policy(pruner, threshold, job.config.keys)
-    def macs(self, job, pruner, policy):
-        return macs_of(self.build(job, pruner, policy), job.images, job.config.batch_size or 64)
-
-    def build(self, job, pruner, policy, trained=None):
-        return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, pruner, policy, threshold):
-        counts = counts_of(self.build(job, pruner, policy), job.images, job.config.batch_size or 64)
-        return dict(cosine_threshold=pruner.cosine_threshold, score_threshold=threshold, counts=counts)
+        said = super().remember(job, pruner, policy, threshold)
+        return said | dict(cosine_threshold=pruner.cosine_threshold)

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
+from ..engine.policy import Policy, Scorer, Step, Tokens, block_numbers, register_scorer
 from ..engine.slim import SlimViT
-from ..errors import is_whole, require
+from ..errors import require
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
                                       method, option)
 from ..train.objectives import kl_to_teacher, plus, ratio_loss, supervised, token_mse
-from ..train.recipe import TrainConfig
+from ..train.recipe import TrainConfig, even_recipe
 
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150000c
 @register_scorer('dynamicvit')
@@ -94,9 +94,7 @@ def dynamic_policy(model,            # A timm ViT
                    )->Policy:
     "What decides before which block, and how many patches are left."
     L, N = len(model.blocks), model.patch_embed.num_patches
-    stages = quarter_stages(L) if stages is None else list(stages)
-    inside = len(stages) > 0 and all(is_whole(s) and 1 <= s <= L for s in stages)
-    require(inside and stages == sorted(set(stages)), 'stages', stages, f'rising block numbers from 1 to {L}')
+    stages = block_numbers('stages', quarter_stages(L) if stages is None else stages, L)
     require(0 < keep_rate <= 1, 'keep_rate', keep_rate, 'a number in (0, 1]')
     if predictors is None: predictors = make_predictors(model.embed_dim, len(stages), seed)
     counts = stage_counts(N, keep_rate, len(stages))
@@ -120,8 +118,7 @@ def dynamic_recipe(lr:float,         # Of the predictors, at its peak
                    **changes,        # Other fields of `TrainConfig`
                    )->TrainConfig:
     "One phase of training: all blocks alike, the predictors faster than the rest."
-    same = dict(head_lr_scale=1., layer_decay=1., save_every=50)
-    return TrainConfig(**{**same, **changes}, epochs=epochs, lr=lr*backbone, score_lr_scale=1/backbone)
+    return even_recipe(lr*backbone, epochs=epochs, score_lr_scale=1/backbone, **changes)
 
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150001d
 Weight = Annotated[float, Field(ge=0)]
@@ -129,7 +126,7 @@ Weight = Annotated[float, Field(ge=0)]
 class DynamicViTConfig(Trains):
     keep_rate: Rate|None = option(
         None, 'share of the patches that survives each stage, in (0, 1]', 'a number in (0, 1]', 'SHARE',
-        dial=True, shown='0.7')
+        dial=True)
     stages: BlockNumbers|None = option(
         None, 'blocks before which patches leave', RISING, 'N,N,…',
         shown='4,7,10 of 12')
@@ -150,28 +147,24 @@ class Rated(NamedTuple):
         'Rao et al., DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification, 2021',
         '#44AA99')
 class DynamicViT(Method):
-    config, trains, ends = DynamicViTConfig, True, (1., 0.)
+    config, trains, ends, usual = DynamicViTConfig, True, (1., 0.), .7
 
-    def default(self, c): return .7 if c.keep_rate is None else c.keep_rate
     def prepare(self, job): self.plan(job, None, 1.)                    # bad stages are refused here
 
     def plan(self, job, _, rate):
-        stages = job.config.stages
-        stages = [stages] if isinstance(stages, int) else stages
         rate = max(rate, 1e-6)                                          # the least that the dial can say
-        return Rated(rate, dynamic_policy(job.model, rate, stages, seed=job.config.seed))
+        return Rated(rate, dynamic_policy(job.model, rate, job.config.stages, seed=job.config.seed))
 
     def finish(self, job, _, plan): # -> the trained predictors
         "Two phases: the predictors alone, then all; the model before pruning teaches."
         c, slim, teacher = job.config, SlimViT(job.model, plan.policy, 'mask'), copy.deepcopy(job.model)
         weights = c.ratio_weight, c.kl_weight, c.mse_weight
         objective = dynamic_objective(plan.keep_rate, len(plan.policy.steps), *weights)
-        passes, n = c.predictor_epochs + c.joint_epochs, len(job.train_set)
-        size = job.batch(max(8, min(128, int(n*passes)//200)))          # 200 steps, where the images suffice
+        size = job.batch_for(c.predictor_epochs + c.joint_epochs)
         phases = ('predictors', c.predictor_epochs, [job.model]), ('joint', c.joint_epochs, [])
         for name, epochs, still in phases:
             if not epochs: continue
-            recipe = dynamic_recipe(c.lr or 1e-3, epochs, batch_size=size, seed=c.seed, dtype=c.dtype)
+            recipe = dynamic_recipe(c.lr or 1e-3, epochs, **job.settings(size))
             job.train(slim, recipe, name, still, objective=objective, teacher=teacher)
         return slim.scorers
 

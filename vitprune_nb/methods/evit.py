@@ -18,7 +18,7 @@ from ..engine.slim import SlimViT
 from ..errors import require
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
                                       method, option)
-from ..train.recipe import TrainConfig
+from ..train.recipe import TrainConfig, even_recipe
 
 # %% ../../nbs/3_methods/16_evit.ipynb #16e0000b
 @register_fate('attention_sum')
@@ -89,13 +89,13 @@ def keep_rate_warmup(plan:EvitPlan, # The one to end with
 # %% ../../nbs/3_methods/16_evit.ipynb #16e00013
 def evit_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
     "Fine-tuning as in the official script: one rate for all layers, little decay, no warm-up of the rate."
-    paper = dict(layer_decay=1., head_lr_scale=1., weight_decay=1e-6, warmup=0., min_lr=lr/10)
-    return TrainConfig(**{**paper, **changes}, lr=lr)
+    paper = dict(weight_decay=1e-6, warmup=0., min_lr=lr/10)
+    return even_recipe(lr, **{**paper, **changes})
 
 class EvitConfig(Trains):
     keep_rate: Rate|None = option(
         None, 'share of the tokens that stay at a stage, in (0, 1]', 'a number in (0, 1]', 'SHARE',
-        dial=True, shown='0.7')
+        dial=True)
     stages: BlockNumbers|None = option(
         None, 'blocks in which tokens leave', RISING, 'N,N,…',
         shown='4,7,10 of 12')
@@ -110,9 +110,8 @@ class EvitConfig(Trains):
 @method('evit', 'keep what CLS attends to, fuse the rest into one token',
         'Liang et al., Not All Patches are What You Need, ICLR 2022', '#332288')
 class Evit(Method):
-    config, trains, ends = EvitConfig, True, (1., 0.)
+    config, trains, ends, usual = EvitConfig, True, (1., 0.), .7
 
-    def default(self, c): return .7 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> block numbers
         has_cls = getattr(job.model, 'cls_token', None) is not None
@@ -120,8 +119,7 @@ class Evit(Method):
         return job.blocks('stages', evit_stages(len(job.model.blocks)))
 
     def plan(self, job, stages, rate):
-        grid = SlimViT(job.model).grid
-        return EvitPlan(math.prod(grid), rate, stages, job.config.fuse)
+        return EvitPlan(job.n_patches, rate, stages, job.config.fuse)
 
     def finish(self, job, stages, plan):
         "Cross-entropy, while the keep rate falls from 1 to that of the plan."

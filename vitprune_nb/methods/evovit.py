@@ -7,7 +7,7 @@ __all__ = ['GlobalAttention', 'Represented', 'EvoPlan', 'evo_stages', 'second_he
            'evo_recipe', 'EvoConfig', 'Evo']
 
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e00004
-import copy, dataclasses, math
+import copy, dataclasses
 from typing import Annotated
 
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e00005
@@ -18,12 +18,12 @@ from torch import nn
 from ..engine.attention import fuse_tokens
 from ..engine.fates import Fate, register_fate
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
-from ..engine.slim import SlimViT, own_grid
+from ..engine.slim import SlimViT
 from ..errors import require
 from .base import (PASSES, BlockNumbers, Epochs, Method, Rate, Trains, method,
                                       option)
 from ..train.objectives import looks_at, supervised
-from ..train.trainer import TrainConfig
+from ..train.recipe import TrainConfig, even_recipe
 
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e0000d
 @register_scorer('global_attention')
@@ -140,13 +140,13 @@ def blocks_then_stages(plan:EvoPlan,
 # %% ../../nbs/3_methods/19_evovit.ipynb #19e00019
 def evo_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
     "All layers at one rate, with the paper's weight decay; the rate is ours: the paper trains from scratch."
-    same = dict(layer_decay=1., head_lr_scale=1., weight_decay=.05, warmup=0., min_lr=lr/10)
-    return TrainConfig(**{**same, **changes}, lr=lr)
+    same = dict(weight_decay=.05, warmup=0., min_lr=lr/10)
+    return even_recipe(lr, **{**same, **changes})
 
 class EvoConfig(Trains):
     keep_rate: Rate|None = option(
         None, 'share of the patches that go through the blocks from the first stage on, in (0, 1]',
-        'a number in (0, 1]', 'SHARE', dial=True, shown='0.5')
+        'a number in (0, 1]', 'SHARE', dial=True)
     stages: BlockNumbers|None = option(
         None, 'blocks before which the choice is made', 'block numbers from 2 on, rising, e.g. 5, 9',
         'N,N,…', shown='5,9 of 12')
@@ -164,9 +164,8 @@ class EvoConfig(Trains):
 @method('evovit', 'half of the patches wait, and may come back (Xu et al., Evo-ViT)',
         'Xu et al., Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer, AAAI 2022', '#661100')
 class Evo(Method):
-    config, trains, ends = EvoConfig, True, (1., 0.)
+    config, trains, ends, usual = EvoConfig, True, (1., 0.), .5
 
-    def default(self, c): return .5 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> block numbers
         L = len(job.model.blocks)
@@ -174,9 +173,8 @@ class Evo(Method):
         return job.blocks('stages', evo_stages(L), least=2)
 
     def plan(self, job, stages, rate):
-        n_patches = math.prod(own_grid(job.model))
         rate = max(rate, 1e-6)                                      # the least that the dial can say
-        return EvoPlan(n_patches, rate, len(job.model.blocks), stages, job.config.representative)
+        return EvoPlan(job.n_patches, rate, len(job.model.blocks), stages, job.config.representative)
 
     def finish(self, job, stages, plan):
         "Two heads; the choice is made before each block at first, and at the stages in the end."

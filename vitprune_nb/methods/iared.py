@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'Interpreter', 'make_interpreters', 'group_starts', 'iared_policy', 'reward', 'log_chances',
-           'policy_gradient', 'iared_recipe', 'IaRedConfig', 'Learned', 'IaRed']
+           'policy_gradient', 'IaRedConfig', 'Learned', 'IaRed']
 
 # %% ../../nbs/3_methods/20b_iared.ipynb #a4ed0004
 from typing import Annotated, Literal, NamedTuple
@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from ..engine.macs import counts_of, macs_of
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
 from ..errors import is_number, is_whole, require
-from .base import (PASSES, RISING, SHARED, BlockNumbers, Epochs, Looks, Method, Trains,
+from .base import (PASSES, RISING, SHARED, BlockNumbers, Epochs, Looks, Ragged, Trains,
                                       method, option)
 from ..train.objectives import kept_so_far, looks_at
-from ..train.recipe import TrainConfig
+from ..train.recipe import even_recipe
 
 # %% ../../nbs/3_methods/20b_iared.ipynb #a4ed000d
 @register_scorer('interpreter')
@@ -150,14 +149,10 @@ def policy_gradient(penalty:float=1.,    # for a wrong answer, 0 or more
     return policy
 
 # %% ../../nbs/3_methods/20b_iared.ipynb #a4ed001e
-def iared_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
-    "One rate for all layers."
-    return TrainConfig(**{**dict(layer_decay=1., head_lr_scale=1.), **changes}, lr=lr)
-
 class IaRedConfig(Looks, Trains):
     threshold: Annotated[float, Field(ge=0, lt=1)]|None = option(
         None, 'a patch stays if its probability is larger, in [0, 1)', 'a number in [0, 1)', 'P',
-        dial=True, shown='0.5')
+        dial=True)
     starts: BlockNumbers|None = option(
         None, 'blocks before which patches leave, the first of each group', RISING, 'N,N,…',
         shown='1,5,9 of 12')
@@ -179,10 +174,9 @@ class Learned(NamedTuple):
 @method('iared', 'ask a policy before three groups of blocks which patches stay (Pan et al., IA-RED²)',
         'Pan et al., IA-RED²: Interpretability-Aware Redundancy Reduction for Vision Transformers, 2021',
         '#AA4499')
-class IaRed(Method):
-    config, trains, shares = IaRedConfig, True, True
+class IaRed(Ragged):
+    config, trains, shares, usual = IaRedConfig, True, True, .5
 
-    def default(self, c): return .5 if c.threshold is None else c.threshold
 
     def passes(self, c):
         groups = 3 if c.starts is None else 1 if isinstance(c.starts, int) else len(c.starts)
@@ -200,18 +194,14 @@ class IaRed(Method):
         for g, start in enumerate(starts, 1):
             slim = SlimViT(model, iared_policy(nets[:g], starts), 'mask')
             if c.policy_epochs:
-                recipe = iared_recipe(lr, epochs=c.policy_epochs, **settings)
+                recipe = even_recipe(lr, epochs=c.policy_epochs, **settings)
                 job.train(slim, recipe, f'{SHARED}/policy-{g}', [model, *nets[:g - 1]], objective=gradient)
             if c.block_epochs:
-                recipe = iared_recipe(lr/100, epochs=c.block_epochs, freeze=start - 1, **settings)
+                recipe = even_recipe(lr/100, epochs=c.block_epochs, freeze=start - 1, **settings)
                 job.train(slim, recipe, f'{SHARED}/blocks-{g}', nets)
         return Learned(nets, starts)
 
     def plan(self, job, learned, threshold): return iared_policy(*learned, threshold)
-    def macs(self, job, learned, policy): return macs_of(self.build(job, learned, policy), job.images)
-    def build(self, job, learned, policy, trained=None):
-        return SlimViT(job.model, policy, 'packed').to(job.device).eval()
 
     def remember(self, job, learned, policy, threshold):
-        counts = counts_of(self.build(job, learned, policy), job.images)
-        return dict(threshold=threshold, starts=list(learned.starts), counts=counts)
+        return super().remember(job, learned, policy, threshold) | dict(starts=list(learned.starts))

@@ -7,7 +7,7 @@ __all__ = ['mean_logits', 'ClsLogits', 'IdlePlan', 'first_idle', 'cut_losses', '
            'idle_recipe', 'IdleConfig', 'Idle']
 
 # %% ../../nbs/3_methods/19b_idlevit.ipynb #19b00004
-import contextlib, copy, dataclasses, math
+import contextlib, copy, dataclasses
 from typing import Annotated
 
 # %% ../../nbs/3_methods/19b_idlevit.ipynb #19b00005
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
-from ..engine.slim import SlimViT, own_grid
+from ..engine.slim import SlimViT
 from ..errors import require
 from .base import PASSES, BlockNumber, Epochs, Method, Rate, Trains, method, option
 from ..train.objectives import kl_to_teacher, looks_at, plus, supervised
-from ..train.trainer import TrainConfig
+from ..train.recipe import TrainConfig, even_recipe
 from ..vit.cost import block_widths
 
 # %% ../../nbs/3_methods/19b_idlevit.ipynb #19b0000b
@@ -144,13 +144,13 @@ def feature_mse(weight:float=1000.): # 100 times the weight of the teacher's ans
 # %% ../../nbs/3_methods/19b_idlevit.ipynb #19b00019
 def idle_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
     "Fine-tuning as in the official script: one rate for all layers, which falls to a fortieth, no warm-up."
-    paper = dict(layer_decay=1., head_lr_scale=1., weight_decay=.05, warmup=0., min_lr=lr/40)
-    return TrainConfig(**{**paper, **changes}, lr=lr)
+    paper = dict(weight_decay=.05, warmup=0., min_lr=lr/40)
+    return even_recipe(lr, **{**paper, **changes})
 
 class IdleConfig(Trains):
     keep_rate: Rate|None = option(
         None, 'share of the patches in the first blocks that idle, in (0, 1]; its square and its cube follow',
-        'a number in (0, 1]', 'SHARE', dial=True, shown='0.7')
+        'a number in (0, 1]', 'SHARE', dial=True)
     first: BlockNumber|None = option(
         None, 'block in which patches begin to idle', 'a block number, 1 or more', 'N', shown='5 of 12')
     finetune_epochs: Epochs = option(
@@ -165,9 +165,8 @@ class IdleConfig(Trains):
         'Xu et al., No Token Left Behind: Efficient Vision Transformer via Dynamic Token Idling, 2023',
         '#6699CC')
 class Idle(Method):
-    config, trains, ends = IdleConfig, True, (1., 0.)
+    config, trains, ends, usual = IdleConfig, True, (1., 0.), .7
 
-    def default(self, c): return .7 if c.keep_rate is None else c.keep_rate
 
     def prepare(self, job): # -> the first block
         model, L = job.model, len(job.model.blocks)
@@ -178,8 +177,8 @@ class Idle(Method):
         return first
 
     def plan(self, job, first, rate):
-        n_patches, L = math.prod(own_grid(job.model)), len(job.model.blocks)
-        return IdlePlan(n_patches, max(rate, 1e-6), L, first)     # the least that the dial can say
+        least = 1e-6                                               # that the dial can say
+        return IdlePlan(job.n_patches, max(rate, least), len(job.model.blocks), first)
 
     def finish(self, job, first, plan):
         "Cross-entropy, token cut, and the model before pruning as a teacher, in mode 'mask'."

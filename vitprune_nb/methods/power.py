@@ -20,7 +20,7 @@ from ..engine.slim import SlimViT, own_grid
 from ..errors import require
 from .base import PASSES, SHARED, Epochs, Method, Positive, Trains, method, option
 from ..train.objectives import penalty, plus, supervised
-from ..train.recipe import TrainConfig
+from ..train.recipe import TrainConfig, even_recipe
 
 # %% ../../nbs/3_methods/18b_power.ipynb #18b0000b
 @register_scorer('column_attention')
@@ -73,8 +73,8 @@ def clip_retention(slim, done:float): # for `before_step` of `fit`
 
 def power_recipe(lr:float, **changes)->TrainConfig: # changes: other fields of `TrainConfig`
     "One rate for all layers, no warm-up, no label smoothing."
-    own = dict(layer_decay=1., head_lr_scale=1., warmup=0., min_lr=0., label_smoothing=0.)
-    return TrainConfig(**{**own, **changes}, lr=lr)
+    own = dict(warmup=0., min_lr=0., label_smoothing=0.)
+    return even_recipe(lr, **{**own, **changes})
 
 def retention_rate(steps:int # of the search
                    )->float:
@@ -116,7 +116,7 @@ class PowerPlan:
 class PowerConfig(Trains):
     scale: Positive|None = option(
         None, 'the learned numbers of patches are multiplied by it', 'a number above 0', 'FACTOR',
-        dial=True, shown='1')
+        dial=True)
     mass_weight: Annotated[float, Field(ge=0)] = option(
         3e-4, 'weight of the penalty on what is kept', 'a number, 0 or more', 'LAMBDA')
     retention_lr: Positive|None = option(
@@ -131,9 +131,8 @@ class PowerConfig(Trains):
         'Goyal et al., PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination, 2020',
         '#999933')
 class Power(Method):
-    config, trains, shares = PowerConfig, True, True
+    config, trains, shares, usual = PowerConfig, True, True, 1.
 
-    def default(self, c): return 1. if c.scale is None else c.scale
     def at(self, turned): return (1 - turned)/max(turned, 1e-9)     # 0.5 is scale 1
 
     def _recipe(self, job, size, epochs, lr, **changes):

@@ -12,9 +12,9 @@ import contextlib, itertools, math
 
 # %% ../../nbs/3_methods/10_significance.ipynb #801018ba
 import torch
-from ..core import fold_seed, pick_device, progress, written_out
+from ..core import evaluating, fold_seed, progress, written_out
 from ..errors import require
-from ..data import ImageSet, check_set, data_config, eval_transform, loader
+from ..data import ImageSet, check_set, loader, ready
 from ..vit.model import Captured, standard_blocks
 
 # %% ../../nbs/3_methods/10_significance.ipynb #fa010009
@@ -263,7 +263,6 @@ def batch_scores(model,          # A timm VisionTransformer, in eval mode
         return capture_scores(cap, kind, masks, per_image=True, read=read)
 
 # %% ../../nbs/3_methods/10_significance.ipynb #da31cf48
-@torch.inference_mode()
 def significance(model,             # A timm VisionTransformer that reads CLS or averages its patches
                  ds:ImageSet,       # Calibration images; without a transform they get that of the model
                  masks=None,        # (L, N) bool, nested; None keeps all
@@ -279,13 +278,10 @@ def significance(model,             # A timm VisionTransformer that reads CLS or
     if kind == 'random':
         g = torch.Generator().manual_seed(fold_seed(seed, L, N))
         return torch.rand(L, N, dtype=torch.float64, generator=g)
-    if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
-    device, was_training, total = pick_device(device), model.training, torch.zeros(L, N, dtype=torch.float64)
-    try:
-        model.eval().to(device)
-        for x, _ in progress(loader(ds, batch_size), 'significance', unit='batch'):
+    total = torch.zeros(L, N, dtype=torch.float64)
+    with evaluating(model, device):
+        for x, _ in progress(loader(ready(ds, model), batch_size), 'significance', unit='batch'):
             total += batch_scores(model, x, kind, masks).sum(0).cpu()
-    finally: model.train(was_training)
     require(bool(torch.isfinite(total).all()), 'model', 'weights or images that give NaN or infinite scores',
             'finite weights and images')
     return total/len(ds)

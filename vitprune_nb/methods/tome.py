@@ -169,7 +169,7 @@ def merge_groups(slim,   # A SlimViT with a policy of `tome_policy`
 class TomeConfig(Config):
     r: Annotated[float, Field(ge=0, le=1e6)]|None = option(
         None, 'tokens merged away in each block, on average', 'a number from 0 to a million', 'R',
-        dial=True, shown='13 of 196 patches, and in proportion')
+        dial=True)
     inflection: Annotated[float, Field(ge=-1, le=1)] = option(
         0., 'below 0 the first blocks merge more, above 0 the last ones', 'a number from -1 to 1', 'TILT')
     proportional: bool = option(
@@ -181,7 +181,7 @@ class Tome(Method):
     config, ends = TomeConfig, (0., 1024.)
 
     def rate(self, job, r): # -> r, the paper's in proportion where none is given
-        return 13/196*math.prod(SlimViT(job.model).grid) if r is None else r
+        return 13/196*job.n_patches if r is None else r
 
     def plan(self, job, state, r):
         wanted = merge_schedule(len(job.model.blocks), self.rate(job, r), job.config.inflection)

@@ -152,9 +152,8 @@ class VtpConfig(GateConfig):
 @method('vtp', 'cut channels whose learned gates stay small (Zhu et al., VTP)',
         'Zhu et al., Vision Transformer Pruning, KDD workshop 2021', PALETTE['vermillion'])
 class Vtp(Method):
-    config, trains, shares = VtpConfig, True, True
+    config, trains, shares, usual = VtpConfig, True, True, .4
 
-    def default(self, c): return .4 if c.ratio is None else c.ratio
 
     def prepare(self, job): # -> a model with trained gates
         c = job.config
@@ -162,8 +161,7 @@ class Vtp(Method):
         # refused now, not after the training
         self.channel_plan(job, gated, self.default(c) if c.reduction is None else 0.)
         if not c.sparse_epochs: return gated
-        recipe = dict(PAPER, epochs=c.sparse_epochs, lr=c.lr or 1e-4, batch_size=job.batch(64), seed=c.seed,
-                      dtype=c.dtype, save_every=50)
+        recipe = PAPER | job.settings(job.batch(64)) | dict(epochs=c.sparse_epochs, lr=c.lr or 1e-4)
         return train_gates(job.model, job.train_set, TrainConfig(**recipe), c.l1, c.gate_start,
                            out=job.part(SHARED),
                            accelerator=pick_accelerator(job.device))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'ROWS', 'VARIANTS', 'random_channels', 'uniform_channels', 'uniform_at', 'channel_row', 'ChannelRun',
-           'run_recipe', 'run_cases', 'channel_table', 'record_table', 'recorded_tables', 'paper_run', 'uniform_cost',
-           'speed_models', 'speed_rows', 'record_speed']
+           'channel_table', 'record_table', 'recorded_tables', 'paper_run', 'uniform_cost', 'speed_models',
+           'speed_rows', 'record_speed']
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #1c9e2d96
 import copy, dataclasses, hashlib, json
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from ..methods.vtp import PAPER, add_gates, prunable_layers, gates, importance, train_gates
 from ..engine.channels import ChannelPlan, choose
-from ..core import data_path
+from ..core import data_path, patch
 from ..errors import VitpruneError, require
 from ..vit.cost import Widths, model_macs, model_params
 from ..data import calibration, data_config, load_data
@@ -116,21 +116,21 @@ class ChannelRun:
         require(not odd, 'baselines', odd, "'uniform', 'random'")
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #c27b8094
-def run_recipe(run:ChannelRun # Of the table
-               )->dict:       # As JSON keeps it
+@patch
+def recipe(self:ChannelRun # Of the table
+           )->dict:        # As JSON keeps it
     "What two rows must share to stand in one table."
     plain = dataclasses.asdict(TrainConfig())
     def short(c): return c and {k: v for k, v in dataclasses.asdict(c).items() if v != plain[k]}
-    return json.loads(json.dumps(dict(start=run.start, rule=run.rule, seed=run.seed, sparse=short(run.sparse),
-                                      tune=short(run.tune))))
+    return json.loads(json.dumps(dict(start=self.start, rule=self.rule, seed=self.seed,
+                                      sparse=short(self.sparse), tune=short(self.tune))))
 
-def run_cases(run:ChannelRun # Of the table
-              )->list:       # (method, λ, ratio) of every sliced model
+@patch
+def cases(self:ChannelRun # Of the table
+          )->list:        # (method, λ, ratio) of every sliced model
     "The grid of a table: VTP for each λ and ratio, the baselines for the first λ."
-    return [(m, l1, r) for i, l1 in enumerate(run.l1s) for r in run.ratios
-            for m in ('vtp', *(run.baselines if i == 0 else ()))]
-
-ChannelRun.recipe, ChannelRun.cases = run_recipe, run_cases
+    return [(m, l1, r) for i, l1 in enumerate(self.l1s) for r in self.ratios
+            for m in ('vtp', *(self.baselines if i == 0 else ()))]
 
 # %% ../../nbs/5_papers/12c_channel_tables.ipynb #db9efcbe
 def _key(method, schedule=None, recovery='none'):

@@ -257,22 +257,23 @@ def bench_cosine(shares:torch.Tensor, # (images, L) share of the patches kept, f
             "some of 'packed', 'padding', 'loop'")
     net, rows, note = (create_vit(model_name), [],
                        'random weights, skip rates of the course model on real images')
-    P, dim = net.patch_embed.num_patches, net.embed_dim
+    place, P, dim = pick_device(device), net.patch_embed.num_patches, net.embed_dim
+    net.to(place)
     for batch in batches:
         x = torch.randn(batch, 3, *net.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+        x = x.to(place)
         calls, macs = {'dense': net}, {'dense': model_macs(net)}
         for keys in ('all', 'kept'):
-            slim = SlimViT(net, given_policy(shares, batch, dim, P, keys), 'packed')
+            slim = SlimViT(net, given_policy(shares, batch, dim, P, keys), 'packed').to(place)
             kinds = {f'{k}, keys of {keys}': f.eval()
                      for k, f in (('packed', slim), ('padding', PaddedViT(slim)), ('loop', LoopViT(slim)))
                      if k in ways}
             cost = model_macs(net, slim.trace(x).means,
                               sum(s.score.macs(P, dim) for s in slim.policy.steps.values()))
             calls |= kinds; macs |= dict.fromkeys(kinds, cost)
-        on = x.to(pick_device(device))
         timed = bench(calls, x, warmup=1, repeats=repeats or min(24, max(3, 768//batch)), device=device)
         for r, saved in zip(timed, time_reduction(timed, 'dense'), strict=True):
-            mb = peak_memory(lambda: calls[r['name']](on), device)/1e6
+            mb = peak_memory(lambda: calls[r['name']](x), device)/1e6
             rows.append(make_row(r['name'], model_name, timing=r, macs=macs[r['name']],
                                  note=f'{note}; peak memory {mb:.0f} MB',
                                  schedule={k: v for k, v in saved.items() if k.startswith('time_reduction')}))

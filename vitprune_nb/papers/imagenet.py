@@ -18,7 +18,7 @@ import numpy as np
 import scipy
 import torch
 from .channel_tables import uniform_cost
-from ..core import autocast, data_path, pick_device, progress
+from ..core import autocast, data_path, evaluating, pick_device, progress
 from ..errors import VitpruneError, for_shell, refuse, require
 from ..vit.cost import block_macs, count_macs, model_macs, model_params
 from ..data import class_folders, class_subset, folder_data, image_endings, load_data, loader
@@ -222,7 +222,6 @@ def mean_over_images(values,         # (n,) one number an image
     return float(v.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #590cbf93
-@torch.inference_mode()
 def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
              ds,                # An `ImageSet` with a transform
              batch_size:int=64, # Images at once
@@ -230,13 +229,9 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
              dtype='fp32',      # 'fp32', 'bf16' or 'auto'
              )->torch.Tensor:   # (n, D) float32 on the CPU
     "What the head sees of each image: the CLS token after the last norm."
-    device, was_training = pick_device(device), net.training
-    try:
-        net.eval().to(device)
-        with autocast(device, dtype, net):
-            parts = [net.forward_head(net.forward_features(x.to(device)), pre_logits=True).float().cpu()
-                     for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
-    finally: net.train(was_training)
+    with evaluating(net, device) as place, autocast(place, dtype, net):
+        parts = [net.forward_head(net.forward_features(x.to(place)), pre_logits=True).float().cpu()
+                 for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
     return torch.cat(parts)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #4a5bd352

@@ -259,7 +259,7 @@ def time_case(case:Case,      # What to time
     x = torch.randn(case.batch, *data_config(dense)['input_size'],
                     generator=torch.Generator().manual_seed(seed)).to(case.device)
     run = (lambda net: net) if case.engine == 'eager' else compiler
-    nets = {n: run(c.net.eval()) for n, c in found.items()}
+    nets = {n: run(c.net.eval().to(case.device)) for n, c in found.items()}
     with constants(case.engine):
         timing = bench(nets, x, warmup, repeats, case.device, case.dtype)
         peaks, faults = ({n: f(net, x, case) for n, net in nets.items()} for f in (_peak, _faults))

@@ -19,8 +19,8 @@ from ..core import (autocast, check_model, environment, fast_attention, fold_see
                               pick_device, progress, set_seed)
 from ..errors import VitpruneError, is_whole, path_of, refuse, require
 from ..files import append_text, check_output, claim, only_one, sweep, write_atomic
-from ..data import (ImageSet, check_classes, check_set, data_config, eval_transform,
-                              match_classes, train_transform)
+from ..data import (ImageSet, check_classes, check_set, data_config, match_classes,
+                              ready, train_transform)
 from ..engine.plan import weights_hash
 from ..engine.policy import Policy
 from ..engine.slim import SlimViT
@@ -358,9 +358,7 @@ def _row(tr, test_set=None):
     named = {k: mean(v) for k, v in tr.named.items()}
     tr.recent, tr.named, tr.busy = [], {}, 0.
     if test_set is None: return row | named
-    if test_set.transform is None:
-        test_set = test_set.but(transform=eval_transform(data_config(vit_of(tr.plain))))
-    r = evaluate(tr.best_model(), test_set, device=tr.acc.device, dtype=tr.cfg.dtype)
+    r = evaluate(tr.best_model(), ready(test_set, vit_of(tr.plain)), device=tr.acc.device, dtype=tr.cfg.dtype)
     return row | {k: r[k] for k in ('top1', 'top1_low', 'top1_high', 'images')} | named
 
 def _open_folder(out, tr):

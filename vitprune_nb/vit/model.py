@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COURSE', 'attention_rows', 'standard_blocks', 'Captured', 'capture', 'course_model', 'wilson_interval', 'classes_of',
-           'logits_of', 'evaluate']
+           'logits_of', 'answers', 'accuracy', 'evaluate']
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #a0b7e91b
 import contextlib, time
@@ -12,13 +12,13 @@ import contextlib, time
 from typing_extensions import Required, TypedDict
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #05bccbad
+import numpy as np
 import scipy
 import torch
-from ..core import autocast, check_model, data_path, out_of_memory, pick_device, progress
+from ..core import autocast, check_model, data_path, evaluating, out_of_memory, progress
 from ..errors import VitpruneError, is_whole, refuse, require
 from ..files import read_json, sha256
-from ..data import (CIFAR10, ImageSet, check_classes, check_set, data_config, eval_transform,
-                              loader, match_classes)
+from ..data import (CIFAR10, ImageSet, check_classes, check_set, loader, match_classes, ready)
 from .weights import create_vit, model_kwargs
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #8a9d5428
@@ -172,26 +172,36 @@ def logits_of(model,          # From images to logits
             f'logits ({len(x)}, classes)')
     return out
 
-@torch.inference_mode()
-def evaluate(model:torch.nn.Module, # From images (B, 3, H, W) to logits (B, classes)
-             ds:ImageSet,           # Its transform is made from the model when it has none
-             batch_size:int=64,     # Images at once
-             device='cpu',          # Where to compute
-             dtype='fp32',          # 'fp32', 'bf16' or 'auto'
-             desc:str='evaluate',   # Label of the progress bar
-             )->dict: # top1, top1_low, top1_high, correct, images, seconds
-    "Top-1 accuracy with its 95% interval."
-    device = pick_device(device)
+def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
+            ds:ImageSet,    # Its transform is made from the model when it has none
+            batch_size:int=64, # Images at once
+            device=None,    # Where to compute; None: where the model is
+            dtype='fp32',   # 'fp32', 'bf16' or 'auto'
+            desc:str='answers', # Label of the progress bar
+            )->np.ndarray:  # bool (images,): was the model right?
+    "Right or wrong, image by image. The model stays where it was, in the mode that it was in."
     check_model(model), check_set(ds)
-    ds = check_classes(model, match_classes(model, ds))
-    if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
-    was_training, correct, start = model.training, 0, time.perf_counter()
-    try:
-        model.eval().to(device)
-        with autocast(device, dtype, model):
-            for x, y in progress(loader(ds, batch_size), desc, unit='batch'):
-                correct += (classes_of(logits_of(model, x.to(device))) == y).sum().item()
-    finally: model.train(was_training)
-    low, high = wilson_interval(correct, len(ds))
-    return dict(top1=correct/len(ds), top1_low=low, top1_high=high, correct=correct, images=len(ds),
-                seconds=time.perf_counter() - start)
+    ds = ready(check_classes(model, match_classes(model, ds)), model)
+    with evaluating(model, device) as place, autocast(place, dtype, model):
+        right = [classes_of(logits_of(model, x.to(place))) == y
+                 for x, y in progress(loader(ds, batch_size), desc, unit='batch')]
+    return torch.cat(right).numpy()
+
+def accuracy(right:np.ndarray # bool (images,), from `answers`
+             )->dict:         # top1, top1_low, top1_high (shares in [0, 1]), correct, images
+    "Top-1 with its 95% interval (Wilson 1927)."
+    correct, n = int(np.sum(right)), len(right)
+    low, high = wilson_interval(correct, n)
+    return dict(top1=correct/n, top1_low=low, top1_high=high, correct=correct, images=n)
+
+def evaluate(model,          # From images (B, 3, H, W) to logits (B, classes)
+             ds:ImageSet,    # Its transform is made from the model when it has none
+             batch_size:int=64, # Images at once
+             device=None,    # Where to compute; None: where the model is
+             dtype='fp32',   # 'fp32', 'bf16' or 'auto'
+             desc:str='evaluate', # Label of the progress bar
+             )->dict:        # What `accuracy` says, and seconds
+    "How many answers are right, with the interval of that share."
+    start = time.perf_counter()
+    right = answers(model, ds, batch_size, device, dtype, desc)
+    return accuracy(right) | dict(seconds=time.perf_counter() - start)

@@ -74,6 +74,8 @@ def _model_kwargs(model)->dict:
 def recipe_of(model:nn.Module # A timm VisionTransformer, dense or sliced
               )->dict:        # model, kind, kwargs, norm, eps, act, embed_norm, drop_path: plain values
     "How a ViT was made, read off the model itself; for a sliced one, how the dense one was."
+    require(isinstance(model, VisionTransformer), 'model', type(model).__name__, 'a timm VisionTransformer',
+            'Nothing else can be built again from a file: keep its state_dict instead.')
     block, cut, rate = model.blocks[0], getattr(model, 'channels',
                                                 {}), lambda m: float(getattr(m, 'drop_prob', 0) or 0)
     plain = dict(norm=_name(NORMS, block.norm1), eps=getattr(block.norm1, 'eps', None))

@@ -8,9 +8,9 @@ __all__ = ['patch_similarity', 'adjacent_similarity', 'relative_update', 'norm_g
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #6107ed34
 import torch
 import torch.nn.functional as F
-from ..core import autocast, pick_device, progress
+from ..core import autocast, evaluating, progress
 from ..errors import require
-from ..data import ImageSet, data_config, eval_transform, loader
+from ..data import ImageSet, loader, ready
 from .model import capture
 
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #b965bfc0
@@ -62,7 +62,6 @@ def _layer_means(tokens, prefix):
     return {k: torch.stack(v).cpu()
             for k, v in dict(within=[patch_similarity(p) for p in patches], **means).items()}
 
-@torch.inference_mode()
 def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of standard blocks
                         ds:ImageSet,           # Its transform is made from the model when it has none
                         batch_size:int=32,     # Images at once; does not change the result
@@ -71,21 +70,17 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
                         ):                     # DataFrame: image, depth, within, adjacent, update, growth
     "Both similarities, averaged over the patches of each image at each depth."
     import pandas as pd
-    device = pick_device(device)
-    if ds.transform is None: ds = ds.but(transform=eval_transform(data_config(model)))
-    rows, first, was_training = [], 0, model.training
-    try:
-        model.eval().to(device)
-        with autocast(device, dtype, model), capture(model, attention=False) as cap:
-            for x, _ in progress(loader(ds, batch_size), 'similarity', unit='batch'):
-                model(x.to(device))
-                means = _layer_means(cap.tokens, model.num_prefix_tokens)
-                here = torch.arange(first, first + len(x))
-                depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), here, indexing='ij')
-                flat = {k: v.flatten() for k, v in means.items()}
-                rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **flat)))
-                first += len(x)
-    finally: model.train(was_training)
+    rows, first = [], 0
+    with (evaluating(model, device) as place, autocast(place, dtype, model),
+          capture(model, attention=False) as cap):
+        for x, _ in progress(loader(ready(ds, model), batch_size), 'similarity', unit='batch'):
+            model(x.to(place))
+            means = _layer_means(cap.tokens, model.num_prefix_tokens)
+            here = torch.arange(first, first + len(x))
+            depths, images = torch.meshgrid(torch.arange(len(cap.tokens)), here, indexing='ij')
+            flat = {k: v.flatten() for k, v in means.items()}
+            rows.append(pd.DataFrame(dict(image=images.flatten(), depth=depths.flatten(), **flat)))
+            first += len(x)
     return pd.concat(rows).sort_values(['image', 'depth'], ignore_index=True)
 
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #0b977665
