@@ -149,6 +149,27 @@ def test_ratio_zero_and_the_highest_ratio(dense, gated, images):
     with pytest.raises(VitpruneError, match='A higher one would empty a layer or a head'): ch.choose(scores, top + 2/sizes, 3)
 
 
+@pytest.mark.parametrize('multiple', [1, 5, 7, 32, 48])
+@pytest.mark.parametrize('ratio', [0., .1, .5, .9])
+def test_a_layer_that_is_no_multiple_is_rounded_to_one(gated, multiple, ratio):
+    "48 and 192 channels: in multiples of 32, the first keep 32 at most."
+    scores = ch.importance(gated)
+    for whole in (False, True):
+        plan = ch.choose(scores, ratio, 3, multiple, whole)
+        for n, kept in plan.keep.items():
+            if whole and n.endswith('attn.proj'): assert len(kept) % 16 == 0           # whole heads, whatever the multiple is
+            else: assert len(kept) % multiple == 0 and 0 < len(kept) <= plan.sizes[n]
+        if not ratio and multiple == 32: assert {len(k) for n, k in plan.keep.items() if n.endswith(('qkv', 'fc1'))} == {32}
+
+
+def test_a_multiple_that_no_layer_has(gated):
+    scores = ch.importance(gated)
+    for multiple in (49, 4096):
+        with pytest.raises(VitpruneError, match=f'multiple: got {multiple}; allowed: at most 48, the channels of the smallest layer'): ch.choose(scores, .4, 3, multiple)
+    heads = {n: s for n, s in scores.items() if n.endswith(('attn.proj', 'fc2'))}
+    assert len(ch.choose(heads, .4, 3, 64, True).keep['blocks.0.mlp.fc2']) % 64 == 0   # whole heads are not rounded to it
+
+
 @torch.no_grad()
 def test_ties_and_nan(gated):
     flat = {n: torch.ones(len(a)) for n, a in ch.gates(gated).items()}

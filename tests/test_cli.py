@@ -517,6 +517,17 @@ def test_help_names_every_data_set(capsys):
     assert all(repr(name) in said for name in SETS)
 
 
+def test_help_of_an_option_that_one_method_reads_otherwise():
+    "What most methods say, then the others by name; the longest text is not said of all."
+    from vitprune_nb.methods.base import METHODS
+    users = {m: row.options['lr'] for m, row in METHODS.items() if 'lr' in row.options}
+    said = lambda users, of: cli.option('lr', users, of).annotation.__metadata__[0].help
+    usual, of_life = users['vtp'].description, users['life'].description
+    assert usual != of_life and said(users, len(METHODS)) == f'{usual}; life: {of_life}  [default: life: 1e-5]'
+    assert said({'vtp': users['vtp'], 'evit': users['evit']}, 3) == usual
+    assert said({'vtp': users['vtp'], 'life': users['life']}, 9) == f'vtp: {usual}; life: {of_life}  [default: life: 1e-5]'
+
+
 def test_help_without_a_command(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out

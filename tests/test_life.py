@@ -121,3 +121,18 @@ def test_gradients_are_those_of_central_differences():
         assert abs(exact[name][index].item() - slow) < 1e-8 and slow != 0
     assert torch.autograd.gradcheck(standardise, torch.randn(2, 6, dtype=torch.float64, requires_grad=True))
     assert torch.autograd.grad(hard(x).sum(), score.patch.weight, allow_unused=True)[0] is None     # a step has no slope
+
+
+def test_the_rate_that_is_asked_for_is_that_of_the_backbone():
+    "As the option says: the predictor learns at 1e-3 whatever it is."
+    from types import SimpleNamespace
+    from vitprune_nb.methods.base import METHODS, read_options
+    model, rates = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10), {}
+    for lr in (None, .5):
+        method, config = read_options('life', dict(keep_rate=.7, lr=lr))
+        job = SimpleNamespace(model=model, config=config, train_set=range(40), batch=lambda n: 8, settings=lambda n: dict(batch_size=n),
+                              train=lambda slim, recipe, name, still: rates.setdefault(name, []).append(recipe.lr))
+        method.finish(job, None, life_plan(model, .7, (1, 2)))
+    assert rates == dict(predictor=[1e-3, 1e-3], backbone=[1e-5, .5])
+    option = METHODS['life'].options['lr']
+    assert 'of the backbone; the predictor learns at 1e-3' in option.description and float(option.json_schema_extra['shown']) == 1e-5

@@ -1,5 +1,5 @@
 """Timing and memory where a notebook on a CPU cannot look: the CUDA path, real when there is a GPU and acted out when there is none; and bad input."""
-import re, time
+import math, re, time
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from vitprune_nb.core import evaluating
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence import measure, results
 from vitprune_nb.papers import overhead
+from vitprune_nb.papers.imagenet import mean_over_images
+from vitprune_nb.vit.model import wilson_interval
 from vitprune_nb.evidence.measure import bench, peak_memory, stopwatch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
@@ -44,6 +46,40 @@ def test_bench_and_memory_on_cuda():
     assert row['device'] == 'cuda' and 0 < sum(row['times_ms']) < wall
     on_gpu = x.cuda()
     assert abs(peak_memory(lambda: on_gpu + 1, 'cuda') - on_gpu.numel()*4) <= 2**21
+
+
+RIGHT = [True, False, True, True, False]
+INTERVALS = dict(ratio=lambda **k: measure.ratio_interval([1., 2., 3.], [2., 2., 2.], **k), paired=lambda **k: results.paired_difference(RIGHT, RIGHT[::-1], **k),
+                 images=lambda **k: mean_over_images([.3, .4, .8], **k), mean=lambda **k: results.mean_interval([1, 2, 3], **k), session=lambda **k: results.next_session([1, 2, 3], **k),
+                 wilson=lambda **k: wilson_interval(5, 10, **k))
+DRAWN = ('ratio', 'paired', 'images')
+
+
+@pytest.mark.parametrize('name', INTERVALS)
+@pytest.mark.parametrize('level', [95, 1, 0, -.5, math.nan, True, None, '0.95'])
+def test_a_level_is_a_share(name, level):
+    "95 is no level: it gave NaN or an error of SciPy; -.5 turned the interval round."
+    with pytest.raises(VitpruneError, match=r'^level: got .*; allowed: a share in \(0, 1\)'): INTERVALS[name](level=level)
+
+
+@pytest.mark.parametrize('name', DRAWN)
+@pytest.mark.parametrize('how, said', [*((dict(draws=n), 'draws: got .*; allowed: an integer from 1 to a million') for n in (0, -1, 2.5, True, None, 10**7)),
+                                       *((dict(seed=s), 'seed: got .*; allowed: an integer from 0') for s in (-1, 1.5, None, True, 2**32))])
+def test_draws_and_seeds_of_a_bootstrap(name, how, said):
+    with pytest.raises(VitpruneError, match=said): INTERVALS[name](**how)
+
+
+@pytest.mark.parametrize('name', INTERVALS)
+def test_a_higher_level_is_wider(name):
+    ends = lambda level: (lambda r: (r['low'], r['high']) if isinstance(r, dict) else r[-2:])(INTERVALS[name](level=level))
+    (low, high), (lower, higher) = ends(.5), ends(.99)
+    assert lower <= low <= high <= higher and lower < higher
+
+
+def test_the_mean_of_one_image_has_no_interval():
+    for values in ([.3], []):
+        with pytest.raises(VitpruneError, match='allowed: one finite number an image, of two images or more'): mean_over_images(values)
+    assert mean_over_images([.3, .3])[0] == pytest.approx(.3)
 
 
 X, NET = torch.zeros(4, 3, 8, 8), torch.nn.Flatten()

@@ -1,6 +1,6 @@
 """What a plan, its file and the plans to beat refuse."""
 import pytest, torch
-from vitprune_nb.engine.plan import Plan, pick, ramp_plan, random_plan, uniform_plan, weights_hash
+from vitprune_nb.engine.plan import Plan, pick, ramp_plan, random_plan, score_plan, uniform_plan, weights_hash
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.vit.model import create_vit
 
@@ -58,8 +58,37 @@ def test_fine_tuned_blocks_want_the_weights_around_them(tiny):
 def test_a_budget_that_cannot_be_met(tiny, rival, reduction, said): assert said in refusal(lambda: rival(tiny, reduction))
 
 
-@pytest.mark.parametrize('scores', [torch.rand(6, 16), torch.full((6, 17), torch.nan), [[1.]]])
-def test_scores_of_another_shape(tiny, scores): assert 'allowed: finite scores of shape (6, 17)' in refusal(lambda: uniform_plan(tiny, scores, .3))
+@pytest.mark.parametrize('scores, given', [(torch.rand(6, 16), 'shape (6, 16)'), (torch.rand(5, 17), 'shape (5, 17)'), (torch.rand(6, 17, 1), 'shape (6, 17, 1)'), ([[1.]], 'list'),
+                                           (torch.full((6, 17), torch.nan), 'NaN or infinity'), (torch.rand(6, 17).log_().fill_diagonal_(-torch.inf), 'NaN or infinity')])
+def test_scores_that_cannot_be(tiny, scores, given):
+    counts = Plan('by hand', 'test_vit', 16, 1, [range(k) for k in (16, 9, 9, 6, 3, 0)])
+    for call in (lambda: uniform_plan(tiny, scores, .3), lambda: score_plan(counts, scores)):
+        assert f'scores: got {given}; allowed: finite scores of shape (6, 17)' in refusal(call)
+    if given != 'shape (6, 16)': assert f'scores: got {given}; allowed: finite scores of shape (6, ' in refusal(lambda: pick([16, 9, 9, 6, 3, 0], scores))
+
+
+@pytest.mark.parametrize('counts', [[17, 3, 0], [3, 1.5, 0], [3, True, 0], [3, 0, -1]])
+def test_counts_that_cannot_be_kept(counts): assert f'counts: got {counts}; allowed: whole numbers from 0 to 16' in refusal(lambda: pick(counts, torch.rand(3, 17)))
+
+
+def test_a_block_without_any_score_has_no_say(tiny):
+    "Its shares would be 0/0, and the scores of all the others would count for nothing."
+    scores = torch.zeros(6, 17)
+    scores[1, 1:] = torch.arange(16.)
+    scores[3, 1:] = 2*torch.arange(16.)                       # twice the scores, the same shares
+    kept = uniform_plan(tiny, scores, .3).keep[0]
+    assert kept == tuple(range(16 - len(kept), 16)) and 0 < len(kept) < 16
+    scores[3, 5] = -1e-9
+    assert 'scores: got -1e-09; allowed: scores of 0 or more' in refusal(lambda: uniform_plan(tiny, scores, .3))
+    scores[3, 5], scores[:, 0], scores[5] = 8., -1., -1.      # CLS is no patch, and nothing reads those of the last block
+    assert uniform_plan(tiny, scores, .3).keep[0] == kept
+
+
+@pytest.mark.parametrize('plan', [Plan('by hand', '', 16, 1, [range(16)]*5), Plan('by hand', '', 15, 1, [range(15)]*6), Plan('by hand', '', 16, 2, [range(16)]*6)])
+def test_a_plan_saves_nothing_of_a_model_of_another_shape(plan, tiny):
+    said = refusal(lambda: plan.reduction(tiny))
+    assert said.startswith('model: got one of 6 blocks, 16 patches and 1 prefix token(s); allowed: one of ') and 'as in the plan' in said
+    assert 0 < Plan('by hand', 'any other name', 16, 1, [range(8)]*6).reduction(tiny) < .5
 
 
 def test_random_plans_of_two_seeds_differ():

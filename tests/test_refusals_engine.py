@@ -5,11 +5,12 @@ import pytest, torch
 from vitprune_nb.engine import store
 from vitprune_nb.engine.channels import ChannelPlan, choose, slice_model
 from vitprune_nb.engine.fates import fate_of
-from vitprune_nb.engine.modes import run_blocks, static_indices
-from vitprune_nb.engine.policy import ClsAttention, NormScore, Policy, Step, parse_schedule
+from vitprune_nb.engine.modes import MODES, run_blocks, static_indices
+from vitprune_nb.engine.policy import ClsAttention, GivenCounts, NormScore, Policy, Scorer, Step, parse_schedule
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.engine.wrapper import TimmParts
 from vitprune_nb.errors import VitpruneError
+from vitprune_nb.methods.evovit import Represented
 from vitprune_nb.methods.vtp import add_gates, importance
 from vitprune_nb.vit.model import create_vit
 
@@ -53,6 +54,53 @@ def test_scores_that_are_no_numbers(images):
     with torch.no_grad(): nan.pos_embed[0, 3] = float('nan')
     with pytest.raises(VitpruneError, match='score: got NaN from NormScore'):
         SlimViT(nan, Policy({1: Step(score=NormScore(), count=8)}))(images)
+
+
+best = lambda k, fate='remove', at='before': Step(at, fate, score=NormScore(), count=k)
+some = lambda fate: Step('before', fate, score=GivenCounts([3, 9, 14]), threshold=0.)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('steps, refused', [
+    ({}, ()), ({1: best(6)}, ['mask']), ({1: best(16)}, ()), ({1: Step('queries', keep=(2, 5, 9))}, ['mask']), ({1: best(6, 'fuse')}, ['mask']),
+    ({1: best(6, 'merge', 'middle')}, ['mask']), ({1: best(6, 'idle')}, ()), ({1: best(6, Represented())}, ['mask']), ({1: best(6, 'halt')}, ()),
+    ({1: some('halt')}, ()), ({1: some('idle')}, ()), ({1: best(9), 2: best(6, 'halt')}, ['mask', 'gather', 'packed']),
+    ({1: some('remove')}, ['mask', 'packed']), ({1: some('fuse')}, ['mask', 'packed'])])
+def test_a_head_that_averages_asks_which_tokens_are_there(steps, refused, images):
+    "timm's two calls give the logits, or raise an error where an average of all features is another one."
+    torch.manual_seed(0)
+    net = averaging().eval()
+    net.head.weight.mul_(1000)
+    found, policy = [], Policy(steps)
+    for mode in MODES:
+        if mode == 'gather' and policy.ragged: continue
+        slim = SlimViT(net, policy, mode).eval()
+        features, logits = slim.forward_features(images), slim(images)
+        gap = (slim.backbone.readout(features) - logits).abs().max()
+        try: again = slim.forward_head(features)
+        except VitpruneError as e:
+            found.append(mode)
+            assert gap > 1e-3 and 'present: got None; allowed: a tensor (B, n)' in str(e) and 'Call the model itself' in str(e)
+        else: torch.testing.assert_close(again, logits, atol=5e-4, rtol=0)
+        assert torch.equal(slim.forward_traced(images)[0], logits)
+    assert found == list(refused)
+
+
+@torch.no_grad()
+def test_a_head_that_reads_cls_needs_no_word_on_the_others(model, images):
+    for mode in MODES:
+        slim = SlimViT(model, Policy({1: best(6), 2: best(3, 'fuse')}), mode).eval()
+        torch.testing.assert_close(slim.forward_head(slim.forward_features(images)), slim(images))
+
+
+def test_halted_tokens_of_a_soft_decision_are_weighed_in_training(images):
+    class Soft(Scorer):
+        def forward(self, t): return t.x[..., 0]
+        def soft_keep(self, t, scores): return scores.sigmoid()
+    slim = SlimViT(averaging(), Policy({1: Step(fate='halt', score=Soft(), count=6)}), 'mask')
+    features = slim.train().forward_features(images)
+    with pytest.raises(VitpruneError, match='present: got None'): slim.forward_head(features)
+    slim.eval().forward_head(slim.forward_features(images))
 
 
 def test_packed_does_not_train(model, images):

@@ -8,8 +8,9 @@ from vitprune_nb.engine.macs import cost_of
 from vitprune_nb.engine.policy import Policy, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
-from vitprune_nb.methods import cosine, evit, life, tome, vtp
+from vitprune_nb.methods import avit, cosine, evit, evovit, idlevit, life, power, tome, vtp
 from vitprune_nb.methods.base import METHODS, Method, calibration_images, method, prune, read_options, recover, turn
+from vitprune_nb.train import objectives
 from vitprune_nb.vit.model import create_vit
 
 
@@ -99,6 +100,19 @@ def test_lives_that_cannot_be():
 def test_plans_and_steps_that_cannot_be(f, text):
     with pytest.raises(VitpruneError) as e: f()
     assert text in str(e.value)
+
+
+@pytest.mark.parametrize('weight', [-1., -1e-9, math.nan, math.inf, True, None, '1'])
+@pytest.mark.parametrize('make', [power.mass_penalty, avit.ponder_loss, lambda w: avit.depth_loss(3, w), lambda w: idlevit.token_cut({}, w), idlevit.feature_mse,
+                                  objectives.token_mse, lambda w: objectives.ratio_loss((.5,), w), lambda w: objectives.kl_to_teacher(weight=w), lambda w: evovit.two_heads(None, w)])
+def test_a_weight_that_turns_a_loss_round(make, weight):
+    with pytest.raises(VitpruneError, match='^weight: got '): make(weight)
+
+
+def test_the_second_head_has_a_share_of_the_loss():
+    for weight in (1, 1., 1.5):
+        with pytest.raises(VitpruneError, match=r'weight: got 1(.\d)?; allowed: a share in \[0, 1\)'): evovit.two_heads(None, weight)
+    for weight in (0, .5, .999): assert evovit.two_heads(None, weight).__name__ == f'two_heads({weight:g})'
 
 
 # --- cosine

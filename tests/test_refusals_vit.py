@@ -1,7 +1,7 @@
 """What the foundations do not accept, each with the error that says so."""
 import json
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from vitprune_nb import data
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.vit import cost, model as vit, recipe, redundancy
@@ -37,6 +37,38 @@ def test_a_mask_while_capturing():
     with pytest.raises(VitpruneError, match='attn_mask: got a mask; allowed: None while capturing'):
         with vit.capture(net): net.forward_features(torch.randn(2, 3, 32, 32), attn_mask=torch.zeros(17, 17))
     assert n_hooks(net) == 0
+
+
+PIXELS = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+
+
+def pictures(targets=(0, 1, 2, 1), classes='abc', images=PIXELS): return data.ImageSet(images, targets, list(classes), 'toy', 'test', 'x')
+
+
+@pytest.mark.parametrize('targets, said', [
+    ([0, 1], 'got 2 for 4 images; allowed: one for each image'), ([0, 1, 2, 1, 0], 'got 5 for 4 images'), ([], 'got 0 for 4 images'),
+    ([0, -1, 2, 1], 'got class index [-1]; allowed: 0 to 2, one for each name'), ([0, 1, 2, 3], 'got class index [3]; allowed: 0 to 2'),
+    ([0., 1., 2., 1.], 'got float64 of shape (4,); allowed: whole numbers, a class index for each image'), ([0, 1, 2, .5], 'got float64'),
+    ([True, False, True, True], 'got bool'), ([[0], [1], [2], [1]], 'got int64 of shape (4, 1)'), (3, 'got int64 of shape ()'), (['a', 'b', 'c', 'b'], 'of shape (4,); allowed'),
+    ([[0], [1, 2]], 'got '), (None, 'got object of shape ()'),
+])
+def test_labels_that_do_not_fit_their_images(targets, said):
+    for make in (pictures, lambda t: pictures().but(targets=t)):
+        with pytest.raises(VitpruneError) as e: make(targets)
+        assert str(e.value).startswith('targets: ') and said in str(e.value)
+
+
+def test_labels_images_and_names_are_changed_together():
+    few = pictures()
+    for change in (dict(classes=['a', 'b']), dict(images=PIXELS[:2])):
+        with pytest.raises(VitpruneError, match='^targets: got '): few.but(**change)
+    assert few.but(classes=['a', 'b'], targets=[0, 1, 1, 1]).classes == ['a', 'b'] and len(few.but(images=PIXELS[:1], targets=[2])) == 1
+    assert few.but(classes=[*'abcd']).targets.tolist() == [0, 1, 2, 1] and len(few.subset([])) == 0 and len(few.subset([3, 3, 0])) == 3
+    for kind in (list, tuple, np.uint8, torch.tensor):
+        found = pictures(np.array([0, 1, 2, 1], kind) if kind is np.uint8 else kind([0, 1, 2, 1])).targets
+        assert found.dtype == np.int64 and found.tolist() == [0, 1, 2, 1]
+    assert pictures([-1]*4, '').targets.tolist() == [-1]*4                     # no names: nothing to number
+    assert len(pictures([], '', [])) == 0
 
 
 class Always(torch.nn.Module):

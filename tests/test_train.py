@@ -407,8 +407,48 @@ def test_classes_are_numbered_as_the_model_numbers_them(tmp_path):
             with pytest.raises(VitpruneError, match='with the class z; allowed: '): go(one, a, b, tmp_path/way)
         teacher = tiny_vit(3); teacher.classes = names[::-1]
         for who in (teacher, RememberedTeacher(teacher, tmp_path/'said')):
-            with pytest.raises(VitpruneError, match='teacher: got a model whose classes are j, i, .*allowed: one with a, b, '): fit(one, ds, TrainConfig(**dict(PLAIN, distill=.5)), few, tmp_path/way, who)
+            for how in (dict(distill=.5), {}):
+                with pytest.raises(VitpruneError, match='teacher: got a model whose classes are j, i, .*allowed: one with a, b, '):
+                    fit(one, ds, TrainConfig(**dict(PLAIN, **how)), few, tmp_path/way, who, None if how else kl_to_teacher())
         assert not (tmp_path/way).exists() and apart(one.state_dict(), other.state_dict()) == 0
+
+
+@pytest.mark.parametrize('objective, changes, said', [
+    (None, {}, r'model: got one without a head \(num_classes=0\); allowed: a classifier, to train on labels'), (supervised, {}, 'model: got one without a head'),
+    (plus(supervised, penalty('l1', lambda m: m.norm.weight.abs().sum())), {}, 'model: got one without a head'),
+    (looks_at('tokens')(lambda s: dict(size=s.tokens.square().mean())), dict(mixup=.8), r'mixup, cutmix: got \(0.8, 0.0\); allowed: 0 and 0 for a model without a head'),
+])
+def test_a_model_without_a_head_has_no_labels_to_learn(objective, changes, said, tmp_path):
+    headless = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0)
+    recipe = TrainConfig(**dict(PLAIN, epochs=.2, **changes))
+    with pytest.raises(VitpruneError, match=said): fit(headless, train_set(), recipe, objective=objective)
+    rows = fit(headless, train_set(), TrainConfig(**dict(PLAIN, epochs=.2)), objective=looks_at('tokens')(lambda s: dict(size=s.tokens.square().mean())))
+    assert rows[-1]['loss'] > 0                                             # what asks for no labels trains
+
+
+def wide_vit(**kwargs): return create_vit('deit_tiny_patch16_224', **{**dict(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=10), **kwargs})
+
+
+@pytest.mark.parametrize('remembers', [False, True])
+@pytest.mark.parametrize('distill, change, said', [
+    (.5, dict(num_classes=7), 'teacher: got a model of 7 classes; allowed: one of 10, as the model'),
+    (0, dict(num_classes=7), r'teacher: got logits of shape \(16, 7\); allowed: the shape of the student, \(16, 10\)'),
+    (.5, dict(img_size=48), r"teacher: got VisionTransformer and images of shape \(16, 3, 32, 32\); allowed: a model that takes these images. It says: Input height \(32\)"),
+])
+def test_a_teacher_that_does_not_fit(distill, change, said, remembers, tmp_path):
+    teacher = wide_vit(**change)
+    if remembers: teacher = RememberedTeacher(teacher, tmp_path)
+    with pytest.raises(VitpruneError, match=said):
+        fit(tiny_vit(), train_set(), TrainConfig(**dict(PLAIN, distill=distill)), teacher=teacher, objective=None if distill else kl_to_teacher())
+
+
+@pytest.mark.parametrize('student, teacher, temperature, said', [
+    ((4, 5), (1, 5), 1., r'teacher: got logits of shape \(1, 5\); allowed: the shape of the student, \(4, 5\)'), ((4, 5), (4, 1), 1., 'teacher: got'), ((4, 5), (5,), 1., 'teacher: got'),
+    *(((4, 5), (4, 5), t, 'temperature: got .*; allowed: a positive number') for t in (0, 0., -1., float('nan'), None, '2', True)),
+])
+def test_logits_that_cannot_be_compared(student, teacher, temperature, said):
+    with pytest.raises(VitpruneError, match=said): distillation(torch.zeros(student), torch.zeros(teacher), temperature)
+    assert distillation(torch.zeros(4, 5), torch.zeros(4, 5), 2) == 0
 
 
 @pytest.mark.parametrize('bad, said', [

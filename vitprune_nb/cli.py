@@ -385,8 +385,10 @@ def option(name:str,   # An option of methods
     field = max(users.values(), key=lambda f: len(f.description))
     kinds = [kind_of(f.annotation) for f in users.values()]
     said, kind, is_list = field.json_schema_extra, kinds[0][0], any(several for _, several in kinds)
-    said_by = grouped({m: f.description for m, f in users.items()})
-    about = field.description if 2*len(users) > of else said_by
+    texts = {m: f.description for m, f in users.items()}
+    most = max(texts.values(), key=list(texts.values()).count)
+    others = grouped({m: text for m, text in texts.items() if text != most})
+    about = (most + (f'; {others}' if others else '')) if 2*len(users) > of else grouped(texts)
     usual = {m: usual_value(name, f, kind) for m, f in users.items()}
     usual |= dict.fromkeys(turned, f'--reduction {BUDGET:g}')
     if turned: about += ', instead of --reduction'

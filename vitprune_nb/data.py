@@ -131,10 +131,22 @@ def photo(what='cat' # One of PHOTOS, a PIL image, or the path of an image file
     return im.crop(box).resize((224, 224), Image.Resampling.LANCZOS)
 
 # %% ../nbs/6_reference/01_data.ipynb #22c69465
+def _labels(targets, images, classes):
+    "(n,) class indices, refused unless each image has one and each class has a name."
+    try: t = np.asarray(targets)
+    except (TypeError, ValueError): t = np.zeros((0, 0))
+    whole = t.ndim == 1 and (t.dtype.kind in 'iu' or not len(t))
+    require(whole, 'targets', f'{t.dtype} of shape {t.shape}', 'whole numbers, a class index for each image')
+    n = len(images) if hasattr(images, '__len__') else len(t)
+    require(len(t) == n, 'targets', f'{len(t)} for {n} images', 'one for each image')
+    odd = t[(t < 0) | (t >= len(classes))] if len(classes) else t[:0]      # without names, any number will do
+    require(not len(odd), 'targets', f'class index {odd[:1]}', f'0 to {len(classes) - 1}, one for each name')
+    return t.astype(np.int64)
+
 class ImageSet(torch.utils.data.Dataset):
     "Images with labels, class names, a name and a hash; `self[i]` is (transformed image, label)."
     def __init__(self, images,    # uint8 (n, h, w, 3), or a list of n paths
-                 targets,         # n class indices
+                 targets,         # n class indices, 0 to len(classes) - 1
                  classes:list,    # Class names, in the order of the indices
                  name:str,        # e.g. 'embedded'
                  split:str,       # 'train' or 'test'
@@ -142,7 +154,8 @@ class ImageSet(torch.utils.data.Dataset):
                  transform=None,  # From a PIL image to whatever the model takes
                  seed:int|None=None, # With a seed, the transform of image i draws from its own stream
                  ):
-        self.images, self.targets, self.classes = images, np.asarray(targets, dtype=np.int64), list(classes)
+        self.images, self.classes = images, list(classes)
+        self.targets = _labels(targets, images, self.classes)
         self.name, self.split, self.digest, self.transform, self.seed = name, split, digest, transform, seed
 
     def __len__(self): return len(self.targets)
@@ -166,12 +179,14 @@ class ImageSet(torch.utils.data.Dataset):
                 f'hash {self.digest[:10]}')
 
     def but(self, **changes)->'ImageSet':
-        "A copy with other attributes, e.g. `ds.but(transform=t)`."
+        """A copy with other attributes, e.g. `ds.but(transform=t)`. Images, targets and classes that do not
+        fit together are refused."""
         odd = sorted(set(changes) - set(vars(self)))
         require(not odd, 'but', ', '.join(odd), ', '.join(sorted(vars(self))))
         new = copy.copy(self)
-        if 'targets' in changes: changes['targets'] = np.asarray(changes['targets'], dtype=np.int64)
         for k, v in changes.items(): setattr(new, k, v)
+        if {'images', 'targets', 'classes'} & set(changes):
+            new.targets = _labels(new.targets, new.images, new.classes)
         return new
 
     def subset(self, idx)->'ImageSet':

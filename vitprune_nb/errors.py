@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VitpruneError', 'printable', 'refuse', 'require', 'for_shell', 'at_most', 'at_least', 'is_number', 'is_whole',
-           'path_of']
+           'check_level', 'check_draws', 'path_of']
 
 # %% ../nbs/6_reference/00a_errors.ipynb #e0000004
 import math, os, re
@@ -69,6 +69,18 @@ def is_number(v)->bool: # Of anything
 def is_whole(v)->bool: # Of anything
     "Whether it is an integer of Python or NumPy; `True` is none, nor is 3.0."
     return isinstance(v, Integral) and not isinstance(v, bool)
+
+def check_level(level:float # Coverage of an interval
+                )->float:
+    "The level, if it is a share: .95, not 95."
+    require(is_number(level) and 0 < level < 1, 'level', level, 'a share in (0, 1)')
+    return level
+
+def check_draws(draws:int # Bootstrap samples
+                )->int:
+    "Their number, if it is one that can be drawn."
+    require(is_whole(draws) and 1 <= draws <= 10**6, 'draws', draws, 'an integer from 1 to a million')
+    return int(draws)
 
 def path_of(argument:str, # Its name
             given,        # Text or a path; it need not exist

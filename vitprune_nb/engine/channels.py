@@ -86,6 +86,7 @@ def _rounded(name, s, kept, safe, heads, multiple, whole):
         return most.expand(heads, len(s)//heads).flatten() | safe
     if multiple == 1: return kept
     want = multiple*max(round(int(kept.sum())/multiple), math.ceil(int(safe.sum())/multiple))
+    want = min(want, max(len(s)//multiple*multiple, int(safe.sum())))      # no more than there are
     best = s.masked_fill(safe, math.inf).argsort(descending=True, stable=True)
     return torch.zeros_like(kept).index_fill(0, best[:want], True)
 
@@ -94,13 +95,16 @@ def choose(scores:dict,     # {layer: importance of its input channels}, higher 
            ratio:float,     # Share of all channels to remove, in [0, 1)
            heads:int,       # Attention heads of each block
            multiple:int=1,  # Round the channels of each layer to a multiple
-           whole_heads:bool=False, # Attention outputs go by whole heads
+           whole_heads:bool=False, # Attention outputs go by whole heads, whatever `multiple` is
            )->ChannelPlan:
     "One global threshold at the wanted ratio that never empties a layer or a head (VTP, section 2.2)."
     share = isinstance(ratio, Real) and 0 <= ratio < 1
     require(share, 'ratio', ratio, 'a share in [0, 1)', 'Use 0 to keep every channel.')
     require(isinstance(multiple, int) and multiple >= 1, 'multiple', multiple, 'a positive integer')
     scores = {n: s.detach().double().cpu() for n, s in scores.items()}
+    rounded = [len(s) for n, s in scores.items() if not (whole_heads and n.endswith('attn.proj'))]
+    small = min(rounded, default=multiple)
+    require(multiple <= small, 'multiple', multiple, f'at most {small}, the channels of the smallest layer')
     for n, s in scores.items():
         require(bool(s.isfinite().all()), 'scores', f'NaN or infinity for {n}', 'finite importances')
     if whole_heads:

@@ -153,6 +153,10 @@ def reduction(self:Plan,     # Which patches each block keeps
               keys:str=None, # 'entering', 'all' or 'kept'; None: what the plan was searched with
               )->float:
     "1 - MACs/MACs of the model with all patches, the padding of cut channels included."
+    own = (len(self.keep), self.n_patches, self.n_prefix)
+    given = (len(model.blocks), model.patch_embed.num_patches, model.num_prefix_tokens)
+    say = lambda t: '{} blocks, {} patches and {} prefix token(s)'.format(*t)
+    require(own == given, 'model', f'one of {say(given)}', f'one of {say(own)}, as in the plan')
     def macs(counts):
         padding = padding_macs(model, counts) if hasattr(model, 'channels') else 0
         return model_macs(model, counts, padding)
@@ -223,11 +227,24 @@ def load_plan(path # A file that `Plan.save` wrote
 Plan.load = staticmethod(load_plan)
 
 # %% ../../nbs/2_engine/10b_plan.ipynb #63827a59
+def _check_scores(scores, L, N):
+    "Refuse what is no tensor (L, N) of finite scores."
+    tensor = isinstance(scores, torch.Tensor)
+    fits = tensor and tuple(scores.shape) == (L, N)
+    shown = f'shape {tuple(scores.shape)}' if tensor else type(scores).__name__
+    require(fits and bool(torch.isfinite(scores).all()), 'scores', 'NaN or infinity' if fits else shown,
+            f'finite scores of shape ({L}, {N})')
+
 def pick(counts:list,         # Patches to keep in each block, never rising with depth
          scores:torch.Tensor, # (L, N), prefix tokens included
          n_prefix:int=1,      # Their number
          )->list:             # L tuples of patch indices
     "Top-down selection with given counts: what deeper blocks keep stays, the rest by this block's score."
+    wide = isinstance(scores, torch.Tensor) and scores.ndim == 2
+    N = scores.shape[1] if wide else f'{n_prefix} + patches'
+    _check_scores(scores, len(counts), N)
+    ok = all(is_whole(k) and 0 <= k <= N - n_prefix for k in counts)
+    require(ok, 'counts', counts, f'whole numbers from 0 to {N - n_prefix}')
     keep, kept = [], ()
     for s, k in zip(reversed(list(scores)), reversed(counts)):
         require(k >= len(kept), 'counts', counts, 'numbers that never rise with depth')
@@ -242,6 +259,7 @@ def score_plan(plan:Plan,           # Gives the number of patches in each block
                method:str='score',  # Name of the new plan
                )->Plan:
     "The same number of patches in every block as `plan`, chosen by other scores."
+    _check_scores(scores, len(plan.keep), plan.n_prefix + plan.n_patches)
     return dataclasses.replace(plan, method=method, weights=None,
                                keep=pick([len(k) for k in plan.keep], scores, plan.n_prefix))
 
@@ -268,7 +286,7 @@ def _last_patches(model):
     return int(getattr(model, 'global_pool', 'token') != 'token')
 
 def uniform_plan(model,               # A timm VisionTransformer
-                 scores:torch.Tensor, # (L, N) from `significance`
+                 scores:torch.Tensor, # (L, N) from `significance`, 0 or more
                  reduction:float,     # Wanted MAC reduction, in (0, 1)
                  keys:str='entering', # 'entering', 'all' or 'kept'
                  )->Plan:
@@ -276,15 +294,15 @@ def uniform_plan(model,               # A timm VisionTransformer
     first blocks keep one more where the budget allows. The last block keeps none in a model that reads its
     CLS token."""
     L, P, n_prefix = len(standard_blocks(model)), model.patch_embed.num_patches, model.num_prefix_tokens
-    tensor = isinstance(scores, torch.Tensor)
-    ok = tensor and tuple(scores.shape) == (L, n_prefix + P) and bool(torch.isfinite(scores).all())
-    require(ok, 'scores', f'shape {tuple(scores.shape)}' if tensor else type(scores).__name__,
-            f'finite scores of shape ({L}, {n_prefix + P})')
+    _check_scores(scores, L, n_prefix + P)
     least = _last_patches(model)
     n = L if least else L - 1                     # blocks that share the patches
     require(n > 0, 'model', 'a single block, of which only CLS is read', 'two blocks or more')
     s = scores[:n, n_prefix:].double()
-    order = (s/s.sum(1, keepdim=True)).sum(0).argsort(descending=True, stable=True).tolist()
+    require(bool((s >= 0).all()), 'scores', f'{s.min():g}', 'scores of 0 or more, of which shares are taken')
+    total = s.sum(1, keepdim=True)
+    shares = s/total.where(total > 0, 1.)         # a block whose scores are all 0 has no say
+    order = shares.sum(0).argsort(descending=True, stable=True).tolist()
     def make(total): # patches summed over these blocks
         k, more = divmod(total, n)
         keep = [order[:k + (l < more)] for l in range(n)] + [()]*(L - n)

@@ -102,13 +102,19 @@ class SlimViT(FollowsPolicy, LooksInside, TimmNames):
         return self.backbone.norm(self._stream(images, record=record).x)
 
     def forward_head(self, x, pre_logits:bool=False, present=None):
-        "Pool and classify; `present` (B, n), bool or weights, says which tokens an average may use."
+        """Pool and classify; `present` (B, n), bool or weights, says which tokens an average may use. None
+        raises an error where an average of all tokens of `forward_features` is not what the model gives."""
+        reads = getattr(self.backbone, 'pools', self.averages)
+        inside = not (self.policy.ragged or any(s.fate.freezes for _, s in self.policy.each()))
+        require(present is not None or not reads or self.all_count, 'present', None,
+                'a tensor (B, n), which tokens the average may use',
+                'Call the model itself' + (", or use mode 'gather'." if inside else '.'))
         return self.backbone.readout(x, present, pre_logits)
 
     def forward(self, images, record:list=None): # record: gets a `Decision` for each step
         "(B, n_classes) logits."
         s = self._stream(images, record=record)
-        return self.forward_head(self.backbone.norm(s.x), present=s.weights())
+        return self.backbone.readout(self.backbone.norm(s.x), s.weights())
 
 # %% ../../nbs/2_engine/05_engine.ipynb #c9ebc876
 def freeze_choices(model # A pruned model; changed in place

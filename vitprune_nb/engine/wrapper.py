@@ -173,6 +173,18 @@ class PolicyParts:
         return self.backbone.averages
 
     @property
+    def all_count(self)->bool:
+        "May an average use every token that `forward_features` gives, in this mode and under this policy?"
+        steps = [s for _, s in self.policy.each()]
+        less = lambda s: s.fate.joins or s.ragged or s.patches < math.prod(self.grid)
+        gone = [s for s in steps if not (s.fate.stays or s.fate.freezes) and less(s)]
+        if any(s.fate.freezes for s in steps):      # all places come back, also those of tokens that are gone
+            soft = self.training and self.mode == 'mask' and any(softens(s.score) for s in steps)
+            return not (gone or soft)
+        if self.mode == 'mask': return not gone and not any(s.fate.joins for s in steps)
+        return not any(s.ragged for s in gone)      # images of different lengths are padded
+
+    @property
     def n_tokens(self)->int:
         "Tokens of the dense model, prefix included."
         grid = self.backbone.grid()
@@ -322,7 +334,7 @@ class LooksInside(GivesFeatures):
         was, t = self.training, Trace()
         try:
             s = self.eval()._stream(images, t)
-            return self.forward_head(self.backbone.norm(s.x), present=s.weights()), t
+            return self.backbone.readout(self.backbone.norm(s.x), s.weights()), t
         finally: self.train(was)
 
     def trace(self, images)->Trace:

@@ -14,7 +14,7 @@ import scipy
 import torch
 from ..core import (autocast, check_seed, evaluating, fast_dtype, out_of_memory, pick_device,
                               products_are_faster, progress, written_out)
-from ..errors import VitpruneError, is_number, is_whole, refuse, require
+from ..errors import VitpruneError, check_draws, check_level, is_number, is_whole, refuse, require
 
 # %% ../../nbs/4_evidence/21_measure.ipynb #6b0cc881
 def summary(times_ms, # Times of single calls in ms
@@ -55,10 +55,10 @@ def ratio_interval(new,           # Times in ms, one a round
                    seed:int=0,    # Of the bootstrap
                    level:float=.95, # Coverage of the interval
                    )->tuple:      # (ratio, low, high)
-    "median(new) / median(old) with a bootstrap interval."
+    """median(new) / median(old) with a bootstrap interval. Of one round alone there is no interval: low and
+    high are the ratio."""
     new, old = _times('new', new), _times('old', old)
-    require(is_whole(draws) and 1 <= draws <= 10**6, 'draws', draws, 'an integer from 1 to a million')
-    require(is_number(level) and 0 < level < 1, 'level', level, 'a share in (0, 1)')
+    draws, level = check_draws(draws), check_level(level)
     require(not paired or len(new) == len(old), 'times', f'{len(new)} and {len(old)} times',
             'equally many when paired=True')
     def ratio(a, b, axis=-1): return np.median(a, axis)/np.median(b, axis)
@@ -73,7 +73,8 @@ def time_reduction(rows:list,  # From one `bench`
                    base:str,   # Name of the model to compare with
                    macs:dict|None=None, # {name: MACs}; adds mac_reduction and realised
                    )->list:    # One dict a model: name, time_reduction with low and high, speed_up
-    "Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is."
+    """Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is. Of one
+    round alone there is no interval: low and high are the share."""
     ok = (isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r)
                                          for r in rows))
     require(ok, 'rows', rows, 'the rows of one bench')

@@ -21,7 +21,7 @@ from ..engine.slim import SlimViT
 from ..errors import is_number, require
 from .base import (PASSES, SHARED, Epochs, Looks, Positive, Ragged, Trains, method,
                                       option)
-from ..train.objectives import looks_at, plus, supervised
+from ..train.objectives import check_weight, looks_at, plus, supervised
 from ..train.recipe import even_recipe
 
 # %% ../../nbs/3_methods/20_avit.ipynb #20a0000d
@@ -126,6 +126,8 @@ def owned(decisions)->torch.Tensor: # (B, L + 1, n)
 
 def ponder_loss(weight:float=5e-4): # An objective
     "Blocks and remainder of each token, on average (Yin et al. 2022, equation 9)."
+    check_weight(weight)
+
     @looks_at('decisions')
     def ponder(seen):
         rest = owned(seen.decisions)
@@ -144,6 +146,8 @@ def depth_prior(n_blocks:int, # L
 def depth_loss(depth:float,      # block of the peak, 1-based
                weight:float=.1): # An objective
     "KL divergence of the patches' mean weights over the blocks from a Gaussian (Yin et al. 2022, sec. 3.2)."
+    check_weight(weight)
+
     @looks_at('decisions')
     def prior(seen):
         rest, p = owned(seen.decisions), seen.decisions[0].n_prefix

@@ -19,7 +19,7 @@ from ..engine.attention import fuse_tokens
 from ..engine.fates import Fate, register_fate
 from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
-from ..errors import require
+from ..errors import is_number, require
 from .base import (PASSES, BlockNumbers, Epochs, Method, Rate, Trains, method,
                                       option)
 from ..train.objectives import looks_at, supervised
@@ -116,6 +116,8 @@ def two_heads(head:nn.Module,  # From `second_head`
               weight:float=.5, # Its share of the loss, in [0, 1)
               ):               # An objective
     "Cross-entropy of the model's own head, and of one that reads what that does not: the mean, or CLS."
+    require(is_number(weight) and 0 <= weight < 1, 'weight', weight, 'a share in [0, 1)')
+
     @looks_at('tokens')
     def both(seen):
         model, x = seen.model, seen.tokens

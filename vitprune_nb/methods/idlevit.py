@@ -19,7 +19,7 @@ from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT
 from ..errors import require
 from .base import PASSES, BlockNumber, Epochs, Method, Rate, Trains, method, option
-from ..train.objectives import kl_to_teacher, looks_at, plus, supervised
+from ..train.objectives import check_weight, kl_to_teacher, looks_at, plus, supervised
 from ..train.recipe import TrainConfig, even_recipe
 from ..vit.cost import block_widths
 
@@ -119,6 +119,8 @@ def token_cut(inputs:dict,     # From `normed_inputs`
               weight:float=20.,# The official script's
               ):               # An objective
     "The token cut loss, mean over the blocks in which tokens idle."
+    check_weight(weight)
+
     @looks_at('decisions')
     def cut(seen):
         def of(d):
@@ -134,6 +136,8 @@ def _read(x, model): # (B, N, D) -> (B, D)
 
 def feature_mse(weight:float=1000.): # 100 times the weight of the teacher's answers; an objective
     "Mean squared difference, over images and channels, of what the two heads read, each of length 1."
+    check_weight(weight)
+
     @looks_at('tokens', 'teacher_tokens')
     def feature(seen):
         ours, theirs = (F.normalize(_read(t, seen.model), dim=-1) for t in (seen.tokens, seen.teacher_tokens))

@@ -32,6 +32,8 @@ def default_stages(n_blocks:int # L
     return sorted({min(max(1, round(n_blocks*s/12)), n_blocks - 1) for s in (4, 7, 10)})
 
 class LifeConfig(Trains):
+    lr: Positive|None = option(None, 'peak learning rate of the backbone; the predictor learns at 1e-3',
+                               'a number above 0', 'RATE', shown='1e-5')
     keep_rate: Rate|Annotated[list[Rate], Field(min_length=1)]|None = option(
         None, 'share of the patches that survive a stage, in (0, 1], or one a stage',
         'a number in (0, 1], or one for each stage', 'SHARE[,…]', dial=True)

@@ -19,7 +19,7 @@ from ..engine.policy import Policy, Scorer, Step, Tokens, register_scorer
 from ..engine.slim import SlimViT, own_grid
 from ..errors import require
 from .base import PASSES, SHARED, Epochs, Method, Positive, Trains, method, option
-from ..train.objectives import penalty, plus, supervised
+from ..train.objectives import check_weight, penalty, plus, supervised
 from ..train.recipe import TrainConfig, even_recipe
 
 # %% ../../nbs/3_methods/18b_power.ipynb #18b0000b
@@ -62,6 +62,7 @@ def retention(slim # A `SlimViT` with a `soft_policy`
 def mass_penalty(weight:float=3e-4, # of the penalty, 0 or more
                  ):                 # An objective
     "weight times the sum of all r, those of block l counted l times."
+    check_weight(weight)
     def mass(slim):
         return weight*sum((i + 1)*s.score.r.sum() for i, s in slim.policy.each())
     return penalty('mass', mass)

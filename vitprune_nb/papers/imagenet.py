@@ -18,8 +18,8 @@ import numpy as np
 import scipy
 import torch
 from .channel_tables import uniform_cost
-from ..core import autocast, data_path, evaluating, pick_device, progress
-from ..errors import VitpruneError, for_shell, refuse, require
+from ..core import autocast, check_seed, data_path, evaluating, pick_device, progress
+from ..errors import VitpruneError, check_draws, check_level, for_shell, refuse, require
 from ..vit.cost import block_macs, count_macs, model_macs, model_params
 from ..data import class_folders, class_subset, folder_data, image_endings, load_data, loader
 from ..methods.life import life_plan
@@ -213,12 +213,11 @@ def mean_over_images(values,         # (n,) one number an image
                      )->tuple:       # (mean, low, high)
     "Mean over images with its bootstrap interval: images are drawn anew, with replacement."
     v = np.asarray(values, dtype=float)
-    require(v.ndim == 1 and len(v) > 0 and np.isfinite(v).all(), 'values', f'{v.shape} values',
-            'one finite number an image')
-    drawn = np.repeat(v, 2) if len(v) == 1 else v                    # scipy wants two
-    found = scipy.stats.bootstrap((drawn,), np.mean, n_resamples=draws, confidence_level=level,
-                                  method='percentile',
-                                  random_state=np.random.default_rng(seed)).confidence_interval
+    require(v.ndim == 1 and len(v) > 1 and np.isfinite(v).all(), 'values', f'{v.shape} values',
+            'one finite number an image, of two images or more')
+    found = scipy.stats.bootstrap((v,), np.mean, n_resamples=check_draws(draws), method='percentile',
+                                  confidence_level=check_level(level),
+                                  random_state=np.random.default_rng(check_seed(seed))).confidence_interval
     return float(v.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #590cbf93

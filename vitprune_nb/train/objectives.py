@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Seen', 'looks_at', 'needs_of', 'name_of', 'losses_of', 'total', 'loss_and_targets', 'distillation',
-           'supervised', 'plus', 'penalty', 'kept_so_far', 'ratio_loss', 'kl_to_teacher', 'token_mse']
+           'supervised', 'plus', 'penalty', 'check_weight', 'kept_so_far', 'ratio_loss', 'kl_to_teacher', 'token_mse']
 
 # %% ../../nbs/6_reference/08a_objectives.ipynb #20a00004
 import dataclasses, functools, operator
@@ -111,13 +111,17 @@ def distillation(student:torch.Tensor, # Logits (B, classes)
                  temperature:float=1., # Softens both, > 0
                  )->torch.Tensor:      # A scalar, >= 0
     "KL divergence of the softened distributions, teacher to student, times temperature² (Hinton, section 2)."
+    require(student.shape == teacher.shape, 'teacher', f'logits of shape {tuple(teacher.shape)}',
+            f'the shape of the student, {tuple(student.shape)}')
+    require(is_number(temperature) and temperature > 0, 'temperature', temperature, 'a positive number')
     s, t = F.log_softmax(student/temperature, -1), F.log_softmax(teacher/temperature, -1)
     return F.kl_div(s, t, log_target=True, reduction='batchmean')*temperature**2
 
 # %% ../../nbs/6_reference/08a_objectives.ipynb #20a0000f
 def supervised(seen:Seen)->dict: # {'classification'} and, with cfg.distill, {'distillation'}
     "Cross-entropy with the recipe's targets and, weighted by `distill`, the teacher's soft labels (DeiT)."
-    cfg = seen.config
+    cfg, head = seen.config, getattr(seen.model, 'num_classes', None) != 0
+    require(head, 'model', 'one without a head (num_classes=0)', 'a classifier, to train on labels')
     mix, criterion = loss_and_targets(cfg, seen.logits.shape[1])
     loss = criterion(seen.logits, seen.labels if mix is None else seen.mixed)
     if not cfg.distill: return dict(classification=loss)
@@ -151,7 +155,8 @@ def penalty(name:str,  # Of the loss, in the log
     return of_model
 
 # %% ../../nbs/6_reference/08a_objectives.ipynb #20a00015
-def _weight(weight):
+def check_weight(weight): # Of a loss
+    "Refuse a weight that is no number, or below 0."
     require(is_number(weight) and weight >= 0, 'weight', weight, 'zero or a positive number')
 
 def kept_so_far(decisions)->list: # (B, patches) for each decision, fp32
@@ -169,7 +174,7 @@ def ratio_loss(targets:tuple,   # Wanted share of all patches after each decisio
                weight:float=2., # The paper's
                ):               # An objective
     "Mean squared difference of kept and wanted share, over images and decisions (DynamicViT, section 3.4)."
-    _weight(weight)
+    check_weight(weight)
     share = lambda t: is_number(t) and 0 < t <= 1
     good = isinstance(targets, (list, tuple)) and len(targets) > 0 and all(map(share, targets))
     require(good, 'targets', targets, 'shares in (0, 1], one for each decision')
@@ -192,7 +197,7 @@ def kl_to_teacher(temperature:float=1., # > 0
                   weight:float=.5,      # DynamicViT's
                   ):                    # An objective
     "`distillation`, weighted: KL divergence from the teacher's distribution (DynamicViT, section 3.4)."
-    _weight(weight)
+    check_weight(weight)
     require(is_number(temperature) and temperature > 0, 'temperature', temperature, 'a positive number')
 
     @looks_at('teacher')
@@ -203,7 +208,7 @@ def kl_to_teacher(temperature:float=1., # > 0
 def token_mse(weight:float=.5, # DynamicViT's
               ):               # An objective
     "Squared distance of kept patch tokens from the teacher's, mean over tokens and channels (section 3.4)."
-    _weight(weight)
+    check_weight(weight)
 
     @looks_at('tokens', 'teacher_tokens')
     def mse(seen):

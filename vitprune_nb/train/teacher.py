@@ -14,6 +14,7 @@ from ..core import fast_dtype
 from ..engine.plan import weights_hash
 from ..errors import path_of
 from ..files import writing
+from ..vit.model import logits_of
 
 # %% ../../nbs/6_reference/08b_teacher.ipynb #20d0000a
 class RememberedTeacher(torch.nn.Module):
@@ -56,7 +57,7 @@ class RememberedTeacher(torch.nn.Module):
         known = self.table[step]
         if known.isnan().any():
             self.asked += 1
-            known.copy_(self.dense(images).float())
+            known.copy_(logits_of(self.dense, images, 'teacher').float())
         return known.to(images.device, copy=True)
 
     def forward(self, images): return self.dense(images)

@@ -28,7 +28,7 @@ from .objectives import (Seen, loss_and_targets, losses_of, name_of, needs_of, s
                                           total)
 from .recipe import (Batches, TrainConfig, freeze_first, frozen, make_optimizer,
                                       make_scheduler, parameters_of, set_drop_path, set_patch_drop, vit_of)
-from ..vit.model import evaluate
+from ..vit.model import evaluate, logits_of
 from ..vit.weights import in_short
 
 # %% ../../nbs/6_reference/08_train.ipynb #5ad6f31a
@@ -158,6 +158,14 @@ def check_objective(objective, model, cfg:TrainConfig, teacher=None)->tuple: # W
         has = n not in needs or isinstance(getattr(vit_of(m), 'norm', None), torch.nn.Module)
         require(has, 'objective', f'{name_of(objective)} for {type(m).__name__}', f'one that needs no {n!r}',
                 'The model has no norm after its blocks.')
+    n = getattr(model, 'num_classes', None)
+    many = getattr(teacher, 'num_classes', n)
+    require(n != 0 or objective is not supervised, 'model', 'one without a head (num_classes=0)',
+            'a classifier, to train on labels')
+    require(n != 0 or not (cfg.mixup or cfg.cutmix), 'mixup, cutmix', (cfg.mixup, cfg.cutmix),
+            '0 and 0 for a model without a head, which has no targets to mix')
+    require(cfg.distill == 0 or many == n, 'teacher', f'a model of {many} classes',
+            f'one of {n}, as the model')
     own = {id(p) for p in teacher.parameters()} if teacher is not None else set()
     shared = any(id(p) in own for p in model.parameters())
     given = 'one that shares weights with the model that it teaches'
@@ -188,7 +196,7 @@ class Trainer:
         self.teacher = teacher.eval().to(self.acc.device) if teacher is not None else None
         self.source = teacher.dense if remembers else teacher     # of what the teacher says
         if remembers: teacher.open(self.batches, data_config(vit_of(model)))
-        self.ask = teacher.at if remembers else lambda step, x: teacher(x).float()
+        self.ask = teacher.at if remembers else lambda step, x: logits_of(teacher, x, 'teacher').float()
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
         self.step, self.stream, self.start = 0, None, time.perf_counter()
         self.recent, self.named, self.busy = [], {}, 0.   # since the last row of the log: losses, and seconds
@@ -457,7 +465,7 @@ def fit(model:torch.nn.Module, # A timm ViT, or a SlimViT; trained in place, on 
     require(not 0 < n <= last, 'train_set', f'class number {last}', f'0 to {n - 1}, the classes of the model')
     fine = teacher is None or isinstance(teacher, torch.nn.Module)
     require(fine, 'teacher', type(teacher).__name__, 'a model, or None')
-    if cfg.distill > 0 or 'teacher_logits' in needs_of(objective or supervised):
+    if cfg.distill > 0 or 'teacher' in needs_of(objective or supervised):
         theirs = list(getattr(teacher.dense if hasattr(teacher, 'at') else teacher, 'classes', None) or [])
         turned = theirs != train_set.classes and sorted(theirs) == sorted(train_set.classes)
         given = f'a model whose classes are {", ".join(theirs[:5])} …'

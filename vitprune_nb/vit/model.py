@@ -16,7 +16,7 @@ import numpy as np
 import scipy
 import torch
 from ..core import autocast, check_model, data_path, evaluating, out_of_memory, progress
-from ..errors import VitpruneError, is_whole, refuse, require
+from ..errors import VitpruneError, check_level, is_whole, refuse, require
 from ..files import read_json, sha256
 from ..data import (CIFAR10, ImageSet, check_classes, check_set, loader, match_classes, ready)
 from .weights import create_vit, model_kwargs
@@ -144,7 +144,8 @@ def wilson_interval(correct:int, # Right answers
     "Wilson's score interval for a share: honest near 0 and 1, unlike p ± z·sqrt(p(1-p)/n)."
     ok = is_whole(n) and is_whole(correct) and n > 0 and 0 <= correct <= n
     require(ok, 'correct', f'{correct} of {n}', '0 <= correct <= n with n > 0')
-    low, high = scipy.stats.binomtest(int(correct), int(n)).proportion_ci(level, method='wilson')
+    test = scipy.stats.binomtest(int(correct), int(n))
+    low, high = test.proportion_ci(check_level(level), method='wilson')
     return float(low), float(high)
 
 # %% ../../nbs/1_foundations/02_vit.ipynb #fbb4cf8d
@@ -158,17 +159,18 @@ def classes_of(logits:torch.Tensor # (B, classes)
 
 def logits_of(model,          # From images to logits
               x:torch.Tensor, # (B, 3, H, W)
+              argument:str='model', # What a refusal calls it
               )->torch.Tensor:# (B, classes)
     "What a model says about images; an error of its own is raised again with the shape of the images."
     try: out = model(x)
     except VitpruneError: raise
     except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as e:
         if out_of_memory(e): raise
-        refuse('model', f'{type(model).__name__} and images of shape {tuple(x.shape)}',
+        refuse(argument, f'{type(model).__name__} and images of shape {tuple(x.shape)}',
                'a model that takes these images',
                f'It says: {(str(e).splitlines() or [type(e).__name__])[0][:200]}')
     ok = isinstance(out, torch.Tensor) and out.ndim == 2 and len(out) == len(x) and out.shape[1] > 0
-    require(ok, 'model', f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}',
+    require(ok, argument, f'{type(model).__name__}, which gives {tuple(getattr(out, "shape", ()))}',
             f'logits ({len(x)}, classes)')
     return out
 
