@@ -1,5 +1,5 @@
 """What an install gives: a console script, quick imports, a README whose code runs."""
-import configparser, re, subprocess, sys
+import configparser, json, re, subprocess, sys
 
 import pytest
 from conftest import ROOT, clean_env
@@ -23,6 +23,14 @@ def test_console_script_and_version(vitprune, tmp_path):
     config.read(ROOT/'settings.ini', encoding='utf-8')
     r = vitprune('--version', cwd=tmp_path)
     assert (r.returncode, r.stdout.strip(), r.stderr) == (0, config['DEFAULT']['version'], '')
+
+
+def test_settings_are_the_one_source_of_the_version(tmp_path):
+    config = configparser.ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    version, lesson = config['DEFAULT']['version'], next((ROOT/'nbs').rglob('27_package.ipynb'))
+    assert python('import vitprune_nb as v; print(v.__version__, v.__doc__[:25])', tmp_path) == f'{version} What most people need of'
+    assert json.dumps(f'__version__ = "{version}"')[1:-1] in lesson.read_text(encoding='utf-8')
 
 
 def test_import_from_anywhere(tmp_path):

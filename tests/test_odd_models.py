@@ -276,6 +276,11 @@ def test_images_for_training_have_the_shape_of_the_model(size, augment):
         assert data.train_transform(cfg, augment)(picture).shape == (3, *size)
 
 
+@pytest.mark.parametrize('size, whole', [((32, 32), True), ((64, 224), True), ((224, 64), True), ((72, 80), False)])
+def test_the_shorter_side_says_whether_images_are_cropped(size, whole):
+    assert (data.data_config(vit(img_size=size))['crop_pct'] == 1) == whole
+
+
 def test_a_compiled_model_in_a_slimvit(images):
     model = vit()
     slim = SlimViT(torch.compile(model, backend='eager'), Policy({1: Step(keep=(1, 2))}))

@@ -2,16 +2,18 @@
 import math
 
 import numpy as np, pytest, torch
-from vitprune_nb import cli, core, data, experiment
+from vitprune_nb import cli, core, data, experiment, viz
 from vitprune_nb.engine import slim as engine
 from vitprune_nb.evidence import measure
 from vitprune_nb.methods import base as methods
 from vitprune_nb.engine import plan
 from vitprune_nb.engine import policy
+from vitprune_nb.train import recipe
 from vitprune_nb.train import trainer as train
 from vitprune_nb.vit import model as vit
 from vitprune_nb.errors import VitpruneError
 
+PICTURE = np.zeros((4, 4, 3))
 SEEDS = (-1, 2**32, 1.5, True, None, '3', math.nan)
 
 
@@ -34,8 +36,15 @@ def test_a_device_that_is_none(device, tiny, images):
 @pytest.mark.parametrize('seed', SEEDS)
 def test_a_seed_that_is_none(seed, images):
     for door in (core.set_seed, lambda s: train.TrainConfig(seed=s), lambda s: methods.read_options('life', dict(seed=s)), lambda s: experiment.Experiment(seeds=(s,)), lambda s: data.calibration(images, 3, s),
-                 lambda s: data.class_subset(images, 3, s), lambda s: data.load_data(None, seed=s), lambda s: policy.pyramid(6, 16, {2: .5}, s)):
+                 lambda s: data.class_subset(images, 3, s), lambda s: data.load_data(None, seed=s), lambda s: policy.pyramid(6, 16, {2: .5}, s),
+                 core.fold_seed, lambda s: core.fold_seed(s, 1), lambda s: plan.random_plan(plan.Plan('p', 'test_vit', 16, 1, [(0,)]*6), s)):
         with pytest.raises(VitpruneError, match='^seeds?: got'): door(seed)
+
+
+@pytest.mark.parametrize('counter', [-1, 2**40, 1.9, None])
+def test_a_counter_that_is_none(counter):
+    with pytest.raises(VitpruneError, match='^counter: got'): core.fold_seed(0, counter)
+    assert core.fold_seed(0, np.int64(3)) == core.fold_seed(np.uint8(0), 3) != core.fold_seed(0, 4)
 
 
 @pytest.mark.parametrize('name', [f.name for f in train.dataclasses.fields(train.TrainConfig)])
@@ -86,6 +95,29 @@ def test_a_model_with_cut_channels_is_pruned_by_every_method_of_patches(name, op
     try: both = methods.prune(name, cut, images, **options)
     except VitpruneError as e: assert 'leaves both labels in some block' in str(e)     # cosine on random weights
     else: assert methods.cost_of(both)['macs'] <= methods.cost_of(cut)['macs'] and torch.isfinite(both(torch.zeros(2, 3, 32, 32))).all()
+
+
+@pytest.mark.parametrize('call, text', [
+    *((lambda m, n=n: recipe.freeze_first(m, n), f'freeze: got {n}; allowed: a whole number from 0 to 6') for n in (-1, 7, 1.5, True)),
+    *((lambda m, s=s: recipe.set_patch_drop(m, s), f'patch_drop: got {s}; allowed: a share in [0, 1)') for s in (1.5, 1, -.1, math.nan)),
+    *((lambda m, r=r: recipe.set_drop_path(m, r), f'drop_path: got {r}; allowed: a number in [0, 1)') for r in (2., 1, -.1, math.nan)),
+    (lambda m: data.to_sheet(np.zeros((4, 2, 2, 3), np.uint8), 0), 'columns: got 0; allowed: a whole number, 1 or more'),
+    (lambda m: data.from_sheet(np.zeros((4, 4, 3), np.uint8), 0), 'size: got 0; allowed: a whole number, 1 or more'),
+    (lambda m: viz.show_images([PICTURE], columns=0), 'columns: got 0; allowed: a whole number, 1 or more'),
+    (lambda m: viz.as_image(np.zeros((0, 0, 3))), 'image: got an array of shape (0, 0, 3); allowed: one with pixels'),
+    (lambda m: viz.as_image(torch.zeros(3, 0, 4)), 'image: got a tensor of shape (3, 0, 4); allowed: one with pixels'),
+    *((lambda m, soft=soft: viz.patch_mask(soft, 4, 4), 'kept: got values other than 0 and 1') for soft in ([.9, .1, .01, .2], torch.tensor([2, 0, 0, 1]))),
+    *((lambda m, f=f: f(PICTURE, torch.tensor([[.9, .1, .01, .2]]).requires_grad_()), 'kept: got values other than 0 and 1')
+      for f in (viz.show_kept, lambda im, kept: viz.show_returns(im, kept, 1)))])
+def test_numbers_out_of_range(call, text, tiny):
+    before = [p.requires_grad for p in tiny.parameters()]
+    with pytest.raises(VitpruneError) as e: call(tiny)
+    assert text in str(e.value) and [p.requires_grad for p in tiny.parameters()] == before
+
+
+@pytest.mark.parametrize('kept', [[True, False, False, True], [1, 0, 0, 1], np.array([1., 0., 0., 1.]), torch.tensor([1, 0, 0, 1]).bfloat16()])
+def test_ones_and_zeros_are_a_mask(kept):
+    assert viz.patch_mask(kept, 2, 2).tolist() == [[True, False], [False, True]]
 
 
 @pytest.mark.parametrize('error, words', [(MemoryError(), 'out of memory'), (UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'bad'), 'another encoding'), (torch.OutOfMemoryError('x'), 'out of memory'),

@@ -5,9 +5,10 @@ import pytest, torch
 from vitprune_nb.engine import store
 from vitprune_nb.engine.channels import ChannelPlan, choose, slice_model
 from vitprune_nb.engine.fates import fate_of
+from vitprune_nb.engine.macs import counts_of, macs_of
 from vitprune_nb.engine.modes import MODES, run_blocks, static_indices
-from vitprune_nb.engine.policy import ClsAttention, GivenCounts, NormScore, Policy, Scorer, Step, parse_schedule
-from vitprune_nb.engine.slim import SlimViT
+from vitprune_nb.engine.policy import ClsAttention, GivenCounts, NormScore, Policy, Scorer, Step, Tokens, parse_schedule, select
+from vitprune_nb.engine.slim import SlimViT, check_policy
 from vitprune_nb.engine.wrapper import TimmParts
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.methods.evovit import Represented
@@ -23,6 +24,9 @@ def model(): return create_vit('deit_tiny_patch16_224', qk_norm=True, **SMALL).e
 
 @pytest.fixture(scope='module')
 def images(): return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def tokens(): return Tokens(torch.zeros(1, 5, 8), None, torch.arange(5)[None], 0, 1, {})
 
 
 def averaging(): return create_vit('vit_tiny_patch16_224', global_pool='avg', **SMALL)
@@ -103,6 +107,30 @@ def test_halted_tokens_of_a_soft_decision_are_weighed_in_training(images):
     slim.eval().forward_head(slim.forward_features(images))
 
 
+def test_a_check_wants_two_images(model, images):
+    policy = Policy({1: Step(score=NormScore(), count=8)})
+    for x in (images[:1], [images[0], images[1]]):
+        with pytest.raises(VitpruneError, match='^images: got .*; allowed: a tensor of two images or more'): check_policy(model, policy, x)
+
+
+@pytest.mark.parametrize('x, text', [(torch.zeros(0, 3, 32, 32), 'images: got shape (0, 3, 32, 32); allowed: (B, 3, H, W) of one image or more'),
+                                     (torch.zeros(3, 32, 32), 'images: got shape (3, 32, 32)'), ([1], 'images: got list; allowed: an ImageSet')])
+def test_images_on_which_nothing_can_be_counted(x, text, model):
+    slim = SlimViT(model, Policy({1: Step(score=NormScore(), threshold=0.)}), 'packed')
+    for count in (counts_of, macs_of):
+        with pytest.raises(VitpruneError) as e: count(slim, x)
+        assert text in str(e.value)
+
+
+def test_channels_that_cannot_be_chosen():
+    scores = {'blocks.0.attn.proj': torch.rand(48), 'blocks.0.mlp.fc1': torch.rand(50)}
+    for heads in (5, 0, -3, 1.5, True):
+        with pytest.raises(VitpruneError, match=f'^heads: got {heads}; allowed: a divisor of 48, the attention outputs of blocks.0.attn.proj'): choose(scores, .4, heads)
+    for none in ({}, None):
+        with pytest.raises(VitpruneError, match='^scores: got'): choose(none, .4, 3)
+    assert set(choose(scores, .4, 3).keep) == set(scores)
+
+
 def test_packed_does_not_train(model, images):
     slim = SlimViT(model, Policy({1: Step(keep=(2, 5))}), 'packed').train()
     try:
@@ -135,6 +163,9 @@ def test_another_grid_than_that_of_the_policy():
     (lambda: parse_schedule(0, 3), 'keep_rate: got 0; allowed: a number in (0, 1]. Use 1'),
     *((lambda bad=bad: parse_schedule(bad, 3), ': got ') for bad in (-1, 1.2, [1, .5], {9: .5}, 'x', [True]*3)),
     (lambda: fate_of('eaten'), "fate: got eaten; allowed: 'remove', 'idle'"),
+    (lambda: fate_of({'kind': 'idle', 'x': 1}), "fate: got {'kind': 'idle', 'x': 1}; allowed: 'idle' with what its config() gives"),
+    *((lambda step=step: select(step, tokens()), 'scores: got None; allowed: a tensor (B, n)')
+      for step in (Step(score=NormScore(), count=2), Step(score=NormScore(), threshold=0.))),
     (lambda: static_indices({0: Step(count=9, score=NormScore()), 1: Step(keep=(2,))}, 17), 'static positions in block index 1 after a per-image step'),
     (lambda: static_indices({1: Step(keep=(2, 5, 9)), 2: Step(keep=(3,))}, 17), 'patch 3 kept in block index 2 though'),
     (lambda: run_blocks(torch.zeros(1, 17, 48), [], {}, 'fast'), "mode: got fast; allowed: 'mask', 'gather', 'packed'"),
@@ -176,6 +207,18 @@ def test_a_model_that_cannot_be_built_again(change, text, tmp_path):
     change(m.model)
     with pytest.raises(VitpruneError) as e: store.save_pruned(m, tmp_path/'odd')
     assert text in str(e.value) and not (tmp_path/'odd').exists()
+
+
+@pytest.mark.parametrize('bad', [5, None, ''])
+def test_what_is_no_path(bad):
+    for read, argument in ((store.read_config, 'folder'), (store.load_slim, 'folder'), (store.load_sliced, 'folder'), (store.load_pruned, 'folder'), (store.open_model, 'model')):
+        with pytest.raises(VitpruneError, match=f'^{argument}: got '): read(bad)
+
+
+def test_a_model_may_be_named_by_a_path(tmp_path):
+    store.save_pruned(SlimViT(weighty(), BY_IMAGE), tmp_path/'m')
+    assert store.open_model(tmp_path/'m').policy.name == 'by norm'
+    with pytest.raises(VitpruneError, match='^model: got .*none; allowed: '): store.open_model(tmp_path/'none')
 
 
 def test_folders_of_another_kind(tmp_path):

@@ -1,12 +1,14 @@
 """What measuring, exporting and the tables of the papers do not accept, each with the error that says so."""
-import os
+import math, os
+
 import pytest, torch
 from vitprune_nb.data import calibration, embedded
 from vitprune_nb.engine.channels import choose
 from vitprune_nb.errors import VitpruneError
 from vitprune_nb.evidence import measure, results
 from vitprune_nb.methods.vtp import add_gates, importance
-from vitprune_nb.papers import channel_tables, overhead
+from vitprune_nb.papers import channel_tables, cosine_claims, imagenet, overhead
+from vitprune_nb.run import spread_answers
 from vitprune_nb.vit.cost import model_macs
 from vitprune_nb.vit.model import create_vit
 
@@ -25,6 +27,15 @@ def scores(model): return importance(add_gates(create_vit('deit_tiny_patch16_224
 
 @pytest.mark.parametrize('f, text', [
     (lambda: measure.summary([0.], 1), 'all above 0'),
+    *((lambda t=t: measure.summary([1., t], 1), 'at least one time, finite and all above 0') for t in (math.inf, math.nan)),
+    *((lambda b=b: measure.summary([1.], b), f'batch: got {b}; allowed: a whole number of images, 1 or more') for b in (-3, 0, 1.5)),
+    *((lambda d=d: measure.dtype_name(d), f"dtype: got {d}; allowed: 'auto', 'fp32' or 'bf16'") for d in ('banana', 'float32')),
+    (lambda: measure.dtype_name('banana', x=torch.zeros(1).double()), 'dtype: got banana'),
+    (lambda: measure.time_reduction([dict(name='dense', times_ms=[1.], batch=4)], 'dense'), 'allowed: the rows of one bench'),
+    (lambda: overhead.saved_time(5., .4), 'reduction: got 5.0; allowed: a share, at most 1'),
+    (lambda: imagenet.train_hours(1, 100., efficiency=5.), 'efficiency: got 5.0; allowed: a share in (0, 1]'),
+    (lambda: cosine_claims.given_policy(torch.full((2, 3), .5), 2, 48, 16, 'entering'), "keys: got entering; allowed: 'all' or 'kept'"),
+    *((lambda p=p: spread_answers(p, 3), f'parts: got {list(map(len, p))}; allowed: shares of 3 images in turn') for p in ([[True]], [[True], [True, True]], [])),
     (lambda: measure.ratio_interval([1.], [1., 2.]), 'times: got 1 and 2 times'),
     (lambda: results.mcnemar(-1, 2), 'allowed: counts, 0 or more'),
     (lambda: results.mean_interval([1.]), 'values: got [1.0]; allowed: two or more finite numbers'),
@@ -34,6 +45,15 @@ def scores(model): return importance(add_gates(create_vit('deit_tiny_patch16_224
 def test_times_and_answers_that_cannot_be(f, text):
     with pytest.raises(VitpruneError) as e: f()
     assert text in str(e.value)
+
+
+def test_names_of_dtypes():
+    assert [measure.dtype_name(d) for d in ('bf16', torch.bfloat16, torch.float16, torch.float64)] == ['bf16', 'bf16', 'fp16', 'torch.float64']
+    assert measure.dtype_name('fp32', x=torch.zeros(1).double()) == 'torch.float64' and measure.dtype_name('fp32', x=torch.zeros(1)) == 'fp32'
+
+
+def test_what_costs_more_takes_longer():
+    assert overhead.saved_time(-.1, .5) == pytest.approx(-.05) and overhead.saved_time(1, 0) == 1
 
 
 @pytest.mark.parametrize('f, text', [
@@ -68,7 +88,10 @@ def test_exports_that_cannot_be(model, tmp_path):
                     (lambda: export_onnx(lambda x: x, file, x), 'allowed: a module in eval mode'),
                     (lambda: export_onnx(model, file, x, tol=-1.), 'in ONNX Runtime; allowed: at most -1'),
                     (lambda: export_onnx(model, file, x, classes=['cat']), 'classes: got 1 names; allowed: 10, as many as'),
+                    (lambda: export_onnx(model, 5, x), 'path: got 5; allowed: a file name that ends in .onnx'),
                     (lambda: OnnxModel(tmp_path/'none.onnx'), 'allowed: an existing ONNX file'),
+                    (lambda: OnnxModel(5), 'path: got 5; allowed: an existing ONNX file'),
+                    (lambda: onnx_ops(5), 'path: got 5; allowed: an existing ONNX file'),
                     (lambda: onnx_ops(tmp_path/'none.onnx'), 'an existing ONNX file')):
         with pytest.raises(VitpruneError) as e: f()
         assert text in str(e.value)

@@ -8,7 +8,7 @@ from vitprune_nb.engine.macs import cost_of
 from vitprune_nb.engine.policy import Policy, Step
 from vitprune_nb.engine.slim import SlimViT
 from vitprune_nb.errors import VitpruneError
-from vitprune_nb.methods import avit, cosine, evit, evovit, idlevit, life, power, tome, vtp
+from vitprune_nb.methods import avit, cosine, dynamicvit, evit, evovit, idlevit, life, patch_slimming, power, scop, tome, vtp
 from vitprune_nb.methods.base import METHODS, Method, calibration_images, method, prune, read_options, recover, turn
 from vitprune_nb.train import objectives
 from vitprune_nb.vit.model import create_vit
@@ -61,6 +61,7 @@ def test_work_images_models_and_passes(tiny, train_set, tmp_path):
                     (lambda: prune('uniform', made, train_set, reduction=.3), 'whose tokens are pruned'),
                     (lambda: calibration_images(tiny, train_set, 101), 'calibration: got 101; allowed: 1 to 100'),
                     (lambda: recover(made, train_set, epochs=0), 'epochs: got 0; allowed: a positive number'),
+                    (lambda: recover(made, train_set, test_set=[1]), 'test_set: got list; allowed: an ImageSet with images'),
                     (lambda: prune('both', tiny, train_set, reduction=.3, sparse_epochs=0, calibration=101), 'calibration: got 101; allowed: 1 to 100'),
                     (lambda: prune('vtp', tiny, train_set, ratio=.999), 'ratio: got 0.999; allowed: at most')):
         with pytest.raises(VitpruneError) as e: f()
@@ -89,6 +90,53 @@ def test_gates_that_are_not_there(tiny):
 def test_lives_that_cannot_be():
     with pytest.raises(VitpruneError, match='a removal after block 1, before t_base = 2'): life.LifePlan((4, 2, 2, 1), 2)
     with pytest.raises(VitpruneError, match='the same score for every patch of image 0'): life.standardise(torch.ones(2, 64))
+
+
+@pytest.mark.parametrize('counts', [[], [0, 0], [10, 20], [10, -5], [math.nan, 1], ['4', '2']])
+def test_moments_of_what_is_no_schedule(counts):
+    with pytest.raises(VitpruneError, match='^counts: got .* allowed: numbers of patches that never rise'): life.life_moments(counts)
+    assert life.life_moments((4, 4, 2, 1)) == (11/4, math.sqrt(11)/4) and life.life_moments([4, 0]) == (1, 0)
+
+
+@pytest.mark.parametrize('n', [0, -5, 1.5])
+def test_no_schedule_without_patches(n):
+    with pytest.raises(VitpruneError, match=f'^n_patches: got {n}; allowed: a whole number, 1 or more'): life.stage_counts(.5, (4, 7), 12, n)
+
+
+def test_a_life_may_be_a_number():
+    assert life.beta(5., 5).item() == .5 and life.beta(5, torch.tensor([5, 6]), 1).tolist() == [.5, pytest.approx(1/(1 + math.e))]
+
+
+@pytest.mark.parametrize('rounds', [0, -1, 1.5])
+def test_a_search_of_no_rounds(rounds, tiny, train_set):
+    for f in (lambda: turn(lambda v: (None, v), 0, 1, .3, rounds=rounds), lambda: patch_slimming.for_budget(tiny, train_set, rounds=rounds)):
+        with pytest.raises(VitpruneError, match=f'^rounds: got {rounds}; allowed: a whole number, 1 or more'): f()
+
+
+@pytest.mark.parametrize('f, text', [
+    (lambda: dynamicvit.KeepPredictor(3), 'dim: got 3; allowed: a whole number, 4 or more'),
+    (lambda: dynamicvit.KeepPredictor(8.), 'dim: got 8.0'),
+    *((lambda d=d: avit.fit_gate(torch.rand(20, 12), d), f'depth: got {d}; allowed: a number from 1 to 12') for d in (50, 0, math.nan)),
+    (lambda: avit.fit_gate(torch.rand(20, 12), 5., gamma=0.), 'gamma: got 0.0; allowed: a number above 0, or None'),
+])
+def test_widths_depths_and_gates_that_cannot_be(f, text):
+    with pytest.raises(VitpruneError) as e: f()
+    assert text in str(e.value)
+
+
+def test_the_smallest_predictor_looks():
+    torch.manual_seed(0)
+    assert dynamicvit.KeepPredictor(4).log_probs(torch.randn(1, 5, 4), torch.ones(1, 5)).std() > 0
+
+
+@pytest.mark.parametrize('scores, rate, text', [
+    (torch.rand(2, 16), .5, 'scores: got shape (2, 16); allowed: finite scores of shape (4, 16)'),
+    (torch.full((4, 16), math.nan), .5, 'scores: got'), ([[1.]], .5, 'scores: got list'),
+    *((torch.rand(4, 16), r, f'keep_rate: got {r}; allowed: a number in (0, 1]') for r in (-1, 0, 2, math.nan)),
+])
+def test_places_that_cannot_be_chosen(scores, rate, text, tiny):
+    with pytest.raises(VitpruneError) as e: scop.scop_policy(tiny, scores, rate)
+    assert text in str(e.value)
 
 
 @pytest.mark.parametrize('f, text', [
@@ -140,6 +188,12 @@ def clear():
     (lambda: toy().threshold_for(1), 'share: got 1; allowed: a number in (0, 1)'),
     (lambda: cosine.fit_pruner(cosine.Seen([], torch.zeros(0, 0, 0), torch.zeros(0, 0, 0), [])), 'seen: got no tokens; allowed: captured tokens'),
     (lambda: cosine.fit_pruner(torch.nn.Linear(2, 2)), 'Make them with collect'),
+    (lambda: cosine.reentries(torch.ones(3, 4).bool()), 'kept: got shape (3, 4); allowed: (B, L, P)'),
+    (lambda: cosine.random_policy([3, 2], 4, 'entering'), "keys: got entering; allowed: 'all' or 'kept'"),
+    (lambda: cosine.random_policy([3, 2], 4, seed=-1), 'seed: got -1'),
+    (lambda: cosine.calibration_error(torch.full((5,), .2), torch.ones(1)), 'p, y: got shapes (5,) and (1,)'),
+    (lambda: cosine.calibration_error(torch.ones(0), torch.ones(0)), 'that are not empty'),
+    *((lambda p=p: cosine.calibration_error(torch.tensor([.5, p]), torch.ones(2)), 'allowed: probabilities, in [0, 1]') for p in (1.5, -.5, math.nan)),
 ])
 def test_labels_and_tokens_that_cannot_be(f, text):
     with pytest.raises(VitpruneError) as e: f()

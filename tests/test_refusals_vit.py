@@ -129,10 +129,16 @@ def test_counts_that_no_block_can_have(counts, text):
      'reduction: got 0.45; allowed: 0.069 or 0.812, the nearest that can be had, for this model with these options.'),
     (lambda m: cost.meet_budget(.01, [.069, .2], .01), 'allowed: at least 0.069'),
     (lambda m: cost.meet_budget(.9, [.069, .8], .01), 'allowed: at most 0.800'),
+    (lambda m: cost.meet_budget(.4, [], .02), 'found: got []; allowed: one share or more'),
+    *((lambda m, c=c: cost.block_macs(*c, 48, 192), f'nq, nkv, nmlp: got {c}; allowed: numbers of tokens, 0 or more') for c in ((-1, 5, 5), (5, -1, 5), (5, 5, -1))),
 ])
 def test_costs_that_cannot_be(f, text):
     with pytest.raises(VitpruneError) as e: f(tiny())
     assert text in str(e.value)
+
+
+def test_heads_of_no_width_multiply_nothing():
+    assert cost.block_macs(5, 5, 5, 48, 192, attn_dim=0) == 5*2*48*192 and cost.block_macs(5, 5, 5, 48, 192, attn_dim=48) == cost.block_macs(5, 5, 5, 48, 192)
 
 
 TOKENS = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
@@ -147,6 +153,8 @@ TOKENS = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(0))
     (lambda: redundancy.depth_summary(toy(), 'within', share=1), 'share: got 1; allowed: a number in (0, 1)'),
     (lambda: redundancy.similarity_by_depth(torch.nn.Linear(2, 2), data.calibration(data.embedded('test'), 10).but(transform=lambda im: im)),
      'model: got Linear'),
+    (lambda: redundancy.similarity_by_depth(tiny(), [1, 2]), 'ds: got list; allowed: an ImageSet with images'),
+    (lambda: redundancy.similarity_by_depth(tiny(), data.embedded('test').subset([])), 'ds: got no images'),
 ])
 def test_tokens_that_cannot_be_compared(f, text):
     with pytest.raises(VitpruneError) as e: f()

@@ -265,7 +265,7 @@ def check_out(out,              # The folder that shall be written
     return out
 
 # %% ../nbs/6_reference/24_cli.ipynb #81d1b6e4
-def write_folder(model, # From `methods.prune`
+def write_folder(model, # From `methods.base.prune`
                  out,   # The folder
                  force:bool=False, # As for `check_out`
                  **info,# What shall be remembered
@@ -456,7 +456,7 @@ def default_budget(m,               # From METHODS
 def prune_options(method:str,   # One of METHODS
                   given:dict,   # Options that were given
                   recover:float, recover_lr, # As in `cli_prune`
-                  )->dict:      # Options for `methods.prune`
+                  )->dict:      # Options for `methods.base.prune`
     "What can be refused before anything is opened, and the budget that holds when none is given."
     from vitprune_nb.errors import is_number, require
     from vitprune_nb.methods.base import METHODS, read_options
@@ -474,7 +474,7 @@ def prune_options(method:str,   # One of METHODS
     return given
 
 # %% ../nbs/6_reference/24_cli.ipynb #6d9c411b
-def what_is_left(model # From `methods.prune`
+def what_is_left(model # From `methods.base.prune`
                  )->tuple: # (patches of each block or None, a line)
     "What each block of a pruned model computes."
     from vitprune_nb.engine.macs import counts_of

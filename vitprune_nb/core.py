@@ -32,7 +32,8 @@ def set_seed(seed:int): # Any integer from 0 to 2**32 - 1
 def fold_seed(*numbers:int # A seed and any counters: epoch, step, image index …
               )->int:      # A well mixed 32-bit seed
     "One seed from several integers below 2**32; different tuples of one length give unrelated seeds."
-    return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1)[0])
+    numbers = [check_seed(n, 'counter' if i else 'seed') for i, n in enumerate(numbers)]
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def patch(f): # A function whose first parameter is annotated with a class
     "Make it a method of that class, so that a lesson can write a class method by method."

@@ -27,6 +27,7 @@ def to_sheet(images:np.ndarray, # uint8 (n, h, w, 3); n a multiple of `columns`
              )->np.ndarray:     # uint8 (n/columns * h, columns * w, 3)
     "Images side by side, row by row, as one picture."
     n, h, w, _ = images.shape
+    require(is_whole(columns) and columns >= 1, 'columns', columns, 'a whole number, 1 or more')
     require(n % columns == 0, 'columns', columns, f'a divisor of the number of images, {n}')
     sheets = images.reshape(n//columns, columns, h, w, 3).transpose(0, 2, 1, 3, 4)
     return sheets.reshape(n//columns*h, columns*w, 3)
@@ -36,6 +37,7 @@ def from_sheet(sheet:np.ndarray, # uint8 (rows * size, columns * size, 3)
                )->np.ndarray:    # uint8 (n, size, size, 3)
     "The inverse of `to_sheet`."
     H, W, _ = sheet.shape
+    require(is_whole(size) and size >= 1, 'size', size, 'a whole number, 1 or more')
     require(H % size == 0 and W % size == 0, 'sheet', f'{W}×{H} px', f'sides that are multiples of {size} px')
     return sheet.reshape(H//size, size, W//size, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
 
@@ -470,12 +472,13 @@ def check_classes(model, # Anything; where it has `num_classes`, as many must be
 # %% ../nbs/6_reference/01_data.ipynb #9b9bd28f
 def data_config(model # A timm model, or anything with its `pretrained_cfg`
                 )->dict: # input_size, interpolation, mean, std, crop_pct
-    "timm's data configuration, with the input size that the model really has."
+    """timm's data configuration, with the input size that the model really has; images of 64 px or less, on
+    their shorter side, are not cropped."""
     import timm.data
     cfg = timm.data.resolve_model_data_config(check_model(model))
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     if size is not None: cfg['input_size'] = (getattr(model, 'in_chans', cfg['input_size'][0]), *size)
-    if cfg['input_size'][-1] <= 64: cfg['crop_pct'] = 1.0   # tiny images have no margin to cut away
+    if min(cfg['input_size'][1:]) <= 64: cfg['crop_pct'] = 1.0   # tiny images have no margin to cut away
     return {k: cfg[k] for k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
 
 def _check_config(cfg):

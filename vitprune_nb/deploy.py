@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from .data import data_config
 from .core import out_of_memory
-from .errors import VitpruneError, refuse, require
+from .errors import VitpruneError, path_of, refuse, require
 from .evidence.measure import num_threads
 from .files import write_atomic
 
@@ -40,7 +40,8 @@ class OnnxModel:
     def __init__(self, path,           # What `export_onnx` wrote
                  threads:int|None=None): # CPU threads; None: as many as PyTorch uses
         ort = onnx_runtime()
-        require(Path(path).is_file(), 'path', path, 'an existing ONNX file')
+        require(path_of('path', path, 'an existing ONNX file').is_file(), 'path', path,
+                'an existing ONNX file')
         options = ort.SessionOptions()
         with num_threads(threads) as n: options.intra_op_num_threads = n
         options.log_severity_level = 3
@@ -142,7 +143,7 @@ def export_onnx(model,        # A ViT in eval mode: timm's, sliced, a `SlimViT`
     dynamic=True also for one image, and for one more than B. The file says in its metadata how its images
     are made: see `OnnxModel.about`."""
     onnx_runtime()
-    path = Path(path)
+    path = path_of('path', path, 'a file name that ends in .onnx')
     require(isinstance(model, torch.nn.Module) and not model.training, 'model',
             f'a {type(model).__name__} in training mode' if isinstance(model, torch.nn.Module) else model,
             'a module in eval mode', 'Call model.eval().')
@@ -172,7 +173,7 @@ def onnx_ops(path # An ONNX file
     "How often each operation stands in the graph."
     onnx_runtime()
     import onnx
-    require(Path(path).is_file(), 'path', path, 'an existing ONNX file')
+    require(path_of('path', path, 'an existing ONNX file').is_file(), 'path', path, 'an existing ONNX file')
     proto, count = onnx.load(str(path)), collections.Counter()
     def walk(nodes):
         for n in nodes:

@@ -303,6 +303,9 @@ def spread_answers(parts:list, # Answers of each process
                    n:int,      # Images in all
                    )->np.ndarray: # bool (n,)
     "The answers of all processes in the order of the images."
+    took = [len(range(r, n, len(parts))) for r in range(len(parts))]
+    require(len(parts) > 0 and list(map(len, parts)) == took, 'parts', list(map(len, parts)),
+            f'shares of {n} images in turn, {took}')
     right = np.zeros(n, dtype=bool)
     for r, part in enumerate(parts): right[r::len(parts)] = part
     return right
@@ -538,7 +541,7 @@ def check_sizes(e:Experiment, train, test, world:int=1): # The images; the numbe
     for recipe in (e.train, dict(dict(batch_size=min(64, len(train))), **e.recover)):
         if recipe: Batches(train, TrainConfig(**recipe), world=world)
 
-def found(e:Experiment, train, test, device)->dict: # For `fingerprint`
+def found(train, test, device)->dict: # For `fingerprint`
     "What only the running machine knows."
     env = environment(device)
     return dict(train_hash=train.digest, test_hash=test.digest,
@@ -592,7 +595,7 @@ def open_run(e:Experiment, out:Path, acc, train, test, model, # As in `Run`
              )->Run:
     """Hold the run to its settings, take its folder, tidy up, open its ledger; refuse before anything
     is added or removed."""
-    csv_file, settings = results_file(e, out), fingerprint(e, **found(e, train, test, acc.device))
+    csv_file, settings = results_file(e, out), fingerprint(e, **found(train, test, acc.device))
     def begin():
         check_place(e, out)
         if not (out/'settings.json').exists(): take_place(e, out)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from matplotlib.transforms import ScaledTranslation
 from .core import COLORS, PALETTE, load_methods
-from .errors import refuse, require
+from .errors import is_whole, refuse, require
 
 # %% ../nbs/6_reference/06_viz.ipynb #f6c6623a
 SPARE = ('#332288', '#882255', '#999933', '#117733')   # for names that are no methods
@@ -53,7 +53,8 @@ def method_color(name:str,   # A method, or a method with a remark: 'life', 'pat
 
 def method_colors(names # Names of the curves in one plot
                   )->dict: # {name: colour}
-    "A colour for each name, the same whatever the order of methods."
+    """A colour for each name: for names of methods the same whatever their order; others get free colours in
+    the order given."""
     load_methods()
     out = {}
     for n in sorted(names, key=lambda n: _plain(n) not in COLORS): out[n] = method_color(n, out.values())
@@ -67,11 +68,13 @@ def as_image(image,     # PIL image, uint8 (H, W, 3), or a tensor (3, H, W)
     if isinstance(image, torch.Tensor):
         require(image.ndim == 3 and image.shape[0] == 3, 'image', f'a tensor of shape {tuple(image.shape)}',
                 '(3, H, W)', 'Pick one image of a batch with x[i].')
+        require(image.numel() > 0, 'image', f'a tensor of shape {tuple(image.shape)}', 'one with pixels')
         a = image.detach().float().cpu().permute(1, 2, 0).numpy()
         if norm is not None: a = np.clip(a*np.asarray(norm['std']) + np.asarray(norm['mean']), 0, 1)
     else:
         a = np.asarray(image)
         require(a.ndim == 3 and a.shape[-1] == 3, 'image', f'an array of shape {a.shape}', '(H, W, 3)')
+        require(a.size > 0, 'image', f'an array of shape {a.shape}', 'one with pixels')
         if a.dtype == np.uint8: a = a/255
     require(a.min() >= -1e-6 and a.max() <= 1 + 1e-6, 'image', f'values from {a.min():.2f} to {a.max():.2f}',
             'values from 0 to 1',
@@ -103,6 +106,7 @@ def show_images(images,      # A list of images, or a batch (B, 3, H, W)
     "Images side by side, row by row."
     n = len(images)
     require(n > 0, 'images', n, 'at least one image')
+    require(is_whole(columns) and columns >= 1, 'columns', columns, 'a whole number, 1 or more')
     require(titles is None or len(titles) == n, 'titles', titles, f'{n} titles')
     cols = min(columns, n); rows = math.ceil(n/cols)
     _, axes = plt.subplots(rows, cols, figsize=(size*cols, (size + .25*(titles is not None))*rows),
@@ -112,13 +116,21 @@ def show_images(images,      # A list of images, or a batch (B, 3, H, W)
     return axes.flat[:n]
 
 # %% ../nbs/6_reference/06_viz.ipynb #e2d7068c
+def _as_kept(kept):
+    "As a bool array; soft scores are refused."
+    kept = kept.detach().float().cpu().numpy() if isinstance(kept, torch.Tensor) else np.asarray(kept)
+    hard = kept.dtype == bool or ((kept == 0) | (kept == 1)).all()
+    require(hard, 'kept', 'values other than 0 and 1', 'True or False for each patch',
+            'Choose a threshold first: scores > 0.5.')
+    return kept.astype(bool)
+
 def patch_mask(kept,         # (P,) bool, in reading order, without prefix tokens
                height:int,   # Of the image, px
                width:int,    # Of the image, px
                grid=None,    # (rows, columns) of patches; None: a square
                )->np.ndarray: # bool (height, width)
     "Which pixels belong to kept patches."
-    kept = np.asarray(kept, dtype=bool)
+    kept = _as_kept(kept)
     side = math.isqrt(kept.size)
     rows, cols = grid or (side, side)
     require(kept.ndim == 1 and rows*cols == kept.size, 'kept',
@@ -154,7 +166,7 @@ def show_kept(image,        # As the model saw it: PIL image, uint8 (H, W, 3), o
               axes=None,    # One axes more than layers; None makes a figure
               ):            # Array of axes: the image, then one a layer
     "The image, then what is left of it block by block: dropped patches are greyed."
-    im, kept = as_image(image, norm), np.asarray(torch.as_tensor(kept).cpu(), dtype=bool)
+    im, kept = as_image(image, norm), _as_kept(kept)
     require(kept.ndim == 2 and len(kept) > 0, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches',
             'Pick one image of a batch with kept[i].')
     layers = layers_to_show(kept) if layers is None else list(layers)
@@ -314,7 +326,7 @@ def show_returns(image,     # As `show_kept` takes it
                  grid=None, # As for `show_kept`
                  ):         # The axes
     "One block in which patches idle and to which patches return: idle ones are greyed, returned ones framed."
-    im, kept = as_image(image, norm), np.asarray(torch.as_tensor(kept).cpu(), dtype=bool)
+    im, kept = as_image(image, norm), _as_kept(kept)
     require(kept.ndim == 2, 'kept', f'shape {kept.shape}', '(L, P): blocks × patches')
     require(1 <= block <= len(kept), 'block', block, f'a block from 1 to {len(kept)}')
     now, before = kept[block - 1], kept[max(block - 2, 0)]

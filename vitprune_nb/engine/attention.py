@@ -160,7 +160,7 @@ def token_rows(at, # (B, k) places of tokens in each image
     return (at + n*torch.arange(at.shape[0], device=at.device)[:, None]).flatten()
 
 def take_tokens(x,  # (B, n, …)
-                at, # (B, k)
+                at, # (B, k) places from 0 to n - 1; not checked
                 ):  # (B, k, …)
     "The tokens at these places."
     if x.dim() == 2: return x.gather(1, at)

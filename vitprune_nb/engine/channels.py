@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
-from ..errors import require
+from ..errors import is_whole, require
 from ..vit.cost import Widths, block_terms, check_counts, model_macs, model_params, n_tokens
 from ..vit.model import standard_blocks
 from ..vit.recipe import recipe_of
@@ -101,7 +101,13 @@ def choose(scores:dict,     # {layer: importance of its input channels}, higher 
     share = isinstance(ratio, Real) and 0 <= ratio < 1
     require(share, 'ratio', ratio, 'a share in [0, 1)', 'Use 0 to keep every channel.')
     require(isinstance(multiple, int) and multiple >= 1, 'multiple', multiple, 'a positive integer')
+    some = isinstance(scores, dict) and len(scores) > 0
+    require(some, 'scores', scores, 'a dict of at least one layer and the importance of its channels')
     scores = {n: s.detach().double().cpu() for n, s in scores.items()}
+    for n in scores:
+        if not n.endswith('attn.proj'): continue
+        whole = is_whole(heads) and heads >= 1 and len(scores[n]) % heads == 0
+        require(whole, 'heads', heads, f'a divisor of {len(scores[n])}, the attention outputs of {n}')
     rounded = [len(s) for n, s in scores.items() if not (whole_heads and n.endswith('attn.proj'))]
     small = min(rounded, default=multiple)
     require(multiple <= small, 'multiple', multiple, f'at most {small}, the channels of the smallest layer')
@@ -146,7 +152,7 @@ class GatherLinear(nn.Linear):
     "A Linear layer that reads only the channels `keep` of its input."
     def __init__(self, n_keep:int, # Channels that it reads
                  out_features:int, # Channels that it makes
-                 bias:bool=True):
+                 bias:bool=True): # Whether one is added
         super().__init__(n_keep, out_features, bias)
         self.register_buffer('keep', torch.zeros(n_keep, dtype=torch.long))
     def forward(self, x): return super().forward(pick_channels(x, self.keep))

@@ -7,7 +7,7 @@ __all__ = ['POINTS', 'FATES', 'register_fate', 'Fate', 'fate_of', 'fate_to_value
 
 # %% ../../nbs/2_engine/04e_fates.ipynb #9e000004
 from .attention import fuse_tokens, merge_tokens
-from ..errors import require
+from ..errors import refuse, require
 
 
 # %% ../../nbs/2_engine/04e_fates.ipynb #9e000007
@@ -88,7 +88,8 @@ def fate_of(fate # A name, a `Fate`, or what `fate_to_value` gave
     given = dict(fate) if isinstance(fate, dict) else dict(kind=fate)
     kind = given.pop('kind', None)
     require(isinstance(kind, str) and kind in FATES, 'fate', fate, ', '.join(map(repr, FATES)))
-    return FATES[kind](**given)
+    try: return FATES[kind](**given)
+    except TypeError as e: refuse('fate', fate, f'{kind!r} with what its config() gives', f'({e})')
 
 def fate_to_value(fate:Fate): # a name, or {kind, …} for a fate with a config
     "What JSON keeps of a fate."

@@ -7,7 +7,7 @@ __all__ = ['counts_of', 'extra_macs', 'macs_of', 'dense_of', 'cost_of']
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #ac000004
 import torch
-from ..data import loader, ready
+from ..data import check_set, loader, ready
 from .channels import padding_macs
 from .policy import decision_macs
 from ..errors import require
@@ -19,8 +19,12 @@ from ..vit.recipe import from_recipe
 def _batches(model, images, batch_size=64):
     "Batches (B, 3, H, W) from a tensor or an `ImageSet`, on the device and in the dtype of the model."
     weight = next(model.parameters())
-    if hasattr(images, 'shape'): return [images.to(weight.device, weight.dtype)]
-    return (x.to(weight.device, weight.dtype) for x, _ in loader(ready(images, model), batch_size))
+    if isinstance(images, torch.Tensor):
+        some = images.ndim == 4 and len(images) > 0
+        require(some, 'images', f'shape {tuple(images.shape)}', '(B, 3, H, W) of one image or more')
+        return [images.to(weight.device, weight.dtype)]
+    some = loader(ready(check_set(images, 'images'), model), batch_size)
+    return (x.to(weight.device, weight.dtype) for x, _ in some)
 
 # %% ../../nbs/2_engine/05c_macs.ipynb #e2252fc6
 def counts_of(model,       # Any ViT, pruned or not

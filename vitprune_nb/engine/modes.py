@@ -90,8 +90,10 @@ class Stream:
         wanted = frozenset().union(*(needs_of(s.score) for s in steps))
         self.views = {n: v for n, v in self.views.items() if n in wanted}
 
-    def join(self, token, size, some, pos=-1):
-        "One more token at the end, for the images where `some` (B, 1)."
+    def join(self, token, # (B, 1, D)
+             size,        # (B, 1) how many tokens it stands for
+             pos=-1):     # its position; below 0: no place in the full sequence
+        "One more token at the end of every image; who has one is the caller's to note."
         self.x = torch.cat([self.x, token], 1)
         if self.size is not None: self.size = torch.cat([self.size, size.to(self.size.dtype)], 1)
         self.pos = torch.cat([self.pos, torch.full_like(self.pos[:, :1], pos)], 1)
@@ -267,7 +269,7 @@ class Mask(Stream):
         if joined is not None:
             if step.fate.stays:
                 self.present, fused = torch.cat([self.there(), joined[2]], 1), joined[0]
-            self.join(*joined, self.GUEST if step.fate.stays else -1)
+            self.join(*joined[:2], self.GUEST if step.fate.stays else -1)
             keep = torch.cat([keep, joined[2]], 1)
         if not step.fate.stays: self.present = keep
         return keep, fused
@@ -450,7 +452,7 @@ class Gather(Sparse):
             keep = self.chosen(idx)
             joined = fate.meet(self, keep, ~keep, scores)
         if not fate.stays: self.shrink(idx)
-        if joined is not None: self.join(*joined, self.GUEST if fate.stays else -1)
+        if joined is not None: self.join(*joined[:2], self.GUEST if fate.stays else -1)
         if not fate.stays: return None, None
         if joined is None: return idx, None
         last = torch.full_like(idx[..., :1], self.x.shape[1] - 1)

@@ -164,7 +164,8 @@ class NormScore(Scorer):
 @register_scorer('random')
 class RandomScore(Scorer):
     "A fixed random number for each position: the baseline every score must beat."
-    def __init__(self, seed:int=0, size:int=4096):
+    def __init__(self, seed:int=0,     # Of the numbers
+                 size:int=4096):       # How many; further positions begin again with the first
         super().__init__()
         self.seed, self.size = seed, size
         self.register_buffer('table', torch.rand(size, generator=torch.Generator().manual_seed(seed)),
@@ -211,6 +212,8 @@ def select(step:Step, # The rule
            least:int=0, # Patches that a threshold leaves in any case, the best ones: 1 for an averaging head
            )->torch.Tensor: # (B, n) bool: which of the present tokens are kept
     "Apply a step's rule; prefix tokens are always kept, absent ones never."
+    require(step.keep is not None or scores is not None, 'scores', None,
+            'a tensor (B, n), for a step with count or threshold')
     B, n = t.pos.shape
     present = torch.ones_like(t.pos, dtype=torch.bool) if t.present is None else t.present
     prefix = torch.arange(n, device=t.pos.device) < t.n_prefix
@@ -428,8 +431,10 @@ def schedule_policy(schedule,     # See `parse_schedule`
                     n_blocks:int, # L
                     n_patches:int,# Patch tokens of a dense block
                     score:nn.Module, # The scorer of every step
-                    at:str='before', fate:str='remove',
-                    name:str='schedule')->Policy:
+                    at:str='before',   # As in `Step`
+                    fate:str='remove', # As in `Step`
+                    name:str='schedule', # Of the policy
+                    )->Policy:
     """A step wherever the schedule keeps fewer patches than are still there; counts are rounded down, but one
     patch stays."""
     require(is_whole(n_patches) and n_patches >= 1, 'n_patches', n_patches, 'a whole number, 1 or more')
@@ -444,7 +449,9 @@ def schedule_policy(schedule,     # See `parse_schedule`
 def pyramid(n_blocks:int,  # L
             n_patches:int, # P
             rates:dict,    # {block index: keep rate}
-            seed:int=0, at='before')->Policy:
+            seed:int=0,    # Of the positions
+            at='before',   # As in `Step`
+            )->Policy:
     "Random static nested positions with the given keep rates: for timing, where only the counts matter."
     for name, v in dict(n_blocks=n_blocks, n_patches=n_patches).items():
         require(is_whole(v) and v >= 1, name, v, 'a whole number, 1 or more')

@@ -159,6 +159,8 @@ def check_policy(model:nn.Module, # A timm ViT in eval mode
                  tol:float=1e-4,  # Largest allowed difference of logits
                  )->dict:         # Largest differences found
     "Assert what must hold for every policy; returns the largest differences of logits."
+    some = isinstance(images, torch.Tensor) and len(images) > 1
+    require(some, 'images', getattr(images, 'shape', type(images).__name__), 'a tensor of two images or more')
     ragged = policy.ragged
     slims = {m: SlimViT(model, policy, m).eval()
              for m in ('mask', 'packed' if ragged else 'gather', 'packed')}

@@ -133,7 +133,7 @@ class _Head(BaseModel):
 def read_config(folder # A pruned folder
                 )->_Pruned:
     "config.json of either format, with every value checked."
-    folder = Path(folder)
+    folder = path_of('folder', folder)
     for f in ('config.json', 'model.safetensors'):
         require((folder/f).is_file(), 'folder', folder, f'a pruned model, with {f} in it')
     which = read_json(folder/'config.json', _Head, 'config.json',
@@ -425,10 +425,11 @@ def open_model(name:str='course', # 'course', a timm name, or a pruned-model fol
                weights=None,      # A checkpoint file for 'course' or a timm name
                ):                 # In eval mode
     "The model that a MODEL argument names."
-    if Path(name).is_dir():
+    allowed = "'course', a timm name, or an existing folder that `vitprune prune` wrote"
+    if path_of('model', name, allowed).is_dir():
         require(weights is None, 'weights', weights, 'nothing, for a folder has its own weights')
         return load_pruned(name)
-    require(os.sep not in name, 'model', name,
-            "'course', a timm name, or an existing folder that `vitprune prune` wrote")
+    name = os.fspath(name)
+    require(os.sep not in name, 'model', name, allowed)
     if name == 'course' and weights is None: return course_model()
     return fit_vit(COURSE['model'] if name == 'course' else name, weights)

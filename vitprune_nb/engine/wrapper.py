@@ -347,9 +347,9 @@ class LooksInside(GivesFeatures):
 
     @contextlib.contextmanager
     def capture(self, attention:bool=True): # False keeps only the CLS rows; yields a `Captured`
-        """What `vit.capture(slim)` gives: as for a dense model and on the full grid, from passes that run
-        in mode 'mask'. A token that was removed keeps the value it had last; rows of queries that were not
-        computed are 0, and so are columns of keys that were not there. `computed` says which tokens are
+        """What `vit.model.capture(slim)` gives: as for a dense model and on the full grid, from passes that
+        run in mode 'mask'. A token that was removed keeps the value it had last; rows of queries that were
+        not computed are 0, and so are columns of keys that were not there. `computed` says which tokens are
         new: L of (B, N)."""
         can = not self.training or self.mode == 'mask'
         require(can, 'slim', 'a SlimViT in training', 'one in eval mode', 'Call slim.eval().')

@@ -22,8 +22,9 @@ def summary(times_ms, # Times of single calls in ms
             )->dict:  # latency_ms, latency_low, latency_high, throughput, throughput_low, throughput_high
     "Median and quartiles of a latency, and the throughput (images/s) that goes with each."
     times_ms = np.asarray(times_ms, dtype=float)
-    require(times_ms.size > 0 and (times_ms > 0).all(), 'times_ms', times_ms.tolist()[:5],
-            'at least one time, all above 0')
+    ok = times_ms.size > 0 and bool(np.isfinite(times_ms).all() and (times_ms > 0).all())
+    require(ok, 'times_ms', times_ms.tolist()[:5], 'at least one time, finite and all above 0')
+    require(is_whole(batch) and batch >= 1, 'batch', batch, 'a whole number of images, 1 or more')
     low, mid, high = (float(q) for q in np.quantile(times_ms, (.25, .5, .75)))
     return dict(latency_ms=mid, latency_low=low, latency_high=high,
                 throughput=1e3*batch/mid, throughput_low=1e3*batch/high, throughput_high=1e3*batch/low)
@@ -75,8 +76,8 @@ def time_reduction(rows:list,  # From one `bench`
                    )->list:    # One dict a model: name, time_reduction with low and high, speed_up
     """Share of time saved against `base`, with its 95% interval, and how much of the saved MACs it is. Of one
     round alone there is no interval: low and high are the share."""
-    ok = (isinstance(rows, list) and all(isinstance(r, dict) and {'name', 'times_ms', 'batch'} <= set(r)
-                                         for r in rows))
+    keys = {'name', 'times_ms', 'batch', 'device', 'dtype', 'threads', 'repeats'}
+    ok = isinstance(rows, list) and all(isinstance(r, dict) and keys <= set(r) for r in rows)
     require(ok, 'rows', rows, 'the rows of one bench')
     by = {r['name']: r for r in rows}
     require(len(by) > 0, 'rows', 'no rows', 'the rows of one bench')
@@ -154,12 +155,14 @@ def _call(name, model, x):
 def dtype_name(dtype='auto', # As `autocast` takes it
                device='cpu', # The device that computes
                x=None,       # Images, as the models take them
-               )->str:       # 'fp32', 'bf16' or 'fp16'
+               )->str:       # 'fp32', 'bf16' or 'fp16'; PyTorch's name of any other
     "How a row calls the arithmetic: that of the images unless they are float32, else that of autocast."
     names = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
-    require(isinstance(dtype, (str, torch.dtype)), 'dtype', dtype, "'auto', 'fp32' or 'bf16'")
-    if x is not None and x.dtype != torch.float32: return names.get(x.dtype, str(x.dtype))
-    return names.get(fast_dtype(device) if dtype == 'auto' else dtype, dtype)
+    known = isinstance(dtype, torch.dtype) or isinstance(dtype, str) and dtype in ('auto', 'fp32', 'bf16')
+    require(known, 'dtype', dtype, "'auto', 'fp32' or 'bf16'")
+    if x is not None and x.dtype != torch.float32: dtype = x.dtype
+    if dtype == 'auto': dtype = fast_dtype(device)
+    return dtype if isinstance(dtype, str) else names.get(dtype, str(dtype))
 
 # %% ../../nbs/6_reference/21a_bench.ipynb #8aee26b2
 def bench(models:dict,       # {name: module or function of x}

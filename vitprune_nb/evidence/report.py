@@ -194,7 +194,7 @@ def gain(pairs:list,  # From `read_pairs`
          a:str, b:str,# Two models: methods, 'chance of METHOD' or 'dense control'
          budget:float,# MACs to save
          recovery:str='none', # 'none' or 'recovered'
-         seed:int=0,
+         seed:int=0,  # Of the two runs
          )->dict|None:# difference, low, high, p_value; None: they were not compared
     "How much more often b is right than a."
     for p in pairs:

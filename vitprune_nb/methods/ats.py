@@ -44,7 +44,8 @@ def draw(scores,       # (B, n), adds up to 1 over the candidates
          samples:int,  # K points
          sampling:str='exact', # or 'official'
          ):            # (B, n) bool
-    "The candidates on whose part of the cumulative scores, in ascending order, a point falls (section 3.2)."
+    """The candidates on whose part of the cumulative scores, in ascending order, a point falls (Fayyaz et al.
+    2022, section 3.2)."""
     ranked, order = scores.masked_fill(~candidates, -1.).sort(dim=1, stable=True)   # no candidates come first
     here, mass = ranked >= 0, ranked.clamp_min(0).cumsum(1)
     require(sampling in ('exact', 'official'), 'sampling', sampling, "'exact' or 'official'")

@@ -145,7 +145,8 @@ def depth_prior(n_blocks:int, # L
 
 def depth_loss(depth:float,      # block of the peak, 1-based
                weight:float=.1): # An objective
-    "KL divergence of the patches' mean weights over the blocks from a Gaussian (Yin et al. 2022, sec. 3.2)."
+    """KL divergence D(Gaussian ‖ the patches' mean weights over the blocks), in the order of the official
+    code (Yin et al. 2022, section 3.2)."""
     check_weight(weight)
 
     @looks_at('decisions')
@@ -172,7 +173,9 @@ def channel_zero(model,  # A timm ViT
     return torch.cat(found)
 
 def mean_depth(t,       # (n, L) from `channel_zero`
-               gamma:float, beta:float)->float:
+               gamma:float, # steepness of the sigmoid
+               beta:float,  # its offset
+               )->float:
     "Blocks before a token halts, on average, if no other did."
     left = 1 - torch.sigmoid(gamma*t + beta)[:, :-1].cumsum(1)
     return 1 + (left > EPS).sum(1).float().mean().item()
@@ -182,7 +185,10 @@ def fit_gate(t,           # (n, L) from `channel_zero`
              gamma:float|None=None, # None: one over the standard deviation of t
              )->tuple:    # (gamma, beta)
     "The sigmoid with which tokens halt at this depth on average, by bisection."
-    gamma = gamma or 1/max(t.std().item(), 1e-6)
+    L = t.shape[1]
+    require(is_number(depth) and 1 <= depth <= L, 'depth', depth, f'a number from 1 to {L}, the blocks')
+    require(gamma is None or is_number(gamma) and gamma > 0, 'gamma', gamma, 'a number above 0, or None')
+    if gamma is None: gamma = 1/max(t.std().item(), 1e-6)
     logits = gamma*t
     low, high = -logits.max().item() - 40, 40 - logits.min().item()  # none gives anything, all give all
     for _ in range(60):

@@ -24,7 +24,7 @@ from ..engine.plan import weights_hash
 from ..engine.policy import block_numbers
 from ..engine.slim import SlimViT, freeze_choices, own_grid
 from ..engine.store import load_pruned, save_pruned
-from ..errors import VitpruneError, refuse, require
+from ..errors import VitpruneError, is_whole, refuse, require
 from ..files import read_json, write_atomic
 from ..train.recipe import TrainConfig, frozen
 from ..train.trainer import fit, pick_accelerator, same_random_after
@@ -40,6 +40,7 @@ def turn(make,           # Dial -> (model, its MAC reduction), which should rise
          miss:float=.02, # A larger miss is refused
          )->tuple:       # (dial, model, its reduction)
     "The setting of a dial that comes closest to a MAC budget, by bisection."
+    require(is_whole(rounds) and rounds >= 1, 'rounds', rounds, 'a whole number, 1 or more')
     best, found, refused, ends = None, [], None, (low, high)
     def gap(value): # wanted minus saved; a setting that is refused is too much
         nonlocal best, refused
@@ -463,7 +464,8 @@ def recover(model,         # A pruned model; trained in place
     ok = recipe is None or isinstance(recipe, dict) and set(recipe) <= set(others)
     require(ok, 'recipe', recipe, f'a dict with some of {", ".join(others)}')
     train_set = match_classes(model, train_set)
-    if kw.get('test_set') is not None: kw['test_set'] = match_classes(model, kw['test_set'])
+    if kw.get('test_set') is not None:
+        kw['test_set'] = match_classes(model, check_set(kw['test_set'], 'test_set'))
     size = min(64, len(train_set)) if batch_size is None else batch_size
     cfg = TrainConfig(epochs=epochs, lr=lr, batch_size=size, seed=seed, dtype=dtype,
                       **dict(save_every=50) | (recipe or {}))

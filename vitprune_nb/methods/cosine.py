@@ -249,6 +249,10 @@ def calibration_error(p:torch.Tensor, # Probabilities
                       bins:int=10,    # Of equal width
                       )->float:       # In [0, 1]
     "Expected calibration error: |mean probability − frequency| per bin, weighted by the bin's size."
+    require(p.shape == y.shape and p.numel() > 0, 'p, y', f'shapes {tuple(p.shape)} and {tuple(y.shape)}',
+            'two tensors of one shape that are not empty')
+    require(bool(((0 <= p) & (p <= 1)).all()), 'p', f'values from {p.min():g} to {p.max():g}',
+            'probabilities, in [0, 1]')
     p, y = p.flatten().double(), y.flatten().double()
     b = (p*bins).long().clamp_max(bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, b, p - y)
@@ -303,6 +307,7 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
                   )->Policy:
     """The baseline: as many patches in each block, chosen blindly, anew in every block; it costs less by the
     pruner that it does not have."""
+    require(keys in ('all', 'kept'), 'keys', keys, "'all' or 'kept'")
     at = 'queries' if keys == 'all' else 'before'
     counts = [math.ceil(k - 1e-6) for k in kept]
     steps = {l: Step(at, 'idle', score=RandomScore(fold_seed(seed, l)), count=k)
@@ -313,6 +318,8 @@ def random_policy(kept,          # Mean number of patches kept in each block, L 
 def reentries(kept:torch.Tensor # (B, L, P) bool, from `SlimViT.kept` or `run_slim`
               )->torch.Tensor:  # (B, L) patches computed in this block that idled in the one before
     "How many skipped patches return, block by block."
+    require(kept.ndim == 3, 'kept', f'shape {tuple(kept.shape)}', '(B, L, P): images × blocks × patches',
+            'Of one image, pass kept[None].')
     back = kept[:, 1:] & ~kept[:, :-1]
     return F.pad(back.sum(-1), (1, 0))
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 from ..engine.policy import Policy, Scorer, Step, Tokens, block_numbers, register_scorer
 from ..engine.slim import SlimViT
-from ..errors import require
+from ..errors import is_whole, require
 from .base import (PASSES, RISING, BlockNumbers, Epochs, Method, Rate, Trains,
                                       method, option)
 from ..train.objectives import kl_to_teacher, plus, ratio_loss, supervised, token_mse
@@ -26,9 +26,11 @@ from ..train.recipe import TrainConfig, even_recipe
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150000c
 @register_scorer('dynamicvit')
 class KeepPredictor(Scorer):
-    "log p(keep) - log p(drop) of each patch, from itself and from the mean of those kept (section 3.2)."
+    """log p(keep) - log p(drop) of each patch, from itself and from the mean of those kept (DynamicViT, Rao
+    et al. 2021, section 3.2)."""
     def __init__(self, dim:int): # D, 4 or more
         super().__init__()
+        require(is_whole(dim) and dim >= 4, 'dim', dim, 'a whole number, 4 or more')
         self.dim = dim
         self.inner = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.outer = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(),
@@ -72,13 +74,13 @@ def quarter_stages(n_blocks:int # L
 
 def stage_counts(n_patches:int,   # N, without prefix tokens
                  keep_rate:float, # Share that survives a stage
-                 n_stages:int,
+                 n_stages:int,    # Stages in all
                  )->list:         # Patches after each stage
     "Share, share², share³ … of all patches, rounded down as the official code does; one stays."
     return [max(1, int(n_patches*keep_rate**s)) for s in range(1, n_stages + 1)]
 
 def make_predictors(dim:int,     # D
-                    n_stages:int,
+                    n_stages:int,# Stages in all
                     seed:int=0,  # Of their weights
                     )->list:     # Of `KeepPredictor`
     "One predictor a stage; the generators of random numbers are left as they were."
@@ -103,12 +105,13 @@ def dynamic_policy(model,            # A timm ViT
 
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150001a
 def dynamic_objective(keep_rate:float, # Share that survives a stage
-                      n_stages:int,
+                      n_stages:int,    # Stages in all
                       ratio:float=2.,  # Weight of the ratio loss
                       kl:float=.5,     # Of the distance from the teacher's distribution
                       mse:float=.5,    # Of the distance from the teacher's tokens
                       ):               # An objective for `fit`
-    "Cross-entropy, ratio loss, KL divergence and token distance, as weighted in section 3.4."
+    """Cross-entropy, ratio loss, KL divergence and token distance, as weighted by DynamicViT (Rao et al.
+    2021, section 3.4)."""
     shares = tuple(keep_rate**s for s in range(1, n_stages + 1))
     return plus(supervised, ratio_loss(shares, ratio), kl_to_teacher(weight=kl), token_mse(mse))
 

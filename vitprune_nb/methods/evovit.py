@@ -129,7 +129,7 @@ def two_heads(head:nn.Module,  # From `second_head`
     both.__name__ = f'two_heads({weight:g})'
     return both
 
-def blocks_then_stages(plan:EvoPlan,
+def blocks_then_stages(plan:EvoPlan, # How many patches are chosen, and where
                        share:float, # Of the training in which the choice is made before each block
                        ):           # For `before_step` of `fit`
     "Chooses anew in each block at first, then at the stages: epochs 1 to 200 and 201 to 300 in the paper."

@@ -105,7 +105,8 @@ def reward(right,           # (B,) bool
 # %% ../../nbs/3_methods/20b_iared.ipynb #a4ed001a
 def log_chances(decisions # of the engine, in mode 'mask'
                 ):        # (B,), with gradient
-    "log-probability of all that was drawn, over the patches that were still there to be drawn."
+    """log-probability of all that was drawn, over the patches that were still there to be drawn (IA-RED²,
+    Pan et al. 2021)."""
     total, before = 0., None
     for d, after in zip(decisions, kept_so_far(decisions), strict=True):
         if d.keep.is_floating_point():
@@ -131,7 +132,7 @@ BASELINES = dict(greedy=_greedy, mean=None, none=None)
 def policy_gradient(penalty:float=1.,    # for a wrong answer, 0 or more
                     baseline:str='greedy', # what is taken off a reward: 'greedy', 'mean' or 'none'
                     ):                   # An objective
-    "A loss whose gradient is that of REINFORCE, divided by the number of patches."
+    "A loss whose gradient is that of REINFORCE, divided by the number of patches (IA-RED², Pan et al. 2021)."
     require(is_number(penalty) and penalty >= 0, 'penalty', penalty, 'zero or a positive number')
     require(baseline in BASELINES, 'baseline', baseline, ', '.join(map(repr, BASELINES)))
 

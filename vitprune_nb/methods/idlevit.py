@@ -97,7 +97,8 @@ def first_idle(n_blocks:int # L
 def cut_losses(logits, # (B, N, N), mean over the heads, of all tokens
                kept,   # (B, N), 1 for those that go through the block, 0 for those that idle
                )->tuple: # (intra, inter), scalars
-    "Squared shares of attention that leave the kept set, and that cross its border, mean over the tokens."
+    """Squared shares of attention that leave the kept set, and that cross its border, what is paid to CLS not
+    counted; mean over the tokens (IdleViT, Xu et al. 2023)."""
     w, m = logits.softmax(-1), kept.to(logits.dtype)
     across = (m[:, :, None] - m[:, None, :]).abs()*w
     within = m[:, :, None]*m[:, None, :]*w
@@ -118,7 +119,7 @@ def normed_inputs(slim # A `SlimViT` in mode 'mask'
 def token_cut(inputs:dict,     # From `normed_inputs`
               weight:float=20.,# The official script's
               ):               # An objective
-    "The token cut loss, mean over the blocks in which tokens idle."
+    "The token cut loss, mean over the blocks in which tokens idle (IdleViT, Xu et al. 2023)."
     check_weight(weight)
 
     @looks_at('decisions')
@@ -135,7 +136,8 @@ def _read(x, model): # (B, N, D) -> (B, D)
     return x[:, model.num_prefix_tokens:].mean(1) if model.averages else x[:, 0]
 
 def feature_mse(weight:float=1000.): # 100 times the weight of the teacher's answers; an objective
-    "Mean squared difference, over images and channels, of what the two heads read, each of length 1."
+    """Mean squared difference, over images and channels, of what the two heads read, each of length 1
+    (IdleViT, Xu et al. 2023)."""
     check_weight(weight)
 
     @looks_at('tokens', 'teacher_tokens')

@@ -13,7 +13,7 @@ from pathlib import Path
 # %% ../../nbs/3_methods/13_life.ipynb #40b1b0a6
 import torch
 from torch import nn
-from ..errors import refuse, require
+from ..errors import is_number, is_whole, refuse, require
 from ..files import write_atomic
 from ..engine.slim import Policy, Scorer, Step, Tokens, register_scorer
 from ..vit.model import standard_blocks
@@ -26,12 +26,16 @@ def beta(life,     # Any shape: the last block in which a patch is used, a real 
          ):        # In (0, 1)
     "Soft weight of a patch in block t: equation 4 made smooth (life regression, eq. 7, sign corrected)."
     require(U > 0, 'U', U, 'a number above 0')
-    return torch.sigmoid(U*(life - t))
+    return torch.sigmoid(torch.as_tensor(U*(life - t)))
 
 # %% ../../nbs/3_methods/13_life.ipynb #f652bf3b
 def life_moments(counts, # n_t, patches used in block t = 1 … T; counts[0] = all
                  )->tuple: # (mu, sigma)
     "Mean and standard deviation of a schedule's lives (life regression, eq. 9 and 10, square restored)."
+    counts = list(counts)
+    ok = len(counts) > 0 and all(map(is_number, counts)) and counts[0] >= 1 and counts[-1] >= 0
+    require(ok and counts == sorted(counts, reverse=True), 'counts', counts,
+            'numbers of patches that never rise, of which the first is 1 or more')
     N, first = counts[0], sum(counts)
     square = sum((2*t - 1)*n for t, n in enumerate(counts, 1))
     return first/N, math.sqrt(max(0, N*square - first**2))/N     # whole numbers up to the root
@@ -42,8 +46,10 @@ def stage_counts(keep_rate,  # Share of the patches that survive a stage, in (0,
                  n_blocks:int, # T
                  n_patches:int,# N, without prefix tokens
                  )->list:    # T counts, entry 0 for block 1
-    "Patches used in each block (life regression, section III-D; removal in the block after the stage)."
+    """Patches used in each block, rounded down, one at least (life regression, section III-D; removal in the
+    block after the stage)."""
     require(n_blocks > 1, 'model', 'a single block', 'two blocks or more, for patches leave between blocks')
+    require(is_whole(n_patches) and n_patches >= 1, 'n_patches', n_patches, 'a whole number, 1 or more')
     stages = [stages] if isinstance(stages, int) else list(stages)
     whole = all(isinstance(s, int) and 1 <= s < n_blocks for s in stages)
     rising = len(stages) > 0 and whole and stages == sorted(set(stages))

@@ -111,7 +111,7 @@ class Search:
                  scores:str='shortcut',# One of significance.KINDS
                  step=None,            # r': None (10 of 196), a share, or a number of patches
                  keys:str='entering',  # 'entering', 'all' or 'kept'
-                 error:str='next',     # 'next': of block l + 1 (Algorithm 1); 'cls': of CLS at the end (3)
+                 error:str='next',     # 'next': of block l + 1 (Algorithm 1); 'cls': of CLS at the end, eq. 3
                  batch_size:int=32,    # Images at once
                  seed:int=0,           # For scores='random'
                  device='cpu',         # Where to compute
@@ -444,6 +444,7 @@ def for_budget(model,               # A timm VisionTransformer that reads its CL
                )->Plan:
     "A search, and the plan in it that meets a budget."
     require(is_number(reduction) and 0 < reduction < 1, 'reduction', reduction, 'a share in (0, 1), e.g. 0.4')
+    require(is_whole(rounds) and rounds >= 1, 'rounds', rounds, 'a whole number, 1 or more')
     search = Search(model, ds, scores, **search)
     return budget_plan(search, reduction, tolerance, rounds, tune_epochs, lr, states)
 

@@ -61,7 +61,7 @@ def retention(slim # A `SlimViT` with a `soft_policy`
 # %% ../../nbs/3_methods/18b_power.ipynb #18b00012
 def mass_penalty(weight:float=3e-4, # of the penalty, 0 or more
                  ):                 # An objective
-    "weight times the sum of all r, those of block l counted l times."
+    "weight times the sum of all r, those of block l counted l times (PoWER-BERT, Goyal et al. 2020)."
     check_weight(weight)
     def mass(slim):
         return weight*sum((i + 1)*s.score.r.sum() for i, s in slim.policy.each())

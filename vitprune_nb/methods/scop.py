@@ -15,7 +15,7 @@ from torch import nn
 from ..engine.attention import attn_branch, mlp_branch
 from ..engine.policy import Policy, Step
 from ..engine.slim import SlimViT, backbone_of, own_grid
-from ..errors import require
+from ..errors import is_number, require
 from .base import PASSES, SHARED, Epochs, Method, Positive, Rate, Trains, method, option
 from ..train.recipe import even_recipe
 
@@ -85,7 +85,12 @@ def scop_policy(model,        # A timm ViT
                 keep_rate:float, # share of the places that stay in each block, in (0, 1]
                 )->Policy:
     "The best places of each block ask and go through the MLP; none of the last one where CLS is read."
-    L, N = scores.shape
+    L, N = len(model.blocks), math.prod(own_grid(model))
+    tensor = isinstance(scores, torch.Tensor)
+    ok = tensor and tuple(scores.shape) == (L, N) and bool(scores.isfinite().all())
+    require(ok, 'scores', f'shape {tuple(scores.shape)}' if tensor else type(scores).__name__,
+            f'finite scores of shape ({L}, {N})')
+    require(is_number(keep_rate) and 0 < keep_rate <= 1, 'keep_rate', keep_rate, 'a number in (0, 1]')
     k, pools = max(1, round(keep_rate*N)), backbone_of(model)(model).pools
     steps = {}
     for i, s in enumerate(scores):
@@ -126,7 +131,8 @@ class Scop(Method):
         job.train(contest, recipe, SHARED, [job.model], before_step=clip_beta)
         return contest.scores
 
-    def plan(self, job, scores, rate): return scop_policy(job.model, scores, rate)
+    def plan(self, job, scores, rate):
+        return scop_policy(job.model, scores, max(rate, 1e-6))          # the least that the dial can say
 
     def finish(self, job, scores, policy):
         c = job.config

@@ -95,7 +95,8 @@ class Gram:
     def __init__(self, read:torch.Tensor,  # (N,) bool: tokens that the head reads; or (R, N): their weights
                  images:int,               # B
                  shortcut:bool=True,       # Paths may take the identity branch
-                 dtype=torch.float32, device='cpu'):
+                 dtype=torch.float32,      # In which it is summed
+                 device='cpu'):            # Where
         rows = torch.eye(len(read), device=read.device)[read] if read.dtype == torch.bool else read
         self.factor = rows.to(device, dtype).expand(images, -1, -1)
         self.full, self.scale, self.shortcut = None, 1., shortcut
@@ -220,7 +221,8 @@ def readout(model # A timm VisionTransformer that reads its CLS token or average
 @contextlib.contextmanager
 def capture_once(model # A timm VisionTransformer of standard blocks
                  ):    # Yields a `Captured`
-    "Like `vit.capture`, for when every map is needed: attention is written out, and its own softmax is kept."
+    """Like `vit.model.capture`, for when every map is needed: attention is written out, and its own softmax
+    is kept."""
     cap, blocks, handles = Captured(), standard_blocks(model), []
     def on_start(_, args): cap.clear(); cap.tokens.append(args[0])
     def on_map(_, args): cap.attention.append(args[0])
@@ -240,7 +242,7 @@ def capture_scores(cap,       # A filled `Captured`
                    per_image:bool=False, # Return (B, L, N) instead of the mean over images
                    read=None, # (R, N), what the head reads, from `readout`; None: what the last mask keeps
                    )->torch.Tensor:      # (L, N) float64
-    "One of the scores from what `vit.capture` or `capture_once` collected."
+    "One of the scores from what `vit.model.capture` or `capture_once` collected."
     attn, tokens = cap.attention, cap.tokens[:-1]
     if kind in ('row', 'column', 'cls'): return attention_scores(attn, kind, per_image)
     if kind == 'coherent': return coherent_scores(attn, tokens, masks, per_image=per_image, read=read)

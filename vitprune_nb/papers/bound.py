@@ -40,7 +40,7 @@ def bootstrap_mean(values:torch.Tensor, # (n,), one per image
 # %% ../../nbs/6_reference/10a_bound.ipynb #80804194
 @torch.inference_mode()
 def drop_errors(model,           # A timm VisionTransformer
-                tokens:list,     # L + 1 token tensors (B, N, D), from `vit.capture`
+                tokens:list,     # L + 1 token tensors (B, N, D), from `vit.model.capture`
                 t:int,           # Block index, 0-based
                 drop:torch.Tensor, # (S, N) or (B, S, N) bool: sets of tokens that block t does not update
                 )->torch.Tensor: # (B, S) float64

@@ -224,6 +224,7 @@ def given_policy(shares:torch.Tensor, # (images, L) share of the patches kept
                  keys:str='all',# 'all' or 'kept'
                  )->Policy:
     "The skip rates of real images, for a model of any size; images are repeated when the batch is larger."
+    require(keys in ('all', 'kept'), 'keys', keys, "'all' or 'kept'")
     kept = (shares*n_patches).round().int()[torch.arange(batch) % len(shares)]
     at = 'queries' if keys == 'all' else 'before'
     steps = {l: Step(at, 'idle', score=GivenSkips(dim, k, n_patches, l), threshold=.5)

@@ -448,6 +448,7 @@ def train_hours(epochs:float,       # Passes over the training images
     for k, v in dict(epochs=epochs, images_per_s=images_per_s, macs_left=macs_left, gpus=gpus, images=images,
                      passes=passes, efficiency=efficiency).items():
         require(isinstance(v, (int, float)) and v > 0, k, v, 'a number above 0')
+    require(efficiency <= 1, 'efficiency', efficiency, 'a share in (0, 1]')
     return epochs*images*passes*macs_left/(images_per_s*gpus*efficiency)/3600
 
 # %% ../../nbs/4_evidence/31_imagenet.ipynb #b5cc24ab

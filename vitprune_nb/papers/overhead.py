@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from ..errors import require
+from ..errors import is_number, require
 from ..vit.cost import model_macs
 from ..data import data_config
 from ..evidence.results import make_row
@@ -35,6 +35,8 @@ def saved_time(reduction:float, # Share of the MACs that is saved
                fixed:float,     # Share of the dense time that does not follow the MACs
                )->float:        # Share of the time
     "What is saved of the time (Amdahl's law, 1967)."
+    require(is_number(reduction) and reduction <= 1, 'reduction', reduction,
+            'a share, at most 1; below 0 where MACs are added')
     require(0 <= fixed <= 1, 'fixed', fixed, 'a share in [0, 1]')
     return reduction*(1 - fixed)
 
@@ -115,7 +117,8 @@ TAKEN_APART = ('patch slimming, keys entering', 'life', 'vtp', 'vtp, whole heads
 def operator_rows(backbone:str,  # A timm name
                   batch:int=32,  # Images at once
                   rounds:int=4,  # Passes of each network, in turn, after one that does not count
-                  methods=TAKEN_APART, seed:int=0,
+                  methods=TAKEN_APART, # Out of `TIMED`
+                  seed:int=0,    # Of weights, plans and images
                   **kwargs)->list: # Result rows, the dense network first; kwargs: img_size … of timm
     "Rows whose note holds `operator_ms` of the quickest pass, on the CPU in fp32."
     torch.manual_seed(seed)

@@ -108,7 +108,7 @@ PRINTED = dict(deit_tiny_patch16_224=dict(theory=46.2, cuda=40.5, cpu=39.8),
                deit_small_patch16_224=dict(theory=43.6, cuda=39.2, cpu=38.7),
                deit_base_patch16_224=dict(theory=44.3, cuda=40.4, cpu=39.4))   # Table 2, in %
 
-def table2_rows(rows:list # From `plan.bench_keys`, of one or more models
+def table2_rows(rows:list # From `bench_keys`, of one or more models
                 )->list:  # Dicts; everything but `realised` in %
     """Theoretical and measured reduction of each timed plan, beside what patch slimming's Table 2 prints for
     that model and kind of device."""

@@ -147,7 +147,9 @@ def contestants(backbone:str,   # A timm name
                 net,            # That network
                 budget='paper', # MACs to save, or 'paper'
                 methods=TIMED,  # Which ones
-                batch:int=32, shares=None, seed:int=0,
+                batch:int=32,   # Images at once, for 'cosine'
+                shares=None,    # For 'cosine': (images, L) share of the patches kept; None: `even_shares`
+                seed:int=0,     # Of the patches and of the gates
                 **kwargs)->dict: # {name: Contestant}; the rest as for the functions above
     "Every method's pruned network."
     odd = [m for m in methods if m not in TIMED]

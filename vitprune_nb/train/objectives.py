@@ -207,7 +207,8 @@ def kl_to_teacher(temperature:float=1., # > 0
 
 def token_mse(weight:float=.5, # DynamicViT's
               ):               # An objective
-    "Squared distance of kept patch tokens from the teacher's, mean over tokens and channels (section 3.4)."
+    """Squared distance of kept patch tokens from the teacher's, mean over tokens and channels (DynamicViT,
+    Rao et al. 2021, section 3.4)."""
     check_weight(weight)
 
     @looks_at('tokens', 'teacher_tokens')

@@ -170,6 +170,7 @@ def set_patch_drop(model:torch.nn.Module, # A timm ViT
                    ):
     "Leave out a random share of the patch tokens, in training only (timm's PatchDropout; Liu et al., 2022)."
     from timm.layers import PatchDropout
+    require(is_number(share) and 0 <= share < 1, 'patch_drop', share, 'a share in [0, 1)')
     require(share == 0 or hasattr(model, 'patch_drop'), 'patch_drop', share, f'0 for {type(model).__name__}',
             'The policy of a pruned model already says which patches are computed.')
     if hasattr(model, 'patch_drop'):
@@ -181,6 +182,7 @@ def set_drop_path(model:torch.nn.Module, # A timm ViT or a SlimViT
                   ):
     "Stochastic depth (Huang et al., 2016), rising linearly from 0 in the first block to `rate` in the last."
     from timm.layers import DropPath
+    require(is_number(rate) and 0 <= rate < 1, 'drop_path', rate, 'a number in [0, 1)')
     blocks = vit_of(model).blocks
     for i, block in enumerate(blocks):
         r = rate*i/max(1, len(blocks) - 1)
@@ -192,7 +194,8 @@ def freeze_first(model:torch.nn.Module, # A timm ViT or a SlimViT
                  )->list:               # The parameters that were frozen now
     "Stop the training of the first `n` blocks, patch and position embedding and prefix tokens."
     vit = vit_of(model)
-    require(n <= len(vit.blocks), 'freeze', n, f'at most {len(vit.blocks)}, the number of blocks')
+    L = len(vit.blocks)
+    require(is_whole(n) and 0 <= n <= L, 'freeze', n, f'a whole number from 0 to {L}, the number of blocks')
     tokens = [getattr(vit, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
     params = [p for part in (vit.patch_embed, vit.norm_pre, *vit.blocks[:n]) for p in part.parameters()]
     params += [p for p in tokens if p is not None]

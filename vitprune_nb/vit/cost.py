@@ -49,7 +49,8 @@ def block_macs(nq,      # Tokens with a query
                ):       # MACs, an int when all counts are
     """MACs of one block: 2·nq·D² + 2·nkv·D² + 2·nq·nkv·D + 2·nmlp·D·D_mlp (where the heads are D wide
     together)."""
-    A = attn_dim or dim
+    require(min(nq, nkv, nmlp) >= 0, 'nq, nkv, nmlp', (nq, nkv, nmlp), 'numbers of tokens, 0 or more')
+    A = dim if attn_dim is None else attn_dim
     return sum(block_terms(nq, nkv, nmlp, Widths(dim, A, A, A, dim, dim, mlp_dim, mlp_dim)).values())
 
 # %% ../../nbs/1_foundations/03_cost.ipynb #02673c20
@@ -321,6 +322,7 @@ def meet_budget(wanted:float, # Share of the MACs to save
                 given:str='these options', # What they were tried with
                 ):
     "Refuse a budget that nothing comes near to, and say what does."
+    require(len(found) > 0, 'found', found, 'one share or more')
     if any(abs(f - wanted) <= tolerance for f in found): return
     below, above = [f for f in found if f < wanted], [f for f in found if f > wanted]
     if not above: can = f'at most {max(below):.3f}'

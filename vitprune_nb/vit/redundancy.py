@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from ..core import autocast, evaluating, progress
 from ..errors import require
-from ..data import ImageSet, loader, ready
+from ..data import ImageSet, check_set, loader, ready
 from .model import capture
 
 # %% ../../nbs/1_foundations/04_redundancy.ipynb #b965bfc0
@@ -73,7 +73,7 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
     rows, first = [], 0
     with (evaluating(model, device) as place, autocast(place, dtype, model),
           capture(model, attention=False) as cap):
-        for x, _ in progress(loader(ready(ds, model), batch_size), 'similarity', unit='batch'):
+        for x, _ in progress(loader(ready(check_set(ds), model), batch_size), 'similarity', unit='batch'):
             model(x.to(place))
             means = _layer_means(cap.tokens, model.num_prefix_tokens)
             here = torch.arange(first, first + len(x))
