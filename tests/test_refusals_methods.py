@@ -150,6 +150,12 @@ def test_plans_and_steps_that_cannot_be(f, text):
     assert text in str(e.value)
 
 
+def test_a_model_without_a_head_does_not_recover(train_set):
+    headless = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=0)
+    with pytest.raises(VitpruneError, match=r'model: got one without a head \(num_classes=0\); allowed: a classifier, to train on labels'):
+        recover(SlimViT(headless, Policy({1: Step(keep=range(8))})), train_set, epochs=.2)
+
+
 @pytest.mark.parametrize('weight', [-1., -1e-9, math.nan, math.inf, True, None, '1'])
 @pytest.mark.parametrize('make', [power.mass_penalty, avit.ponder_loss, lambda w: avit.depth_loss(3, w), lambda w: idlevit.token_cut({}, w), idlevit.feature_mse,
                                   objectives.token_mse, lambda w: objectives.ratio_loss((.5,), w), lambda w: objectives.kl_to_teacher(weight=w), lambda w: evovit.two_heads(None, w)])

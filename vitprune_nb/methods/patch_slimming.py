@@ -405,7 +405,7 @@ def top_down(model,              # A timm VisionTransformer that reads its CLS t
 def budget_plan(s:Search,            # Cached inputs and what was measured
                 reduction:float,     # Wanted MAC reduction, in (0, 1)
                 tolerance:float=.005,
-                # Close enough to stop; a miss beyond this and `tolerance_of(model)` raises an error
+                # Close enough to stop; a miss beyond this and beyond `tolerance_of(model)` raises an error
                 rounds:int=12,       # At most so many values of eps
                 tune_epochs:int=0,   # As for `Search.run`; each eps then starts with the dense blocks
                 lr:float=1e-4,       # As for `Search.run`
