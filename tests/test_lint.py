@@ -1,11 +1,11 @@
-"""No line that looks like a check and checks nothing, none that ruff finds fault with, and none too long for a screen."""
-import ast, re, subprocess, sys
+"""No line that looks like a check and checks nothing, none that ruff finds fault with, none too long for a screen, and no name that nothing binds."""
+import ast, builtins, re, subprocess, sys
 
 import nbformat, pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import notebooks, read_cells
+from notebooks import names, notebooks, read_cells
 
 
 def idle_checks(code):
@@ -88,3 +88,22 @@ WIDTH = 110
 def test_no_code_line_is_cut_off_on_the_screen(path):
     long = [l for kind, s in read_cells(path) if kind == 'code' for l in s.splitlines() if len(l) > WIDTH]
     assert long == []
+
+
+KNOWN = set(dir(builtins)) | {'__file__', 'display', 'get_ipython'}    # a module's, and the kernel's
+
+
+def nowhere(cells):
+    "Names that a cell looks for and no cell binds, slow ones included, which no test runs."
+    bound, wanted = zip(*(names(c) for c in cells))
+    return sorted(set().union(*wanted) - KNOWN.union(*bound))
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_every_name_of_a_lesson_is_bound_in_it(path):
+    cells = [s for kind, s in read_cells(path) if kind == 'code' and not s.lstrip().startswith('%')]
+    assert not cells or nowhere(cells) == []
+
+
+def test_a_name_that_is_nowhere_is_noticed():
+    assert nowhere(['import torch', 'def f(x): return ready(x)', 'y = [f(z) for z in torch.ones(2)]']) == ['ready']
