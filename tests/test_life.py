@@ -130,7 +130,7 @@ def test_the_rate_that_is_asked_for_is_that_of_the_backbone():
     model, rates = create_vit('deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=10), {}
     for lr in (None, .5):
         method, config = read_options('life', dict(keep_rate=.7, lr=lr))
-        job = SimpleNamespace(model=model, config=config, train_set=range(40), batch=lambda n: 8, settings=lambda n: dict(batch_size=n),
+        job = SimpleNamespace(model=model, config=config, train_set=range(40), batch_for=lambda epochs: 8, settings=lambda n: dict(batch_size=n),
                               train=lambda slim, recipe, name, still: rates.setdefault(name, []).append(recipe.lr))
         method.finish(job, None, life_plan(model, .7, (1, 2)))
     assert rates == dict(predictor=[1e-3, 1e-3], backbone=[1e-5, .5])

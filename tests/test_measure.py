@@ -1,5 +1,6 @@
 """Timing and memory where a notebook on a CPU cannot look: the CUDA path, real when there is a GPU and acted out when there is none; and bad input."""
 import math, re, time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,14 +120,34 @@ def test_a_model_comes_back_as_it_was():
     with evaluating(net) as place: assert (place.type, net.training, torch.is_inference_mode_enabled()) == ('cpu', False, True)
     assert [m.training for m in net.modules()] == [True, True, True, False]
     moved = Moved(3, 3)
-    with pytest.raises(ZeroDivisionError), evaluating(moved, 'cpu'): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), evaluating(moved, device='cpu'): raise ZeroDivisionError
     assert moved.training and Moved.places == ['cpu', 'cpu'] and not moved.weight.is_inference()
     moved(torch.ones(2, 3)).sum().backward()
+
+
+def test_models_that_share_a_part_go_back_to_where_all_were():
+    "Where each was is looked up before the first is moved, and the shared part with it."
+    class Placed(torch.nn.Module):
+        def __init__(self, shared): super().__init__(); self.shared, self.now = shared, shared[0]
+        def parameters(self): return iter([SimpleNamespace(device=self.shared[0])])
+        def to(self, place): self.shared[0] = self.now = place
+    shared = ['elsewhere']
+    one, other = Placed(shared), Placed(shared)
+    with evaluating(one, other, device='cpu') as place: assert one.now == other.now == place == torch.device('cpu')
+    assert one.now == other.now == 'elsewhere'
 
 
 @needs_cuda
 def test_a_model_that_was_asked_on_a_gpu_can_be_trained_where_it_was():
     net = torch.nn.Linear(3, 3)
-    with evaluating(net, 'cuda') as place: assert net.weight.device.type == place.type == 'cuda'
+    with evaluating(net, device='cuda') as place: assert net.weight.device.type == place.type == 'cuda'
     assert net.weight.device.type == 'cpu'
     net(torch.ones(2, 3)).sum().backward()
+
+
+@needs_cuda
+def test_models_that_share_a_network_come_back_whole():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    both = torch.nn.Sequential(net, torch.nn.BatchNorm1d(3))
+    bench(dict(net=net, both=both), torch.zeros(2, 3), warmup=1, repeats=1, device='cuda')
+    assert {t.device.type for t in (*both.parameters(), *both.buffers())} == {'cpu'}

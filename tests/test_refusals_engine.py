@@ -97,11 +97,12 @@ def test_a_head_that_reads_cls_needs_no_word_on_the_others(model, images):
         torch.testing.assert_close(slim.forward_head(slim.forward_features(images)), slim(images))
 
 
-def test_halted_tokens_of_a_soft_decision_are_weighed_in_training(images):
+@pytest.mark.parametrize('step', [dict(fate='halt', count=6), dict(count=16)])      # the second keeps them all, more or less
+def test_tokens_of_a_soft_decision_are_weighed_in_training(images, step):
     class Soft(Scorer):
         def forward(self, t): return t.x[..., 0]
         def soft_keep(self, t, scores): return scores.sigmoid()
-    slim = SlimViT(averaging(), Policy({1: Step(fate='halt', score=Soft(), count=6)}), 'mask')
+    slim = SlimViT(averaging(), Policy({1: Step(score=Soft(), **step)}), 'mask')
     features = slim.train().forward_features(images)
     with pytest.raises(VitpruneError, match='present: got None'): slim.forward_head(features)
     slim.eval().forward_head(slim.forward_features(images))

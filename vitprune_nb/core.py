@@ -133,22 +133,23 @@ def written_out(*models # ViTs with timm's attention layers; of anything else no
         for m, scale in layers: m.fused_attn, m.scale = True, scale
 
 @contextlib.contextmanager
-def evaluating(model,       # Any module
-               device=None, # Where to compute; None: where it is
+def evaluating(*models,     # Any modules; they may share parts
+               device=None, # Where to compute; None: where the first one is
                ):           # Yields the device
-    """Within the `with` a model is in eval mode, on a device and without gradients; afterwards it is where it
-    was, and each of its parts in the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    home = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device('cpu'))
-    place = home if device is None else pick_device(device)
-    def move(to): # in inference mode, what is moved could not be trained again
-        with torch.inference_mode(False): model.to(to)
+    """Within the `with` models are in eval mode, on one device and without gradients; afterwards they are
+    where they were, and each of their parts in the mode that it was in."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    homes = [next((t.device for t in (*m.parameters(), *m.buffers())), torch.device('cpu')) for m in models]
+    place = homes[0] if device is None else pick_device(device)
+    def move(places): # in inference mode, what is moved could not be trained again
+        with torch.inference_mode(False):
+            for m, to in zip(models, places): m.to(to)
     try:
-        move(place)
-        model.eval()
+        move([place]*len(models))
+        for m in models: m.eval()
         with torch.inference_mode(): yield place
     finally:
-        move(home)
+        move(homes)
         for m, was in modes: m.training = was
 
 def _place(device, dtype): # -> (torch.device, torch.dtype)

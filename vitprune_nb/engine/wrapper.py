@@ -178,10 +178,9 @@ class PolicyParts:
         steps = [s for _, s in self.policy.each()]
         less = lambda s: s.fate.joins or s.ragged or s.patches < math.prod(self.grid)
         gone = [s for s in steps if not (s.fate.stays or s.fate.freezes) and less(s)]
-        if any(s.fate.freezes for s in steps):      # all places come back, also those of tokens that are gone
-            soft = self.training and self.mode == 'mask' and any(softens(s.score) for s in steps)
-            return not (gone or soft)
-        if self.mode == 'mask': return not gone and not any(s.fate.joins for s in steps)
+        soft = self.training and self.mode == 'mask' and any(softens(s.score) for s in steps)
+        if any(s.fate.freezes for s in steps): return not (gone or soft)      # all places come back
+        if self.mode == 'mask': return not (gone or soft) and not any(s.fate.joins for s in steps)
         return not any(s.ragged for s in gone)      # images of different lengths are padded
 
     @property

@@ -187,7 +187,7 @@ def bench(models:dict,       # {name: module or function of x}
     cast, nets = dtype if x.dtype == torch.float32 else 'fp32', list(modules.values())
     by_hand = nets if products_are_faster(device, x.dtype) else []
     with contextlib.ExitStack() as stack:
-        for m in nets: stack.enter_context(evaluating(m, device))
+        stack.enter_context(evaluating(*nets, device=device))
         n_threads = stack.enter_context(num_threads(threads))
         for c in (torch.inference_mode(), autocast(device, cast, *nets), written_out(*by_hand)):
             stack.enter_context(c)

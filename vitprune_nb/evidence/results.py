@@ -15,7 +15,7 @@ import scipy
 from ..core import check_seed, environment
 from ..errors import VitpruneError, check_draws, check_level, is_whole, path_of, refuse, require
 from ..files import write_atomic
-from ..vit.model import answers, wilson_interval   # noqa: F401
+from ..vit.model import answers, wilson_interval   # noqa: F401 (`answers` had its home here)
 
 # %% ../../nbs/6_reference/09b_results.ipynb #1a98ecf9
 FIELDS = dict(method=str, backbone=str, weights=str, schedule=str, recovery=str, seed=int, # what was done
@@ -122,7 +122,7 @@ def make_row(method:str,       # e.g. 'dense', 'patch_slimming'
              # From `evaluate`: fills correct, images and top1 with its interval, shares in [0, 1]
              timing:dict|None=None,
              # From `bench`: fills latency, throughput, batch, repeats, dtype, threads and device
-             device='cpu',     # Where it was evaluated, when there is no timing
+             device='cpu',     # Where it was evaluated (`evaluate`: where the model is); bench says its own
              **values,         # Any other of FIELDS; schedule and note: text, a number, a list or a dict
              )->dict:          # One value for each of FIELDS, None where unknown
     "A result with its provenance; environment and date fill themselves in."

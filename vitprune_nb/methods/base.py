@@ -73,7 +73,8 @@ PASSES = 'a number, 0 or more, and at most a million'        # what `Epochs` all
 RISING = 'block numbers from 1 on, rising, e.g. 4, 7, 10'    # what `BlockNumbers` are to be
 
 def option(default,
-           # Its value when it is not given; None: the method's own rule, said in `about` or `shown`
+           # Its value when it is not given; None: the method's own rule, said in `about` or `shown`, or of a
+           # dial its `Method.usual`
            about:str,    # One clause for --help
            allowed:str,  # What a refusal of a bad value says is allowed
            metavar:str='', # What --help calls its value

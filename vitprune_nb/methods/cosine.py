@@ -110,7 +110,7 @@ def collect(model,          # A timm VisionTransformer of standard blocks
     """Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course
     model)."""
     parts, images = [], loader(ready(check_set(ds), model), batch_size)
-    with evaluating(model, device) as place:
+    with evaluating(model, device=device) as place:
         for x, _ in progress(images, 'tokens', unit='batch'):
             steps, *_ = walk(model, x.to(place), decide, keys)
             seen = [(b.clone(), adjacent_similarity(b, a), norm_growth(b, a), mean_kept(b, last))
@@ -177,7 +177,7 @@ class Pruner:
     @torch.no_grad()
     def probability(self, block:int, before, context=None)->torch.Tensor:
         "Probability of 'keep' for tokens (M, P, D) entering `block` (0-based); context is (M, D)."
-        score = self.scores[block].to(before.device)
+        with torch.inference_mode(False): score = self.scores[block].to(before.device)
         return score.logit(before, None if context is None else context[:, None]).sigmoid()
 
     def decide(self, score_threshold:float=.5):
@@ -334,7 +334,7 @@ def run_slim(slim:SlimViT,       # Any SlimViT
     model, right, kept, trace = slim.model, [], [], Trace()
     ds = ready(check_classes(slim, match_classes(slim, check_set(ds))), model)
     prefix, L = model.num_prefix_tokens, len(model.blocks)
-    with evaluating(slim, device) as place:
+    with evaluating(slim, device=device) as place:
         for x, y in progress(loader(ds, batch_size), 'pruned model', unit='batch'):
             logits, t = slim.forward_traced(x.to(place))
             right.append(classes_of(logits) == y)

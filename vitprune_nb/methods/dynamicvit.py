@@ -121,6 +121,7 @@ def dynamic_recipe(lr:float,         # Of the predictors, at its peak
                    **changes,        # Other fields of `TrainConfig`
                    )->TrainConfig:
     "One phase of training: all blocks alike, the predictors faster than the rest."
+    changes = {'save_every': 50, **changes}
     return even_recipe(lr*backbone, epochs=epochs, score_lr_scale=1/backbone, **changes)
 
 # %% ../../nbs/3_methods/15_dynamicvit.ipynb #d150001d

@@ -281,7 +281,7 @@ def significance(model,             # A timm VisionTransformer that reads CLS or
         g = torch.Generator().manual_seed(fold_seed(seed, L, N))
         return torch.rand(L, N, dtype=torch.float64, generator=g)
     total = torch.zeros(L, N, dtype=torch.float64)
-    with evaluating(model, device):
+    with evaluating(model, device=device):
         for x, _ in progress(loader(ready(ds, model), batch_size), 'significance', unit='batch'):
             total += batch_scores(model, x, kind, masks).sum(0).cpu()
     require(bool(torch.isfinite(total).all()), 'model', 'weights or images that give NaN or infinite scores',

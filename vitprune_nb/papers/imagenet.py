@@ -228,7 +228,7 @@ def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
              dtype='fp32',      # 'fp32', 'bf16' or 'auto'
              )->torch.Tensor:   # (n, D) float32 on the CPU
     "What the head sees of each image: the CLS token after the last norm."
-    with evaluating(net, device) as place, autocast(place, dtype, net):
+    with evaluating(net, device=device) as place, autocast(place, dtype, net):
         parts = [net.forward_head(net.forward_features(x.to(place)), pre_logits=True).float().cpu()
                  for x, _ in progress(loader(ds, batch_size), 'features', unit='batch')]
     return torch.cat(parts)

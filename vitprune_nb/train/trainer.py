@@ -196,7 +196,9 @@ class Trainer:
         self.teacher = teacher.eval().to(self.acc.device) if teacher is not None else None
         self.source = teacher.dense if remembers else teacher     # of what the teacher says
         if remembers: teacher.open(self.batches, data_config(vit_of(model)))
-        self.ask = teacher.at if remembers else lambda step, x: logits_of(teacher, x, 'teacher').float()
+        reads = cfg.distill > 0 or 'teacher' in self.needs        # a teacher of tokens alone needs no head
+        of = (lambda x: logits_of(teacher, x, 'teacher')) if reads else teacher
+        self.ask = teacher.at if remembers else lambda step, x: of(x).float()
         self.mix, _ = loss_and_targets(cfg, model.num_classes)
         self.step, self.stream, self.start = 0, None, time.perf_counter()
         self.recent, self.named, self.busy = [], {}, 0.   # since the last row of the log: losses, and seconds

@@ -184,7 +184,7 @@ def answers(model,          # From images (B, 3, H, W) to logits (B, classes)
     "Right or wrong, image by image. The model stays where it was, in the mode that it was in."
     check_model(model), check_set(ds)
     ds = ready(check_classes(model, match_classes(model, ds)), model)
-    with evaluating(model, device) as place, autocast(place, dtype, model):
+    with evaluating(model, device=device) as place, autocast(place, dtype, model):
         right = [classes_of(logits_of(model, x.to(place))) == y
                  for x, y in progress(loader(ds, batch_size), desc, unit='batch')]
     return torch.cat(right).numpy()

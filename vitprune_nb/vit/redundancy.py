@@ -71,7 +71,7 @@ def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of sta
     "Both similarities, averaged over the patches of each image at each depth."
     import pandas as pd
     rows, first = [], 0
-    with (evaluating(model, device) as place, autocast(place, dtype, model),
+    with (evaluating(model, device=device) as place, autocast(place, dtype, model),
           capture(model, attention=False) as cap):
         for x, _ in progress(loader(ready(check_set(ds), model), batch_size), 'similarity', unit='batch'):
             model(x.to(place))
