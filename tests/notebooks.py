@@ -1,6 +1,6 @@
 """Run every notebook, solutions included.
 
-python tests/notebooks.py          as tests (nbdev_test); exit code 1 when one fails, none is found or nothing moves for half an hour
+python tests/notebooks.py          as tests, as nbdev_test does; exit code 1 when one fails, none is found or nothing moves for half an hour
 python tests/notebooks.py --keep [NAME …]   in a kernel, top to bottom, outputs kept and execution counts dropped
 python tests/notebooks.py --record [NAME …]   the same for the notebooks with slow cells, and those cells too: the rows of data/results/ are measured again
 """
@@ -43,7 +43,7 @@ def lines_of(proc, stall):
 
 
 def run_all(command, n, stall=STALL, cwd=ROOT, env=None):
-    "Run nbdev_test's command; 0 when it succeeds and all `n` notebooks ran, however long that takes."
+    "Run a command that tests notebooks; 0 when it succeeds and all `n` notebooks ran, however long that takes."
     start, done, said = time.monotonic(), 0, []
     proc = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, encoding='utf-8', errors='replace', start_new_session=True)
@@ -57,10 +57,36 @@ def run_all(command, n, stall=STALL, cwd=ROOT, env=None):
     return 0 if proc.returncode == 0 and done == n > 0 else 1
 
 
+def each(paths, workers):
+    """nbdev's test of each notebook in a process of its own, so that what one leaves in memory ends with it: 0 when all pass.
+    In nbdev_test's two processes, which run one after the other, it adds up to many gigabytes."""
+    import multiprocessing
+    from multiprocessing.connection import wait
+    import matplotlib.pyplot, torch   # noqa: F401  read once, before the processes part
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    fork, left, running, took, failed = multiprocessing.get_context('fork'), list(paths), {}, {}, []
+    flags = get_config().tst_flags.split()
+    def one(path): sys.exit(not test_nb(path, skip_flags=flags, do_print=True, basepath=ROOT)[0])
+    while left or running:
+        while left and len(running) < workers:
+            path = left.pop(0)
+            p = fork.Process(target=one, args=(path,))
+            p.start()
+            running[p.sentinel] = p, path, time.monotonic()
+        for done in wait(list(running)):
+            p, path, start = running.pop(done)
+            p.join()
+            took[path] = time.monotonic() - start
+            if p.exitcode: failed.append(path)
+    for path in sorted(took, key=took.get, reverse=True): print(f'{path}: {took[path]:.0f} s')
+    for path in failed: print(f'{path} failed')
+    return int(bool(failed))
+
+
 def test(workers=WORKERS):
-    "nbdev_test, with two guards that it lacks: it stops when nothing moves, and fails when fewer notebooks ran than there are."
-    command = [BIN/'nbdev_test', '--n_workers', str(workers), '--do_print', '--timing']
-    return run_all(command, len(notebooks()), env=environment(workers))
+    "Every notebook as nbdev_test runs it, with three guards that it lacks: each in a process of its own; it stops when nothing moves; and it fails when fewer notebooks ran than there are."
+    return run_all([sys.executable, Path(__file__).resolve(), '--each', str(workers)], len(notebooks()), env=environment(workers))
 
 
 def failures(lines, tail=8):
@@ -150,5 +176,6 @@ def keep(names, slow=False):
 
 if __name__ == '__main__':
     how, names = sys.argv[1:2], sys.argv[2:]
+    if how == ['--each']: sys.exit(each(notebooks(), int(names[0])))
     if how not in ([], ['--keep'], ['--record']): sys.exit(__doc__)
     sys.exit(keep(names, how == ['--record']) if how else test())

@@ -68,17 +68,20 @@ def recount(path):
 
 
 def test_a_failing_notebook_is_named_at_the_end_with_its_cell(tmp_path):
-    cells = [nbformat.v4.new_code_cell(s) for s in ('x = 1', 'def f(): assert x == 2, "x is odd"\nf()')]
+    "And what it leaves in its process reaches no other notebook."
+    cells = [nbformat.v4.new_code_cell(s) for s in ('import sys\nassert not hasattr(sys, "mark")\nsys.mark = x = 1', 'def f(): assert x == 2, "x is odd"\nf()')]
     for name, some in (('bad', cells), ('good', cells[:1])): nbformat.write(nbformat.v4.new_notebook(cells=some), tmp_path/f'{name}.ipynb')
-    code = 'import sys; from pathlib import Path; from nbdev.test import test_nb\nfor f in sys.argv[1:]: test_nb(Path(f), do_print=True)'
-    run = subprocess.run([sys.executable, '-c', code, tmp_path/'bad.ipynb', tmp_path/'good.ipynb'], env=clean_env(PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    code = 'import sys; from pathlib import Path; sys.path.insert(0, "tests"); import notebooks; sys.exit(notebooks.each([*map(Path, sys.argv[1:])], 1))'
+    both = [tmp_path/'bad.ipynb', tmp_path/'good.ipynb']
+    run = subprocess.run([sys.executable, '-c', code, *both], cwd=ROOT, env=clean_env(PYTHONUNBUFFERED='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 1 and run.stdout.count('- Completed ') == 2 and run.stdout.splitlines()[-1] == f'{both[0]} failed'
     text, = failures(run.stdout.splitlines(keepends=True))
     assert text.startswith(f'FAILED: AssertionError in {tmp_path}/bad.ipynb:\nWhile Executing Cell #2') and text.endswith('AssertionError: x is odd\n')
     assert failures(['Starting a.ipynb\n', '- Completed a.ipynb\n', 'Success.\n']) == []
 
 
 def says(*lines, then=''):
-    "A command that writes these lines, as nbdev_test does."
+    "A command that writes these lines, as a test of notebooks does."
     return [sys.executable, '-c', f'import sys, time; print(*sys.argv[1:], sep="\\n", flush=True); {then}', *lines]
 
 
