@@ -19,6 +19,7 @@ def text(good, often=1.): return Arg(good, ['3', 'True', 'None', '[]'], often)
 
 
 DEVICE = Arg(["'cpu'", "'auto'", "torch.device('cpu')"], ["'tpu'", "'cpu:x'", "'cuda:99'", "'mps:1'", "''", '3', 'None', '[]', "'cpu:1'", "'meta'", "torch.device('meta')"], .25)
+PLACE = Arg([*DEVICE.good, 'None'], [v for v in DEVICE.bad if v != 'None'], DEVICE.often)       # None: where the model is
 MODEL = Arg(['model()'] * 5, ['None', '3', "'course'", 'torch.nn.Linear(3, 3)', 'torch.nn.Identity()', 'object()', '[]'])
 SET = Arg(["tree('train')"] * 4, ['None', '3', "'embedded'", 'object()', "tree('train').subset([])"])
 SEED = number(['0', '7'], ['-1', '1.5', '2**32', '10**30'], .2)
@@ -96,7 +97,7 @@ CALLS = {   # function: {argument: values}
     'load_weights': dict(model=MODEL, file=Arg(["zoo/'w.safetensors'", "zoo/'w.pth'", "str(zoo/'wrapped.pth')", "zoo/'half.safetensors'"], ["zoo/'cut.pth'", "zoo/'cut.safetensors'", "zoo/'list.pth'", "zoo/'number.pth'", "zoo/'none.pth'", "zoo/'text.pth'", "zoo/'tensor.pth'", "zoo/'numbers.pth'", "zoo/'pickled.pth'",
                          "zoo/'flat.safetensors'", "zoo/'shape.safetensors'", "zoo/'gap.safetensors'", "zoo/'nothing.safetensors'", "zoo/'text.safetensors'", "zoo/'empty.pth'", "zoo/'folder.pth'", "'none'", '3', 'None', '[]'])),
     'capture': dict(model=MODEL, attention=Arg(['True', 'False'], [], .3)),
-    'evaluate': dict(model=Arg(['model()', 'slim()', 'sliced()', 'packed()'], MODEL.bad), ds=Arg(["tree('test')"] * 3, ['None', '3', "'x'", "tree('test').subset([])"]), batch_size=BATCH, device=DEVICE, dtype=DTYPE),
+    'evaluate': dict(model=Arg(['model()', 'slim()', 'sliced()', 'packed()'], MODEL.bad), ds=Arg(["tree('test')"] * 3, ['None', '3', "'x'", "tree('test').subset([])"]), batch_size=BATCH, device=PLACE, dtype=DTYPE),
     'bench': dict(models=Arg(["{'a': model()}", "{'a': model(), 'b': slim()}"], ['3', 'None', '{}', '[]', "{'a': 3}", "{'a': None}", "{3: model()}"[:0] or "{'a': 'x'}"]), x=Arg(['images(2)'] * 3, ['None', '3', "'x'", 'torch.zeros(0, 3, 32, 32)', 'torch.zeros(2, 3, 16, 16)', 'torch.zeros(3)', 'images(2).int()']),
                   warmup=number(['1'], ['0', '-1', '1.5'], 1.), repeats=number(['1', '2'], ['0', '-1', '1.5'], 1.), device=DEVICE, dtype=DTYPE, threads=number(['1', '2'], ['0', '-1', '1.5'], .2, none=True)),
     'time_reduction': dict(rows=Arg(["bench({'a': model(), 'b': slim()}, images(1), 1, 1)"], ['3', 'None', '[]', '[{}]', '[3]', "'x'"]), base=Arg(["'a'"], ["'none'", '3', 'None', '[]']), macs=Arg(['None', "{'a': 2, 'b': 1}"], ['3', "{'a': 1}", '{}', "{'a': 0, 'b': 1}", "{'a': 'x', 'b': 1}"], .4)),
@@ -120,14 +121,14 @@ CALLS = {   # function: {argument: values}
     'parse_change': dict(text=Arg(["'a=1'", "'methods=x,y'", "'seeds=1,2'", "'a.b=c'"], ['3', 'None', "''", "'='", "'a'", "'=1'", '[]'])),
     'run_config': dict(path=Arg(["config('methods = [\"uniform\"]\\nreductions = [0.3]\\ncalibration = 3\\ntest_images = 10\\ndevice = \"cpu\"')"], ["'none'", '3', 'None', "zoo/'w.pth'", "config('name = 3')"]), data=Arg(["zoo/'tree'", "'embedded'"], ["'none'", '3', "zoo/'three'", "zoo/'void'"], .5), out=Arg(["new('r')", "'r'"], ["zoo/'file'", '3', "zoo/'tree'", '[]'], 1.),
                        weights=Arg(['None'], ["'none'", '3', "zoo/'text.pth'", "zoo/'w3.safetensors'"], .2), results=Arg(["new('r/a.csv')"], ["zoo/'file'", '3', "'x.txt'"], .2), dry_run=Arg(['True', 'False'], [], .5), changes=Arg(['()', "['seeds=1']"], ['3', "'x'", "['x']", '[None]'], .3), device=DEVICE),
-    'significance': dict(model=MODEL, ds=Arg(['test_set()', 'images(2)[None]'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), kind=word(["'shortcut'", "'cls'"]), batch_size=BATCH, device=DEVICE),
+    'significance': dict(model=MODEL, ds=Arg(['test_set()', 'images(2)[None]'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), kind=word(["'shortcut'", "'cls'"]), batch_size=BATCH, device=PLACE),
     'top_down': dict(model=MODEL, ds=Arg(['test_set()'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), eps=number(['.2', '.5'], ['0', '-1'], 1.), keys=word(["'entering'", "'all'", "'kept'"]), step=number(['4', '.3'], ['0', '-1', '1.5'], none=True), device=DEVICE, batch_size=BATCH),
     'for_budget': dict(model=MODEL, ds=Arg(['test_set()'], ['None', '3', "'x'", '[]', 'test_set().subset([])']), reduction=Arg(['.2', '.3'], REDUCTION.bad), keys=word(["'entering'", "'all'", "'kept'"]), device=DEVICE, batch_size=BATCH),
     'life_plan': dict(model=MODEL, keep_rate=Arg(['.7', '[.9, .8]'], ['0', '1.5', "'x'", '[]', 'nan', 'None', 'True']), stages=Arg(['[2, 4]', '(2, 4)'], ['[]', '[4, 2]', '[2, 99]', '3', "'x'", 'None', '[0]', '[nan]', '[True]', '[1.5]']), t_base=number(['1', '2'], ['-1', '1.5', '99'], .2, none=True)),
     'make_row': dict(method=Arg(["'dense'"], odd=False), backbone=Arg(["'m'"], odd=False), macs=number(['3', '1e9'], [], .3), colour=Arg([], ['1'], .05)),
     'read_rows': dict(path=Arg(["zoo/'tree'"], ["zoo/'tree'", "'none'", '3', 'None', "zoo/'w.pth'", "write('r.csv', 'a,b\\n1,2')", "write('r.csv', '')"])),
     'paired_difference': dict(correct_a=Arg(['np.array([True, False])'], ['3', 'None', '[]', "'x'", 'np.array([])', 'np.array([.5, nan])', 'np.array([True])']), correct_b=Arg(['np.array([True, True])'], ['3', 'None', '[]'])),
-    'answers': dict(model=Arg(['model()', 'slim()'], ['None', '3']), ds=Arg(["tree('test')"], ['None', '3', "tree('test').subset([])"]), batch_size=BATCH, device=DEVICE, dtype=DTYPE),
+    'answers': dict(model=Arg(['model()', 'slim()'], ['None', '3']), ds=Arg(["tree('test')"], ['None', '3', "tree('test').subset([])"]), batch_size=BATCH, device=PLACE, dtype=DTYPE),
     'slim()': dict(images=Arg(['images(2)'], ['None', '3', 'images(2)[0]', 'torch.zeros(2, 3, 16, 16)', 'torch.zeros(2, 1, 32, 32)'])), 'slim().set_mode': dict(mode=Arg(["'mask'", "'packed'"], ["'x'", 'None', '3', '[]'])), 'slim().trace': dict(images=Arg(['images(2)'], ['None', '3', 'torch.zeros(2, 3, 16, 16)'])),
 }
 

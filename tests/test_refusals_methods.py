@@ -221,7 +221,7 @@ def test_pruners_of_models(tiny, train_set):
     pruner = cosine.fit_pruner(seen, seen.threshold_for(.5), epochs=1)
     wider = create_vit('test_vit', img_size=32, patch_size=8)
     for f, text in ((lambda: cosine.walk(tiny, images, keys='some'), "keys: got some; allowed: 'all' or 'kept'"),
-                    (lambda: cosine.collect(tiny, few.subset([])), 'ds: got no images; allowed: at least one image'),
+                    (lambda: cosine.collect(tiny, few.subset([])), 'ds: got no images; allowed: an ImageSet with images'),
                     (lambda: cosine.join(seen, toy()), 'captures of one model'),
                     (lambda: cosine.cosine_policy(pruner, 1.), 'score_threshold: got 1.0; allowed: a number in (0, 1)'),
                     (lambda: cosine.cosine_policy(pruner, keys='none'), "keys: got none; allowed: 'all' or 'kept'"),
