@@ -105,7 +105,7 @@ def collect(model,          # A timm VisionTransformer of standard blocks
             decide=None,    # As in `walk`; None watches the unpruned model
             keys:str='all', # As in `walk`
             batch_size:int=32, # Images at once; does not change the result
-            device='cpu',   # Where to compute; the result is on the CPU
+            device='cpu',   # Where to compute, None: where the model is; the result is on the CPU
             )->Seen:
     """Tokens, cosines and growths of every patch at every block: 4·L·P·D bytes an image (1 MB for the course
     model)."""
@@ -327,7 +327,7 @@ def reentries(kept:torch.Tensor # (B, L, P) bool, from `SlimViT.kept` or `run_sl
 def run_slim(slim:SlimViT,       # Any SlimViT
              ds:ImageSet,        # Its transform is made from the model when it has none
              batch_size:int=64,  # Images at once
-             device='cpu',       # Where to compute
+             device='cpu',       # Where to compute; None: where the model is
              # top1, top1_low, top1_high, correct, images, right (n,), kept (n, L, P), macs, pruner_macs
              )->dict:
     "Accuracy, kept patches and MACs of a pruned model, in one pass over the images."

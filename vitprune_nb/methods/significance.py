@@ -271,7 +271,7 @@ def significance(model,             # A timm VisionTransformer that reads CLS or
                  kind:str='shortcut', # One of KINDS
                  batch_size:int=16, # Images at once: bounds the memory, changes nothing else
                  seed:int=0,        # For kind='random'
-                 device='cpu',      # Where to compute
+                 device='cpu',      # Where to compute; None: where the model is
                  )->torch.Tensor:   # (L, N) float64 on the CPU
     "Mean score of every token in every block over a data set, streamed batch by batch, in float32 or better."
     require(isinstance(kind, str) and kind in KINDS, 'kind', kind, ', '.join(KINDS))

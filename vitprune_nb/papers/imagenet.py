@@ -224,7 +224,7 @@ def mean_over_images(values,         # (n,) one number an image
 def features(net,               # A timm ViT, dense or sliced, or a `SlimViT`
              ds,                # An `ImageSet` with a transform
              batch_size:int=64, # Images at once
-             device='cpu',      # Where to compute
+             device='cpu',      # Where to compute; None: where it is
              dtype='fp32',      # 'fp32', 'bf16' or 'auto'
              )->torch.Tensor:   # (n, D) float32 on the CPU
     "What the head sees of each image: the CLS token after the last norm."

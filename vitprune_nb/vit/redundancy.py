@@ -65,7 +65,7 @@ def _layer_means(tokens, prefix):
 def similarity_by_depth(model:torch.nn.Module, # A timm VisionTransformer of standard blocks
                         ds:ImageSet,           # Its transform is made from the model when it has none
                         batch_size:int=32,     # Images at once; does not change the result
-                        device='cpu',          # Where to compute
+                        device='cpu',          # Where to compute; None: where the model is
                         dtype='fp32',          # 'fp32', 'bf16' or 'auto'
                         ):                     # DataFrame: image, depth, within, adjacent, update, growth
     "Both similarities, averaged over the patches of each image at each depth."
