@@ -62,7 +62,7 @@ def each(paths, workers):
     In nbdev_test's two processes, which run one after the other, it adds up to many gigabytes."""
     import multiprocessing
     from multiprocessing.connection import wait
-    import matplotlib.pyplot, torch   # noqa: F401  read once, before the processes part
+    import matplotlib.pyplot, pandas, timm, torch   # noqa: F401  read once, before the processes part
     from nbdev.config import get_config
     from nbdev.test import test_nb
     fork, left, running, took, failed = multiprocessing.get_context('fork'), list(paths), {}, {}, []

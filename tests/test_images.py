@@ -1,5 +1,5 @@
 """Images from anywhere: whatever Pillow opens is read as what it shows, folders hold what their users put there, the rest is named."""
-import io, json, os, struct, zlib
+import errno, io, json, os, struct, zlib
 
 import numpy as np
 import pytest
@@ -330,6 +330,25 @@ def test_links_to_nowhere_pipes_and_damaged_files_are_refused_or_left_out_and_na
     assert len(ds) == 4 and 'left out 2 damaged file(s): cat/pipe.png, dog/cut.png' in capsys.readouterr().out
     for name in ('cat/one.png', 'cat/two.png', 'dog/one.png', 'dog/two.png'): (root/'test'/name).write_bytes(b'')
     with pytest.raises(VitpruneError, match='at least one image that can be read'): folder_data(root, skip_damaged=True)
+
+
+@pytest.mark.parametrize('code', ['EMFILE', 'ENFILE', 'ESTALE', 'ETIMEDOUT', 'ENOMEM'])
+def test_a_file_that_no_machine_could_open_just_now_is_not_left_out(tmp_path, monkeypatch, capsys, code):
+    "Too many files open, no memory, a network drive away: nothing is known of the file."
+    root, why = tree(tmp_path/'photos', test=['cat', 'dog']), getattr(errno, code)
+    def refuse(*args, **kw): raise OSError(why, os.strerror(why), str(root))
+    whole = folder_data(root)
+    with monkeypatch.context() as m:
+        m.setattr(data.Image, 'open', refuse)
+        for skip in (True, False):
+            with pytest.raises(OSError) as said: folder_data(root, skip_damaged=skip)[0]
+            assert said.value.errno == why
+        assert cli.main(f'eval course --data {root} --skip-damaged --device cpu'.split()) == 2
+    err = capsys.readouterr().err
+    assert 'Replace' not in err and 'left out' not in err and err.count('\n') == 1
+    assert len(folder_data(root, skip_damaged=True)) == len(whole)
+    monkeypatch.setattr(data.os, 'stat', refuse)
+    with pytest.raises(OSError): data._kept_files(root, [(root/'test/cat/one.png', 0)], True, print)
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['PHOTOS', 'CIFAR10', 'SYSTEM_NAMES', 'CIFAR', 'SETS', 'to_sheet', 'fr
            'check_classes', 'data_config', 'eval_transform', 'ready', 'train_transform', 'load_data', 'loader']
 
 # %% ../nbs/6_reference/01_data.ipynb #f2533129
-import copy, functools, hashlib, json, os, random, stat, unicodedata, warnings
+import copy, errno, functools, hashlib, json, os, random, stat, unicodedata, warnings
 from pathlib import Path
 
 # %% ../nbs/6_reference/01_data.ipynb #332f8ed2
@@ -84,6 +84,14 @@ def as_shown(im:Image.Image # Of any mode
     return im.convert('RGB')
 
 # %% ../nbs/6_reference/01_data.ipynb #b2d41c07
+# what a system says when it cannot open any file just now
+_JUST_NOW = {errno.EMFILE, errno.ENFILE, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT,
+             errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+def _may_be_whole(e):
+    "Whether an error is the machine's fault, and says nothing of the file."
+    return out_of_memory(e) or isinstance(e, OSError) and e.errno in _JUST_NOW
+
 def _refuse_image(path, e):
     "Say which file cannot be used, and why, in one sentence."
     if isinstance(e, UnidentifiedImageError): why = 'it is in no image format that is read here'
@@ -105,7 +113,7 @@ def open_image(path # An image file
             raise ValueError(f'it has {shown.width:,}×{shown.height:,} pixels, more than 1,000 times as many '
                              'one way as the other')
     except Exception as e:
-        if out_of_memory(e): raise       # the file may be whole
+        if _may_be_whole(e): raise
         _refuse_image(path, e)
     return shown
 
@@ -311,7 +319,9 @@ def _check_classes_of_splits(root, base, classes):
 def _bytes_of(path, decode):
     "Size of an image file; refused unless it is there, a regular file and, with `decode`, readable."
     try: found = os.stat(path)
-    except OSError as e: _refuse_image(path, e)
+    except OSError as e:
+        if _may_be_whole(e): raise
+        _refuse_image(path, e)
     if not stat.S_ISREG(found.st_mode): _refuse_image(path, ValueError('it is no regular file'))
     if decode: open_image(path)
     return found.st_size
