@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/'tests'))
-from notebooks import names, notebooks, read_cells
+from notebooks import FLAGGED, names, notebooks, read_cells
 
 
 def idle_checks(code):
@@ -107,3 +107,24 @@ def test_every_name_of_a_lesson_is_bound_in_it(path):
 
 def test_a_name_that_is_nowhere_is_noticed():
     assert nowhere(['import torch', 'def f(x): return ready(x)', 'y = [f(z) for z in torch.ones(2)]']) == ['ready']
+
+
+def left_by_flagged(cells):
+    "(name, start of the cell) wherever a cell that tests run reads a name that a cell which they leave out has bound last."
+    last, found = {}, []
+    for source in cells:
+        binds, used = names(source)
+        flagged = bool(FLAGGED.search(source))
+        if not flagged: found += [(n, source[:60]) for n in sorted(used) if last.get(n)]
+        last.update(dict.fromkeys(binds, flagged))
+    return found
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_what_reads_a_slow_cell_is_slow_itself(path):
+    "Otherwise it fails in the tests or, worse, reads what an earlier cell left under the same name."
+    assert left_by_flagged([s for kind, s in read_cells(path) if kind == 'code' and not s.lstrip().startswith('%')]) == []
+
+
+def test_a_name_that_a_slow_cell_leaves_is_noticed():
+    assert left_by_flagged(['t = 1', '#| slow\nt = 2', 'print(t)', 't = 3', 'print(t)']) == [('t', 'print(t)')]

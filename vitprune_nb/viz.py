@@ -20,8 +20,7 @@ from .core import COLORS, PALETTE, load_methods
 from .errors import is_whole, refuse, require
 
 # %% ../nbs/6_reference/06_viz.ipynb #f6c6623a
-SPARE = ('#332288', '#882255', '#999933', '#117733')   # for names that are no methods
-
+SPARE = ('#993300', '#660066', '#CC0033', '#6633CC')   # for names that are no methods
 
 # %% ../nbs/6_reference/06_viz.ipynb #1102e58b
 STYLE = {'figure.dpi': 100, 'figure.constrained_layout.use': True, 'font.size': 11, 'axes.titlesize': 11,
@@ -49,7 +48,8 @@ def method_color(name:str,   # A method, or a method with a remark: 'life', 'pat
     load_methods()
     known = max((k for k in COLORS if _plain(name).startswith(k)), key=len, default=None)
     if known and COLORS[known] not in taken: return COLORS[known]
-    return next((c for c in (*SPARE, *PALETTE.values()) if c not in taken), PALETTE['grey'])
+    free = (c for c in (*SPARE, *PALETTE.values()) if c not in taken and c != COLORS['dense'])
+    return next(free, PALETTE['grey'])
 
 def method_colors(names # Names of the curves in one plot
                   )->dict: # {name: colour}
@@ -469,6 +469,7 @@ def accuracy_macs(rows:list,  # Dicts with macs, top1, top1_low, top1_high and a
             ax.update_datalim(np.stack([np.r_[macs, macs]/1e9, 100*np.r_[low, high]], 1))
         ax.errorbar(macs/1e9, 100*y, yerr=100*np.maximum([y - low, high - y], 0), label=name,
                     color=colors[name], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3, lw=1.2, **moved)
+    if apart: ax.margins(x=.1)         # the outermost stand aside of their own cost
     ax.set(xlabel='cost of one image (GMACs)', ylabel='top-1 (%)', title=title); ax.legend()
     return ax
 

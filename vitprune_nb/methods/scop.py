@@ -115,7 +115,7 @@ class ScopConfig(Trains):
         1., 'then passes with the places that stay', PASSES, 'EPOCHS')
 
 @method('scop', 'skip the places whose doubles do as well (after Tang et al., SCOP, for channels)',
-        'Tang et al., SCOP: Scientific Control for Reliable Neural Network Pruning, 2020', '#DDAA33')
+        'Tang et al., SCOP: Scientific Control for Reliable Neural Network Pruning, 2020', '#0033FF')
 class Scop(Method):
     config, trains, shares, ends, usual = ScopConfig, True, True, (1., 0.), .5
 

@@ -176,7 +176,7 @@ class TomeConfig(Config):
         True, 'attention adds the logarithm of the sizes', 'true or false', 'BOOL')
 
 @method('tome', 'merge the tokens whose keys are most alike, in every block',
-        'Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023', '#DDCC77')
+        'Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023', '#9933FF')
 class Tome(Method):
     config, ends = TomeConfig, (0., 1024.)
 

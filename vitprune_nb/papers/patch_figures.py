@@ -112,9 +112,9 @@ def draw_similarity(table,   # From `figure_table`
     "Figure 3: similarity over depth."
     from vitprune_nb.viz import layer_curve
     t = table.sort_values('depth')
-    return layer_curve({f'{t.backbone.iloc[0]}, middle 80% of images': t.similarity.tolist()},
-                       'cosine of different patches', ax=ax, xlabel='depth (0: input)', first=0,
-                       bands={f'{t.backbone.iloc[0]}, middle 80% of images': (t.low, t.high)})
+    what = 'mean; band: middle 80%'
+    return layer_curve({what: t.similarity.tolist()}, 'cosine of different patches', ax=ax,
+                       xlabel='depth (0: input)', first=0, bands={what: (t.low, t.high)})
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #1e8be15b
 def keep_best(scores:torch.Tensor, # (N,), prefix tokens included
@@ -300,7 +300,9 @@ def draw_pyramid(table,   # From `figure_table` of 'Figure 4'
     "Figure 5: patches kept by block, one curve an eps."
     from vitprune_nb.viz import layer_curve
     t = table.dropna(subset=['eps'])
-    return layer_curve({f'ε {e:g}': p for e, p in zip(t.eps, t.patches)}, 'patches kept', ax=ax)
+    ax = layer_curve({f'ε {e:g}': p for e, p in zip(t.eps, t.patches)}, 'patches kept', ax=ax)
+    ax.legend(loc='lower left', ncols=2, fontsize=8)      # under the curves
+    return ax
 
 # %% ../../nbs/5_papers/11b_patch_figures.ipynb #231afbb7
 def whole_first(plan:Plan # Any plan
@@ -406,10 +408,16 @@ def draw_run(rows:list, # Rows of one model and one data set
     if not draw and not late: return None
     n = len(draw) + len(late)
     fig, axes = plt.subplots((n + 3)//4, min(n, 4), figsize=(4.2*min(n, 4), 3.2*((n + 3)//4)),
-                             layout='constrained', squeeze=False, dpi=70)
+                             layout='constrained', squeeze=False, dpi=90)
     for ax, (f, g, d) in zip(axes.flat, draw): d(t[g], ax).set_title(f'{f}, {t[g].images.iloc[0]:,} images')
-    if late: draw_scores(t['Figure 7'], axes.flat[len(draw):n])
     for ax in axes.flat[n:]: ax.axis('off')
+    if late:
+        drawn = axes.flat[len(draw):n]
+        draw_scores(t['Figure 7'], drawn)
+        for ax, b in zip(drawn, late): ax.set_title(f'Figure 7, block {b}')
+        if n < axes.size:            # a free place holds the legend
+            axes.flat[n].legend(*drawn[0].get_legend_handles_labels(), loc='upper left')
+            drawn[0].get_legend().remove()
     fig.suptitle(title)
     return axes
 
