@@ -417,13 +417,14 @@ def draw_realised(table,   # From `timing_table`, of one backbone, device, dtype
     with style():
         if ax is None: _, ax = plt.subplots(figsize=(6, 3.8))
         colors = method_colors(TIMED)      # of all, so that plots of some share colours and markers
-        for i, m in enumerate(TIMED):
+        drawn = [m for m in TIMED if m in set(t.method)]
+        for k, m in enumerate(drawn):
             g = t[t.method == m].sort_values('batch')
-            if not len(g): continue
+            beside = g.batch*2**(.2*(k - (len(drawn) - 1)/2)) # as one batch size, side by side
             low, high = g.time_reduction_low/g.mac_reduction, g.time_reduction_high/g.mac_reduction
-            ax.errorbar(g.batch, g.realised, yerr=[(g.realised - low).clip(lower=0),
+            ax.errorbar(beside, g.realised, yerr=[(g.realised - low).clip(lower=0),
                                                    (high - g.realised).clip(lower=0)], label=m,
-                        color=colors[m], marker=MARKERS[i % len(MARKERS)], ms=5, capsize=3)
+                        color=colors[m], marker=MARKERS[TIMED.index(m) % len(MARKERS)], ms=5, capsize=3)
         ax.axhline(1, color='.5', lw=.8)
         ax.set_xscale('log', base=2)
         ax.set_xticks(sorted(t.batch.unique()), sorted(t.batch.unique()))
